@@ -1,0 +1,314 @@
+"""Clean images -> Batch: the restoration tasks, as batched tensor operations on the images' device.
+
+Every damaged pixel takes one of the 256 levels that a PNG or JPEG file can hold, so a network meets the same values
+whether the damage is made here or arrives in a user's file. Resizing follows PIL and JPEG follows libjpeg, their
+rounding included (tests/test_corruptions.py compares). Inside this file `grey` is a float tensor of levels 0..255.
+"""
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TASKS = ("sr", "inpaint", "blur", "jpeg", "generate", "paired")
+
+
+@dataclass
+class Batch:
+    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1]."""
+
+    z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
+    zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
+    mask: Tensor  # (B, 1, H, W) 1 where pixels are to be made: all ones, but for inpainting the hole only
+    hole: Tensor  # (B, 1, H, W) 1 where zlo knows nothing: ones for generation, the hole for inpainting, else zeros
+    cond: Tensor | None  # (B, Cc, H, W) zlo, and `hole` where the task can have holes; None: the network sees no image
+    y: Tensor | None  # (B,) int64 class labels; num_classes is the null label; None where labels are off
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The knobs of the restoration tasks; calling it damages clean images.
+
+    I2SB's nine corruptions (arXiv:2302.05872, section 5) are sr at factor 4 with either `down`, inpaint with each
+    `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
+    """
+
+    # sr: how many times smaller the low-resolution image is: 2, 4 or 8
+    factor: int = 2
+    # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
+    down: Literal["box", "bicubic"] = "box"
+    # sr: filter that enlarges it again; nearest repeats each pixel
+    up: Literal["nearest", "bicubic"] = "nearest"
+    # inpaint: what is missing: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
+    mask: Literal["center", "freeform-10-20", "freeform-20-30"] = "center"
+    # blur: shape of the kernel
+    kernel: Literal["uniform", "gaussian"] = "uniform"
+    # blur: side of the kernel in pixels, odd; None: 9 if uniform, 5 if gaussian, as in DDRM (arXiv:2201.11793) and I2SB
+    taps: int | None = None
+    # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps
+    sigma: float = 10.0
+    # jpeg: quality, 1 (worst) to 100
+    quality: int = 10
+
+    def check(self, task: str, side: int) -> None:
+        """ValueError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
+        names, factor, taps = parts(task), self.factor, self.width
+        rules = [  # task, field, its value, whether that is fine, what is
+            ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
+            ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
+            ("blur", "sigma", self.sigma, self.sigma > 0, "numbers above 0 (pixels)"),
+            ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
+        ]
+        for name, field in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
+            value, allowed = getattr(self, field), get_args(Damage.__annotations__[field])
+            rules.append((name, field, value, value in allowed, ", ".join(allowed)))
+        for name, field, value, fine, allowed in rules:
+            if name in names and not fine:
+                raise ValueError(f"damage.{field} = {value!r}: allowed are {allowed}")
+
+    def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None) -> Batch:
+        """z1 (B, C, H, W) in [-1, 1] -> Batch. `zlo` holds the damaged images of `paired`, of z1's shape.
+
+        A task may be a mixture, "sr,jpeg,blur": each image draws one of them, all equally likely. The draws depend
+        on torch's seed and z1's shape only, so the same seed gives another batch the very same damage.
+        """
+        for side in z1.shape[2:]:
+            self.check(task, side)
+        pick = torch.randint(len(parts(task)), (len(z1),), device=z1.device)
+        each = [self._apply(name, z1, zlo) for name in parts(task)]
+        zlo, mask, hole = (torch.stack(x)[pick, torch.arange(len(z1), device=z1.device)] for x in zip(*each))
+        return Batch(z1, zlo, mask, hole, _cond(task, zlo, hole, condition), y)
+
+    def _apply(self, name: str, z1: Tensor, pair: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One task on every image -> zlo, mask, hole."""
+        one = torch.ones_like(z1[:, :1])
+        if name == "generate":
+            return torch.zeros_like(z1), one, one
+        if name == "paired":
+            if pair is None or pair.shape != z1.shape:
+                raise ValueError(f"task = 'paired': needs damaged images of the clean ones' shape, {tuple(z1.shape)}")
+            return pair, one, 0 * one
+        if name == "inpaint":
+            hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask])
+            return z1.masked_fill(hole > 0, 0), hole, hole
+        grey = to_grey(z1)
+        if name == "sr":
+            height, width = grey.shape[2:]
+            grey = resize(grey, (height // self.factor, width // self.factor), self.down)
+            grey = resize(grey, (height, width), self.up)
+        elif name == "blur":
+            grey = blur(grey, self.weights())
+        elif name == "jpeg":
+            grey = jpeg(grey, self.quality)
+        return from_grey(grey), one, 0 * one
+
+    @property
+    def width(self) -> int:
+        """Side of the blur kernel in pixels."""
+        return (9 if self.kernel == "uniform" else 5) if self.taps is None else self.taps
+
+    def weights(self) -> list[float]:
+        """Blur kernel along one axis; the square kernel is its outer product with itself."""
+        if self.kernel == "uniform":
+            return [1 / self.width] * self.width
+        bell = [math.exp(-0.5 * ((k - self.width // 2) / self.sigma) ** 2) for k in range(self.width)]
+        return [w / sum(bell) for w in bell]
+
+
+def parts(task: str) -> list[str]:
+    """Names in a task or mixture; ValueError if one is unknown."""
+    names = [name.strip() for name in task.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"task = {task!r}: allowed are {', '.join(TASKS)}, or several joined by commas")
+    return names
+
+
+def has_holes(task: str) -> bool:
+    """Whether zlo can know nothing of some pixels."""
+    return not {"inpaint", "generate"}.isdisjoint(parts(task))
+
+
+def cond_channels(task: str, channels: int, condition: bool) -> int:
+    """Channels of Batch.cond for images of `channels` channels; 0 where it is None."""
+    return 0 if not condition or set(parts(task)) == {"generate"} else channels + has_holes(task)
+
+
+def _cond(task: str, zlo: Tensor, hole: Tensor, condition: bool) -> Tensor | None:
+    # `hole`, not `mask`: to sr or jpeg in a mixture with inpaint it says that nothing is missing
+    if cond_channels(task, zlo.shape[1], condition) == 0:
+        return None
+    return torch.cat((zlo, hole), 1) if has_holes(task) else zlo
+
+
+def given(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | None = None) -> Batch:
+    """Damaged images alone, zlo (B, C, H, W) -> Batch without z1.
+
+    `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it. `generate`
+    takes nothing from zlo but shape and device. For sr, `enlarge` first brings low-resolution images to z1's grid.
+    """
+    names, one = parts(task), torch.ones_like(zlo[:, :1])
+    if set(names) == {"generate"}:
+        return Batch(None, torch.zeros_like(zlo), one, one, None, y)
+    if mask is None and set(names) == {"inpaint"}:
+        raise ValueError("task = 'inpaint': needs a mask, 1 where pixels are missing")
+    if mask is not None and not has_holes(task):
+        raise ValueError(f"task = {task!r}: takes no mask, it leaves no holes")
+    hole = 0 * one if mask is None else mask.to(one).expand_as(one)
+    zlo = zlo.masked_fill(hole > 0, 0)
+    return Batch(None, zlo, one if mask is None else hole, hole, _cond(task, zlo, hole, condition), y)
+
+
+def enlarge(lo: Tensor, factor: int, up: str) -> Tensor:
+    """Low-resolution images (B, C, h, w) in [-1, 1] -> z1's grid (B, C, h * factor, w * factor), as sr has them."""
+    return from_grey(resize(to_grey(lo), (lo.shape[2] * factor, lo.shape[3] * factor), up))
+
+
+def to_grey(x: Tensor) -> Tensor:
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255)
+
+
+def from_grey(grey: Tensor) -> Tensor:
+    return grey / 127.5 - 1
+
+
+def _level(x: Tensor) -> Tensor:
+    """The nearest of the levels 0..255, halves upwards as in PIL and libjpeg."""
+    return (x + 0.5 + 1e-4).floor().clamp(0, 255)  # float32 may miss a half by 1e-5
+
+
+# sr ------------------------------------------------------------------------------------------------------------------
+
+FILTERS = {
+    "box": dict(mode="area"),
+    "nearest": dict(mode="nearest"),
+    "bicubic": dict(mode="bicubic", antialias=True),  # antialias: a = -1/2 and a kernel as wide as the step, as in PIL
+}
+
+
+def resize(grey: Tensor, size: tuple[int, int], filter: str) -> Tensor:
+    """PIL's resize: along the width, then along the height, each time to whole levels."""
+    grey = _level(F.interpolate(grey, (grey.shape[2], size[1]), **FILTERS[filter]))
+    return _level(F.interpolate(grey, size, **FILTERS[filter]))
+
+
+# blur ----------------------------------------------------------------------------------------------------------------
+
+
+def blur(grey: Tensor, weights: list[float]) -> Tensor:
+    """Convolution with the outer product of `weights` with itself; the image is mirrored at its edges."""
+    reach, (height, width) = len(weights) // 2, grey.shape[2:]
+    x = F.pad(grey, (reach,) * 4, mode="reflect")
+    # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
+    x = sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
+    return _level(sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights)))
+
+
+# inpaint -------------------------------------------------------------------------------------------------------------
+
+FREEFORM = {"freeform-10-20": (0.1, 0.2), "freeform-20-30": (0.2, 0.3)}  # least and largest share of the pixels
+
+
+def center(z1: Tensor) -> Tensor:
+    """The rectangle of half the height and half the width in the middle -> (B, 1, H, W), 1 in it."""
+    height, width = z1.shape[2:]
+    hole = torch.zeros_like(z1[:, :1])
+    hole[:, :, height // 4 : height // 4 + height // 2, width // 4 : width // 4 + width // 2] = 1
+    return hole
+
+
+def freeform(z1: Tensor, least: float, most: float, strokes=4, bends=6) -> Tensor:
+    """Brush strokes -> (B, 1, H, W), 1 on them, over a share of the pixels uniform between `least` and `most`.
+
+    A stroke is the set of points within some distance of a polyline, whose vertices walk at random and are folded back
+    at the image's edges. How near is near enough follows from the share: the pixels are ranked by their distance.
+    """
+    (batch, _, height, width), device = z1.shape, z1.device
+    rand = lambda *shape: torch.rand(batch, strokes, *shape, device=device)  # noqa: E731
+    heading = 2 * math.pi * rand(1) + (2 * (rand(bends) - 0.5)).cumsum(-1)
+    step = 0.05 + 0.2 * rand(bends)
+    x = torch.cat((rand(1), step * heading.cos()), -1).cumsum(-1)  # (B, strokes, bends + 1) in image widths
+    y = torch.cat((rand(1), step * heading.sin()), -1).cumsum(-1)
+    x, y = width * (1 - (x % 2 - 1).abs()), height * (1 - (y % 2 - 1).abs())
+    thickness, away = 0.5 + rand(), 1e6 * (rand() < 0.5)
+    away[:, :2] = 0  # two strokes always, and each further one in half of the images
+
+    py = torch.arange(height, device=device).view(1, -1, 1) + 0.5
+    px = torch.arange(width, device=device).view(1, 1, -1) + 0.5
+    distance = torch.full((batch, height, width), math.inf, device=device)
+    for s in range(strokes):
+        for k in range(bends):
+            x0, y0, dx, dy = (p[:, s, k, None, None] for p in (x[..., :-1], y[..., :-1], x.diff(), y.diff()))
+            along = (((px - x0) * dx + (py - y0) * dy) / (dx**2 + dy**2 + 1e-8)).clamp(0, 1)
+            near = torch.hypot(px - x0 - along * dx, py - y0 - along * dy) / thickness[:, s, None, None]
+            distance = torch.minimum(distance, near + away[:, s, None, None])
+    rank = distance.flatten(1).argsort(1).argsort(1)
+    pixels = height * width
+    count = torch.randint(math.ceil(least * pixels), math.floor(most * pixels) + 1, (batch, 1), device=device)
+    return (rank < count).view(batch, 1, height, width).to(z1.dtype)
+
+
+# jpeg ----------------------------------------------------------------------------------------------------------------
+
+# ITU-T T.81, tables K.1 and K.2: quantisation steps of brightness and colour at quality 50
+LUMA = """16 11 10 16  24  40  51  61    12 12 14 19  26  58  60  55    14 13 16 24  40  57  69  56
+          14 17 22 29  51  87  80  62    18 22 37 56  68 109 103  77    24 35 55 64  81 104 113  92
+          49 64 78 87 103 121 120 101    72 92 95 98 112 100 103  99"""
+CHROMA = "17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66" + " 99" * 38
+
+
+@cache  # one copy a device: copying from the host at each batch would make the device wait
+def tables(quality: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(8, 8) each: the orthonormal DCT, one row a frequency, and the quantisation steps of brightness and colour."""
+    k = torch.arange(8, dtype=torch.float64, device=device)
+    dct = 0.5 * torch.cos((2 * k + 1) * k[:, None] * math.pi / 16)
+    dct[0] /= math.sqrt(2)
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    steps = (torch.tensor([int(q) for q in table.split()], device=device).view(8, 8) for table in (LUMA, CHROMA))
+    return dct.float(), *(((percent * step + 50) // 100).clamp(1, 255).float() for step in steps)
+
+
+def _last(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix for a matrix of 8 rows, exact in float32, where a matmul may run in TF32 or bfloat16."""
+    return sum(x[..., k, None] * matrix[k] for k in range(8))
+
+
+def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
+    """A plane (B, 1, H, W) of levels through 8x8 DCT, rounding to multiples of `step`, and back."""
+    height, width = plane.shape[2:]
+    x = F.pad(plane - 128, (0, -width % 8, 0, -height % 8), mode="replicate")
+    x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (B, 1, H/8, W/8, 8, 8)
+    x = _last(_last(x, dct.mT).mT, dct.mT).mT
+    eighths = (8 * x.abs()).round()  # libjpeg's DCT has this precision; it rounds halves of a step away from zero
+    x = x.sign() * ((eighths + 4 * step) / (8 * step)).floor() * step
+    x = _last(_last(x, dct).mT, dct).mT
+    return _level(x.transpose(3, 4).flatten(4, 5).flatten(2, 3) + 128)[..., :height, :width]
+
+
+def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
+    """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from grey, of the same shape."""
+    height, width = plane.shape[2:]
+    x = _level(plane - 1e-3)  # halves downwards, here only
+    x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+    # halving and doubling, libjpeg rounds by adding 1/4 or 1/2, then 1/2 or 7/16, in turn along a row, and cutting
+    odd = torch.arange(x.shape[3], device=x.device) % 2
+    x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
+    x = F.interpolate(_code(x, dct, step), scale_factor=2, mode="bilinear")
+    return (x + 1 / 2 - odd / 16).floor()[..., :height, :width] - 128
+
+
+def jpeg(grey: Tensor, quality: int) -> Tensor:
+    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from the file it wrote; 4:2:0: colour is halved."""
+    dct, luma, chroma = tables(quality, grey.device)
+    if grey.shape[1] == 1:
+        return _code(grey, dct, luma)
+    if grey.shape[1] != 3:
+        raise ValueError(f"task = 'jpeg': needs images of 1 or 3 channels, not {grey.shape[1]}")
+    r, g, b = grey.split(1, 1)
+    y = _code(_level(0.299 * r + 0.587 * g + 0.114 * b), dct, luma)
+    cb = _colour(-0.168736 * r - 0.331264 * g + 0.5 * b + 128, dct, chroma)
+    cr = _colour(0.5 * r - 0.418688 * g - 0.081312 * b + 128, dct, chroma)
+    return _level(torch.cat((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1))

@@ -1,0 +1,406 @@
+"""Images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or `shapes`, drawn here."""
+import io
+import math
+import os
+import socket
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from torchvision import datasets
+from tqdm import tqdm
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SHAPES = ["disc", "ring", "square", "triangle", "star", "cross", "moon", "stripes", "checks", "waves"]
+DOWNLOADS = {  # name: torchvision's class, and how to get it by hand; {} is data_path
+    "cifar10": (datasets.CIFAR10, "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
+    "fashion-mnist": (datasets.FashionMNIST, "put the four .gz files listed at "
+                      "https://github.com/zalandoresearch/fashion-mnist into {}/FashionMNIST/raw"),
+    "celeba": (datasets.CelebA, "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
+               "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba"),
+}
+TIMEOUT = 20  # seconds without an answer after which a download is given up
+
+
+class DatasetError(Exception):
+    """A data set or an image that can't be had: one line that says what is wrong and how to get it."""
+
+
+@dataclass
+class Images:
+    train: Tensor  # (N, C, H, W) uint8
+    test: Tensor  # (M, C, H, W) uint8, held out
+    train_y: Tensor | None  # (N,) int64; None where the set has no classes
+    test_y: Tensor | None  # (M,)
+    classes: list[str]  # their names, [] without classes
+    train_lo: Tensor | None = None  # damaged partners of train on the same grid, only with `paired_path`
+    test_lo: Tensor | None = None  # of test
+    name: str = ""
+
+    def to(self, device) -> "Images":
+        """All tensors onto `device`; on CUDA only where they leave half of its free memory, else they stay here."""
+        tensors = {key: value for key, value in vars(self).items() if torch.is_tensor(value)}
+        if torch.device(device).type == "cuda":
+            if sum(t.nbytes for t in tensors.values()) > torch.cuda.mem_get_info(device)[0] // 2:
+                return self
+        return replace(self, **{key: value.to(device) for key, value in tensors.items()})
+
+    def batch(self, index: Tensor, device, split: str = "train") -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows `index` (B,) of "train" or "test", on `device`: x (B, C, H, W) in [-1, 1], y (B,), damaged x or None."""
+
+        def rows(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            t = t[index.to(t.device)]
+            if torch.device(device).type == "cuda" and not t.is_cuda:
+                t = t.pin_memory()  # only the batch: the copy then overlaps the computation
+            return t.to(device, non_blocking=True)
+
+        x, y, lo = (rows(getattr(self, split + end)) for end in ("", "_y", "_lo"))
+        return to_float(x), y, None if lo is None else to_float(lo)
+
+
+def to_float(u8: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return u8.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8, rounded; what lies outside is clamped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The step's piece (batch_size,) int64 of the endless stream of shuffled epochs: a pure function of its arguments.
+
+    Epochs follow each other without a gap, so each covers every index once whatever the batch size, also one above n.
+    """
+    start, end = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // n, (end - 1) // n + 1)
+    return torch.cat([_permutation(n, seed, e)[max(start - e * n, 0):end - e * n] for e in epochs])
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
+
+
+def load(dataset: str, side: int, channels: int = 3, data_path: str = "data", paired_path: str | None = None,
+         limit: int | None = None) -> Images:
+    """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
+
+    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path.
+    paired_path: folder of damaged images with the names of dataset's (the endings may differ).
+    limit: at most so many images a split, evenly spread. Raises DatasetError, or ValueError for a number out of range.
+    """
+    if side < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"side = {side}, limit = {limit}: both must be at least 1")
+    if channels not in (1, 3):
+        raise ValueError(f"channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+    if paired_path is not None and (dataset == "shapes" or dataset in DOWNLOADS):
+        raise DatasetError(f"paired_path = {paired_path} needs a folder of clean images as dataset, which is {dataset}")
+    if dataset == "shapes":
+        return _shapes(side, channels, limit)
+    if dataset in DOWNLOADS:
+        return _download(dataset, side, channels, data_path, limit)
+    return _folder(dataset, side, channels, paired_path, limit)
+
+
+# ---------------------------------------------------------------------------------------------------------- one image
+
+def open_image(path, channels: int = 3) -> Image.Image:
+    """A file of any mode -> upright 8-bit PIL image, L (channels = 1) or RGB. Raises DatasetError that names the file.
+
+    Transparency is laid over white. 16-bit greys map 65535 to 255; floats count as [0, 1] where none is above 1, else
+    as [0, 255]. Of an animation the first frame is taken.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            with suppress(Exception):  # a damaged EXIF block: the pixels are taken as they are stored
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":
+                grey = np.asarray(image).astype(np.float64)
+                grey = grey / 257 if image.mode != "F" else grey * 255 if grey.max() <= 1 else grey
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB" if channels == 3 else "L")
+    except Exception as error:  # Pillow's readers fail with many types
+        unknown = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else None
+        reason = unknown or getattr(error, "strerror", None) or error
+        raise DatasetError(f"{path} can't be read as an image: {reason}") from error
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """Centre crop to side x side as guided-diffusion and DiT do: halve with a box while the shorter side is at least
+    twice too long, bring it to `side` with bicubic (small images are enlarged), cut out the middle."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != side:
+        scale = side / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
+
+
+def _spread(items: list, limit: int | None) -> list:
+    return items if limit is None or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+def _folder(dataset: str, side: int, channels: int, paired_path: str | None, limit: int | None) -> Images:
+    root = Path(dataset).expanduser()
+    if not root.is_dir():
+        raise DatasetError(f"dataset = {dataset} is no folder and none of {', '.join([*DOWNLOADS, 'shapes'])}")
+    names, partners = _list(root), {}
+    if paired_path is not None:
+        partners = _partners(root, names, Path(paired_path).expanduser())
+        names = [name for name in names if name in partners]
+    train, test, level, own = _split(names)
+
+    def label(name: str) -> str | None:  # the class folder, if the image is in one
+        return name.split("/")[level] if name.count("/") > level else None
+
+    found = {label(name) for name in train + test}
+    classes = sorted(found) if None not in found and len(found) > 1 else []
+    loaded = []
+    for split in (train, test):
+        split = _spread(split or names, limit)
+        files = [(root / n, *([Path(paired_path).expanduser() / partners[n]] if partners else [])) for n in split]
+        columns, kept = _decode(files, side, channels)
+        y = torch.tensor([classes.index(label(split[i])) for i in kept], dtype=torch.int64) if classes else None
+        loaded.append((columns[0], y, columns[1] if partners else None))
+    if not own and not len(loaded[0][0]):
+        loaded.reverse()  # the only good images were held out
+    (x, y, lo), (test_x, test_y, test_lo) = loaded
+    if not len(x):
+        raise DatasetError(f"none of the {len(train)} training images in {root} can be read")
+    if not test or not len(test_x):
+        warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
+        test_x, test_y, test_lo = x, y, lo
+    return Images(x, test_x, y, test_y, classes, lo, test_lo, name=root.resolve().name)
+
+
+def _list(root: Path) -> list[str]:
+    """Sorted relative paths of the images below root. Hidden files are passed over, others counted in a warning."""
+    if not root.is_dir():
+        raise DatasetError(f"{root} is not a folder")
+    images, others = [], []
+    for folder, below, files in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
+        prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
+        for name in files:
+            if not name.startswith("."):
+                (images if os.path.splitext(name)[1].lower() in ENDINGS else others).append(prefix + name)
+    if others:
+        warnings.warn(f"{root}: {len(others)} files that are no images are ignored: {_few(others)}")
+    if not images:
+        raise DatasetError(f"no images in {root}: looked for {' '.join(sorted(ENDINGS))}")
+    return sorted(images)
+
+
+def _few(names) -> str:
+    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _partners(root: Path, names: list[str], paired: Path) -> dict[str, str]:
+    """Clean path -> damaged path, for those that are equal but for the ending."""
+    others = _list(paired)
+    clean, damaged = ({os.path.splitext(n)[0]: n for n in some} for some in (names, others))
+    for folder, stems, some in ((root, clean, names), (paired, damaged, others)):
+        if twins := set(some) - set(stems.values()):
+            raise DatasetError(f"{folder}: more than one image is called {_few(twins)} but for the ending")
+    both, lone = clean.keys() & damaged.keys(), clean.keys() ^ damaged.keys()
+    if not both:
+        raise DatasetError(f"no image has the same name in {root} and {paired}: {_few(lone)}")
+    if lone:
+        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {_few(lone)}")
+    return {clean[stem]: damaged[stem] for stem in both}
+
+
+def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
+    """-> train, test, level of the class folders, whether the splits are the folder's own: train/ and test/ (or val/)
+    where both exist, else an even tenth of the images is held out, 1 to 1,000 of them (none of a single image)."""
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    held_out = next((top for top in ("test", "val", "valid", "validation") if top in tops), None)
+    if "train" in tops and held_out:
+        train, test = ([n for n in names if n.startswith(top + "/")] for top in ("train", held_out))
+        return train, test, 1, True
+    count = min(max(1, len(names) // 10), 1000, len(names) - 1)
+    rows = {(2 * i + 1) * len(names) // (2 * count) for i in range(count)}
+    train, test = ([n for i, n in enumerate(names) if (i in rows) == held] for held in (False, True))
+    return train, test, int(all(n.startswith("train/") for n in names)), False
+
+
+def _decode(files: list[tuple[Path, ...]], side: int, channels: int) -> tuple[list[Tensor], list[int]]:
+    """Files [(clean,) or (clean, damaged)] -> a tensor (kept, C, side, side) for each column, and the rows kept: those
+    that can't be read are named in a warning."""
+    columns = [np.empty((len(files), channels, side, side), np.uint8) for _ in files[0]]
+    broken = {}
+
+    def read(row: int) -> None:
+        try:
+            image, *damaged = (open_image(path, channels) for path in files[row])
+            for i, lo in enumerate(damaged):
+                # the same shape to within a pixel of the damaged image: else it belongs to another picture
+                if abs(lo.width * image.height - lo.height * image.width) > max(image.size):
+                    raise DatasetError(f"{files[row][1]} is {lo.size}, its partner {image.size}: not the same shape")
+                damaged[i] = lo if lo.size == image.size else lo.resize(image.size, Image.Resampling.BICUBIC)
+            for column, picture in zip(columns, (image, *damaged)):
+                column[row] = np.asarray(fit(picture, side)).reshape(side, side, channels).transpose(2, 0, 1)
+        except DatasetError as error:
+            broken[row] = str(error)
+
+    def chunk(rows: range) -> int:
+        for row in rows:
+            read(row)
+        return len(rows)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        bar = tqdm(total=len(files), desc="images", disable=None, delay=2, leave=False)
+        for done in pool.map(chunk, [range(i, min(i + 64, len(files))) for i in range(0, len(files), 64)]):
+            bar.update(done)
+        bar.close()
+    if broken:
+        warnings.warn(f"{len(broken)} images are left out: {_few(broken.values())}")
+    kept = [row for row in range(len(files)) if row not in broken]
+    return [torch.from_numpy(c[kept] if broken else c) for c in columns], kept
+
+
+# ------------------------------------------------------------------------------------------------------ by torchvision
+
+def _download(name: str, side: int, channels: int, data_path: str, limit: int | None) -> Images:
+    kind, by_hand = DOWNLOADS[name]
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        with redirect_stdout(io.StringIO()):  # leaves the progress bar, which goes to stderr
+            choices = [{"split": s} if name == "celeba" else {"train": s == "train"} for s in ("train", "test")]
+            parts = [kind(data_path, download=True, **choice) for choice in choices]
+    except Exception as error:  # no network, no gdown, a damaged file: every layer below has types of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetError(f"{name} is not in {data_path}, or not whole, and can't be downloaded ({reason[:160]}). "
+                           f"To get it, {by_hand.format(data_path)}; or take --dataset shapes or a folder") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    if name == "celeba":  # 40 attributes and 10,000 identities, but no classes
+        folder = Path(data_path) / "celeba" / "img_align_celeba"
+        files = ([(folder / name,) for name in _spread(part.filename, limit)] for part in parts)
+        train, test = (_decode(split, side, channels)[0][0] for split in files)
+        return Images(train, test, None, None, [], name=name)
+    rows = [_spread(list(range(len(part))), limit) for part in parts]
+    train, test = (_resize(np.asarray(part.data)[r], side, channels) for part, r in zip(parts, rows))
+    y, test_y = (torch.as_tensor(part.targets)[r] for part, r in zip(parts, rows))
+    return Images(train, test, y, test_y, list(parts[0].classes), name=name)
+
+
+def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
+    """(N, h, w[, 3]) uint8 -> (N, channels, side, side). 28 (Fashion-MNIST) becomes up to 32 by a black margin."""
+    if pixels.shape[1] == 28 < side <= 32:
+        margin = side - 28
+        pixels = np.pad(pixels, ((0, 0),) + ((margin // 2, margin - margin // 2),) * 2)
+    if pixels.shape[1] != side or pixels.ndim != (4 if channels == 3 else 3):
+        mode = "RGB" if channels == 3 else "L"
+        pixels = np.stack([np.asarray(fit(Image.fromarray(p).convert(mode), side)) for p in pixels])
+    return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
+
+
+# --------------------------------------------------------------------------------------------------------- drawn here
+
+def _shapes(side: int, channels: int, limit: int | None) -> Images:
+    """10,000 + 1,000 drawings of ten classes: the first `limit` of them, each the same whatever the limit is."""
+    x, y = [], []
+    for seed, count in ((0, 10_000), (1, 1_000)):
+        random = torch.rand(count, 24, generator=torch.Generator().manual_seed(seed))[:limit]
+        y.append(torch.arange(len(random)) % len(SHAPES))
+        x.append(torch.empty(len(random), channels, side, side, dtype=torch.uint8))
+        for label, shape in enumerate(SHAPES):
+            for rows in (y[-1] == label).nonzero()[:, 0].split(max(1, 2 ** 13 // side ** 2)):  # they fit the cache
+                x[-1][rows] = to_uint8(_draw(shape, random[rows], side, channels))
+    return Images(x[0], x[1], y[0], y[1], list(SHAPES), name="shapes")
+
+
+def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """(B, H, W) signed distance to the shape's edge, negative inside; x, y in its own axes, where its radius is 1."""
+    def stripes(v, period):  # the edges of bars half a period wide
+        return ((v / period) % 1 - 0.5).abs().sub(0.25) * period
+
+    r = (x * x + y * y).sqrt()
+    if shape == "disc":
+        return r - 0.9
+    if shape == "ring":
+        return (r - 0.75).abs() - 0.22
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.78
+    if shape == "triangle":
+        return torch.maximum(-y, (y + math.sqrt(3) * x.abs()) / 2) - 0.55
+    if shape == "cross":
+        return torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.28, torch.maximum(x.abs(), y.abs()) - 0.95)
+    if shape == "moon":
+        return torch.maximum(r - 0.95, 0.78 - ((x - 0.42) ** 2 + y * y).sqrt())
+    if shape == "star":  # fold the plane onto one of ten wedges: the edge is the line from a tip to the notch beside it
+        wedge = torch.pi / 5
+        angle = (torch.atan2(y, x) % (2 * wedge) - wedge).abs()  # 0 at a notch, `wedge` at a tip
+        u, v = r * angle.cos(), r * angle.sin()
+        edge = complex(math.cos(wedge), math.sin(wedge)) * 1.1 - 0.48
+        return ((u - 0.48) * edge.imag - v * edge.real) / abs(edge)
+    if shape == "stripes":
+        return stripes(y, 0.8)
+    if shape == "checks":
+        a, b = stripes(x, 1.1), stripes(y, 1.1)
+        return torch.where((a < 0) == (b < 0), -1, 1) * torch.minimum(a.abs(), b.abs())
+    assert shape == "waves"
+    return stripes(y + 0.28 * torch.sin(3.5 * x), 0.9) / (1 + (0.98 * torch.cos(3.5 * x)) ** 2).sqrt()
+
+
+def _draw(shape: str, random: Tensor, side: int, channels: int, oversample: int = 2) -> Tensor:
+    """random (B, 24) in [0, 1) -> (B, C, side, side) in [-1, 1]: a textured, outlined shape on a textured ground."""
+    u = iter(random.T[:, :, None, None])  # each next(u) is (B, 1, 1)
+    n, pixel = side * oversample, 2 / side
+    gx = ((torch.arange(n) + 0.5) / n * 2 - 1).expand(1, n, n)
+    gy = gx.transpose(1, 2)
+
+    def turned(angle):
+        return gx * angle.cos() + gy * angle.sin(), gy * angle.cos() - gx * angle.sin()
+
+    def texture():  # stripes or a weave in [-1, 1], their period from 3.5 pixels to a fifth of the side
+        a, b = turned(next(u) * torch.pi)
+        wave = 2 * torch.pi / (pixel * 3.5 * max(side / 17.5, 1) ** next(u))
+        weave = (next(u) < 0.5).float()
+        return (torch.sin(a * wave) + weave * torch.sin(b * wave)) / (1 + weave)
+
+    def colour(hue, light):  # (B, 1, 1) -> (B, 3, 1, 1), a saturated colour of mean `light`
+        shift = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
+        return light[:, None] + 0.3 * torch.cos(2 * torch.pi * (hue[:, None] - shift))
+
+    def paint(hue, light, shade):
+        return colour(hue, light) + ((0.05 + 0.13 * next(u)) * texture() + shade * gy)[:, None]
+
+    size = 0.5 + 0.3 * next(u)
+    x, y = turned(next(u) * 2 * torch.pi)
+    cx, cy = ((next(u) - 0.5) * 0.5 for _ in range(2))
+    d = _distance(shape, x / size - cx, y / size - cy) * size
+    sub = pixel / oversample
+    inside = (0.5 - d / sub).clamp(0, 1)
+    line = (0.5 - (d.abs() - (0.4 + 0.5 * next(u)) * pixel) / sub).clamp(0, 1)
+
+    hue, dark = next(u), (next(u) < 0.5).float()  # ground and shape far apart in hue and in lightness
+    ground = paint(hue, 0.68 - 0.4 * dark, 0.15)
+    filling = paint(hue + 0.3 + 0.4 * next(u), 0.3 + 0.4 * dark, -0.15)
+    image = torch.lerp(ground, filling, inside[:, None])
+    image = torch.lerp(image, (next(u) < 0.5).float()[:, None], line[:, None])  # outlined in black or white
+    image = avg_pool2d(image.clamp(0, 1), oversample)
+    if channels == 1:
+        image = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return image * 2 - 1

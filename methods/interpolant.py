@@ -1,0 +1,109 @@
+"""Stochastic interpolants with data-dependent couplings (Albergo et al. 2023, arXiv:2310.03725).
+
+The paper's symbols -> ours: x_1 -> z1, x_0 -> z0, x_t = I_t -> zt, alpha_t and beta_t alike, xi (what the coupling conditions on) -> cond,
+b_t -> v, m(x_1) + sigma zeta -> zlo + sigma * mask * noise.
+
+    zt = alpha(t) z0 + beta(t) z1,    v(t, z) = E[alpha' z0 + beta' z1 | zt = z],    dz/dt = v(t, z)
+
+carries the distribution of z0 at t = 0 to that of z1 at t = 1.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import ode_int
+from methods import keep_known, masked_mean
+from ode_int import ODE
+
+
+@dataclass(frozen=True)
+class Interpolant:
+    """Path, coupling and sampler of the interpolant."""
+
+    # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
+    path: Literal["linear", "trigonometric"] = "linear"
+    # dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
+    coupling: Literal["dependent", "independent"] = "dependent"
+    # standard deviation of the noise in z0, in units of the [-1, 1] range; positive
+    sigma: float = 1.0
+    # train and sample on t_min <= t <= 1 - t_min; in (0, 0.5)
+    t_min: float = 1e-3
+    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score takes the network to have seen zlo
+    eps0: float = 0.0
+
+    def __post_init__(self):
+        if self.sigma <= 0:
+            raise ValueError(f"interpolant.sigma = {self.sigma}: must be positive")
+        if not 0 < self.t_min < 0.5:
+            raise ValueError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
+        if self.eps0 < 0:
+            raise ValueError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
+
+    @property
+    def solver(self) -> str:
+        """What samples when the user names no solver: the ODE's, or this method's own stochastic one."""
+        return "own" if self.eps0 else "dopri5"
+
+    def path_at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, beta and their derivatives at t, shaped like t."""
+        if self.path == "linear":
+            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        angle, rate = torch.pi / 2 * t, torch.pi / 2
+        return angle.cos(), angle.sin(), -rate * angle.sin(), rate * angle.cos()
+
+    def center(self, batch) -> Tensor:
+        """The mean of z0 where pixels are to be made, given the damaged image."""
+        return batch.zlo if self.coupling == "dependent" else torch.zeros_like(batch.zlo)
+
+    def start(self, batch) -> Tensor:
+        """z0 (B, C, H, W), drawn from the coupling (section 3.1, eq. 10); known pixels of inpainting hold zlo throughout."""
+        return keep_known(self.center(batch) + self.sigma * torch.randn_like(batch.zlo), batch)
+
+    def loss(self, net, batch) -> Tensor:
+        """|v_hat - (alpha' z0 + beta' z1)|^2, mean over the pixels to be made -> (B,) (eq. 8)."""
+        z1, z0 = batch.z1, self.start(batch)
+        t = torch.empty(len(z1), device=z1.device).uniform_(self.t_min, 1 - self.t_min)
+        alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
+        zt = keep_known(alpha * z0 + beta * z1, batch)
+        v = d_alpha * z0 + d_beta * z1
+        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.mask)
+
+    def ends(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """E[z0 | zt], E[z1 | zt] from the velocity at the scalar t: zt and v are two linear equations in them."""
+        alpha, beta, d_alpha, d_beta = self.path_at(t)
+        determinant = alpha * d_beta - d_alpha * beta
+        return (d_beta * z - beta * v) / determinant, (alpha * v - d_alpha * z) / determinant
+
+    def velocity(self, net, batch) -> ODE:
+        """The probability-flow ODE, from z0 at t_min to 1 - t_min, where the clean estimate is the sample."""
+        def v(t, z):
+            return net(z, t.expand(len(z)), batch.y, batch.cond) * batch.mask
+
+        def clean(t, z):
+            return keep_known(self.ends(t, z, v(t, z))[1], batch)
+
+        return ODE(v, self.start(batch), self.t_min, 1 - self.t_min, clean)
+
+    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W): dopri5 on the ODE (heun when `steps` is given); with eps0 > 0 the SDE in `steps` (100) Euler-Maruyama steps."""
+        ode = self.velocity(net, batch)
+        if not self.eps0:
+            return ode_int.solve(ode, "heun" if steps else "dopri5", steps, trace=trace)
+        steps = steps or 100
+        z, dt = ode.z, (ode.t1 - ode.t0) / steps
+        for t in torch.linspace(ode.t0, ode.t1, steps + 1, device=z.device)[:-1]:
+            v = ode.velocity(t, z)
+            z0_hat, z1_hat = self.ends(t, z, v)
+            if trace is not None:
+                trace.append((float(t), z, keep_known(z1_hat, batch)))
+            # dz = (v + eps score) dt + sqrt(2 eps) dW, score = -(E[z0 | zt] - center) / (alpha sigma^2): alpha cancels in eps * score
+            drift = v - self.eps0 * (z0_hat - self.center(batch)) / self.sigma**2
+            noise = (2 * self.eps0 * self.path_at(t)[0] * dt).sqrt() * torch.randn_like(z)
+            z = z + batch.mask * (drift * dt + noise)
+        end = torch.tensor(ode.t1, dtype=z.dtype, device=z.device)
+        sample = ode.clean(end, z)
+        if trace is not None:
+            trace.append((ode.t1, z, sample))
+        return sample

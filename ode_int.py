@@ -1,0 +1,130 @@
+"""Integrates dz/dt = v(t, z) with torchdiffeq, from where a path starts to the clean image, and counts what it costs."""
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+# network calls a step; the adaptive solver chooses its own
+FIXED_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+SOLVERS = ("dopri5", *FIXED_STEP)
+DEFAULT_STEPS = 50  # of a fixed-step solver that was given no count
+MAX_ADAPTIVE_STEPS = 1000  # a field this stiff is not worth its dopri5 solution
+TRACE_FRAMES = 8
+
+
+class SolverError(FloatingPointError):
+    """The field is not finite: no solver can follow it."""
+
+
+@dataclass
+class ODE:
+    """An initial-value problem whose end point is a clean image, in the method's own time."""
+
+    velocity: Callable[[Tensor, Tensor], Tensor]  # (t (), z (B, C, H, W)) -> dz/dt
+    z: Tensor  # (B, C, H, W) the state at t0
+    t0: float
+    t1: float
+    clean: Callable[[Tensor, Tensor], Tensor]  # (t, z) -> E[z1 | zt], one network evaluation
+    view: Callable[[Tensor, Tensor], Tensor] = lambda t, z: z  # (t, z) -> the state, scaled to be looked at
+
+
+class Counted:
+    """net(x, t, y, cond) that counts its rows: NFE = rows / images, so a guided evaluation counts two."""
+
+    def __init__(self, net):
+        self.net, self.rows = net, 0
+        self.num_classes = getattr(net, "num_classes", 0)
+
+    def __call__(self, x, t, y=None, cond=None):
+        self.rows += len(x)
+        return self.net(x, t, y, cond)
+
+
+def largest_rms(z: Tensor) -> Tensor:
+    """Error norm of the adaptive solver: the largest of any image's root mean square, so that no image hides behind its batch."""
+    return z.square().flatten(1).mean(1).sqrt().amax() if z.ndim > 1 else z.abs().amax()
+
+
+@contextmanager
+def full_precision(device_type: str):
+    """fp32 without autocast and TF32: to an adaptive solver, rounding in the field reads as stiffness."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps: int | None = None,
+              atol=1e-5, rtol=1e-5, times: Tensor | None = None) -> Tensor:
+    """z(t1) of dz/dt = velocity(t, z), z(t0) = z0; with `times` (T,), increasing from t0 to t1, the states (T, *z0.shape) there.
+
+    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` equal steps under the caller's
+    autocast, with an fp32 state. Where dopri5 fails on a finite field, heun takes over, with a warning.
+    Raises ValueError for an unknown solver, SolverError for a field that is not finite.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver = {solver!r}: allowed are {', '.join(SOLVERS)}")
+    z0 = z0.float()
+    output = torch.tensor([t0, t1], dtype=torch.float64) if times is None else times.double()
+    output = output.to(z0.device)
+
+    seen = {}
+
+    def v(t, z):
+        seen["t"], seen["v"] = t, velocity(t.to(z.dtype), z)
+        return seen["v"]
+
+    def fixed(name, steps):
+        grid = torch.linspace(t0, t1, steps + 1, dtype=torch.float64, device=z0.device)
+        method = "heun2" if name == "heun" else name
+        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: grid, interp="cubic"))
+
+    if solver == "dopri5":
+        # torchdiffeq steps past t1 and interpolates back unless t1 is a point it must step to; v is not defined beyond
+        options = dict(norm=largest_rms, max_num_steps=MAX_ADAPTIVE_STEPS, step_t=output[-1:])
+        try:
+            with full_precision(z0.device.type):
+                states = odeint(v, z0, output, method="dopri5", atol=atol, rtol=rtol, options=options)
+        except AssertionError as failure:
+            where = f"dopri5 failed at t = {float(seen['t']):.4f}"
+            if not seen["v"].isfinite().all():
+                raise SolverError(f"{where}: the network's output is not finite; resume an earlier checkpoint or lower base_lr")
+            warnings.warn(f"{where} ({failure}): the field is stiff; heun with {DEFAULT_STEPS} steps takes over", stacklevel=2)
+            states = fixed("heun", DEFAULT_STEPS)
+    else:
+        states = fixed(solver, steps or DEFAULT_STEPS)
+    if not states[-1].isfinite().all():
+        raise SolverError(f"{solver} left the finite numbers: the network's output is not finite; resume an earlier checkpoint or lower base_lr")
+    return states[-1] if times is None else states
+
+
+def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1e-5, trace: list | None = None) -> Tensor:
+    """The clean image (B, C, H, W) at the end of `ode`: E[z1 | zt] at t1. `trace` receives (t, state, clean estimate) at a few times."""
+    times = None
+    if trace is not None:  # on the solver's own grid where it has one
+        n = steps or DEFAULT_STEPS
+        frames = min(TRACE_FRAMES, n) + 1
+        times = ode.t0 + (ode.t1 - ode.t0) * torch.linspace(0, n, frames, dtype=torch.float64).round() / n
+    z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times)
+
+    def clean(t, z):
+        t = torch.tensor(t, dtype=z.dtype, device=z.device)
+        if solver != "dopri5":
+            return ode.clean(t, z)
+        with full_precision(z.device.type):
+            return ode.clean(t, z)
+
+    if trace is None:
+        return clean(ode.t1, z)
+    for t, zt in zip(times.tolist(), z):
+        tensor_t = torch.tensor(t, dtype=zt.dtype, device=zt.device)
+        trace.append((t, ode.view(tensor_t, zt), clean(t, zt)))
+    return trace[-1][2]

@@ -1,0 +1,549 @@
+"""Trains one UNet by one of five methods to make clean images from noise or from damaged ones, and shows what it learned.
+
+    python trainer.py                    overfit one batch of CIFAR-10, 16x16 -> 32x32: a demo of minutes
+    python trainer.py --no-overfit       the full run
+    python trainer.py --help             every setting
+"""
+import copy
+import io
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+import warnings
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import ode_int
+from corruptions import Batch, Damage, cond_channels, parts
+from logs import Log, beside, grid, one_line, psnr, strip, write_atomically
+from methods.edm import EDM
+from methods.i2sb import I2SB
+from methods.interpolant import Interpolant
+from methods.sr3 import SR3
+from methods.udpm import UDPM
+from unet import Guided, Unet
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Sizes are pixels, batch sizes are images over all GPUs."""
+
+    preset: str = "auto"  # whole recipe the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm"] = "interpolant"  # how clean images are made
+    task: str = "sr"  # sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
+    overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
+
+    dataset: str | None = None  # cifar10, fashion-mnist, celeba, shapes, or the path of a folder; None: cifar10 if it can be had
+    data_path: str = "data"  # where downloaded data sets are kept
+    paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
+    image_size: int = 32  # side of the clean images
+    channels: int = 3  # 3 colour, 1 grey
+    condition: bool = True  # whether the network sees the damaged image
+
+    max_steps: int | None = None  # training steps; None: 1,000 when overfitting, else 100,000
+    batch_size: int = 128  # images a step
+    base_lr: float = 2e-4  # AdamW's learning rate
+    warmup_steps: int = 0  # steps over which the rate rises from 0
+    lr_decay: float = 1.0  # factor on the rate every 1,000 steps
+    grad_clip: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.9999  # of the averaged weights that sample, warmed up as (1 + n) / (10 + n)
+    label_drop: float = 0.1  # share of labels replaced by the null label, for guidance; 0 when overfitting
+
+    unet_channels: int = 128  # channels of the network's first level
+    unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)  # channels of each level in units of unet_channels; sides halve
+    unet_blocks: int = 2  # residual blocks a level
+    unet_dropout: float = 0.0  # share of activations dropped in training
+    unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
+
+    sample_every: int = 500  # steps between samplings
+    sample_count: int = 32  # images a sampling
+    sample_steps: int | None = None  # steps of the sampler; None: the method's own count
+    solver: str = "auto"  # auto: the method's own sampler (interpolant: dopri5); or dopri5, euler, midpoint, heun, rk4 on its ODE
+    integration_atol: float = 1e-5  # absolute tolerance of dopri5
+    integration_rtol: float = 1e-5  # relative tolerance of dopri5
+    guidance: float = 1.0  # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it
+
+    print_loss_every: int = 50  # steps between logged losses
+    checkpoint_every: int = 500  # steps between checkpoints
+    out_dir: str = "runs"  # each run makes a folder in it
+    resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
+    use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
+    wandb_project: str = "couplings"  # wandb's project
+    wandb_entity: str | None = None  # wandb's user or team; None: the account's default
+
+    seed: int = 0  # of weights, data order and noise
+    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
+
+    damage: Damage = field(default_factory=Damage)
+    interpolant: Interpolant = field(default_factory=Interpolant)
+    sr3: SR3 = field(default_factory=SR3)
+    i2sb: I2SB = field(default_factory=I2SB)
+    edm: EDM = field(default_factory=EDM)
+    udpm: UDPM = field(default_factory=UDPM)
+
+    @property
+    def recipe(self):
+        """The method in use."""
+        return getattr(self, self.method)
+
+    @property
+    def sampler(self) -> str:
+        """A solver of ode_int, or "own": the method's sampler."""
+        return getattr(self.recipe, "solver", "own") if self.solver == "auto" else self.solver
+
+    @property
+    def steps(self) -> int:
+        return self.max_steps if self.max_steps is not None else 1000 if self.overfit else 100_000
+
+    def check(self):
+        """Raises ValueError, one line that names field, value and what is allowed."""
+        def need(name, good, allowed):
+            if not good:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
+
+        need("preset", self.preset in PRESETS or self.preset == "auto", "auto, " + ", ".join(PRESETS))
+        for name in ("image_size", "batch_size", "unet_channels", "unet_blocks", "sample_every", "sample_count", "print_loss_every", "checkpoint_every"):
+            need(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("max_steps", "sample_steps"):
+            need(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more, or None")
+        for name in ("base_lr", "lr_decay", "grad_clip", "integration_atol", "integration_rtol"):
+            need(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("ema_decay", "unet_dropout"):
+            need(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
+        need("label_drop", 0 <= self.label_drop <= 1, "from 0 to 1")
+        need("warmup_steps", self.warmup_steps >= 0, "0 or more")
+        need("guidance", math.isfinite(self.guidance), "a finite number")
+        need("channels", self.channels in (1, 3), "1 or 3")
+        need("unet_channels", self.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
+        need("unet_dim_mults", len(self.unet_dim_mults) and min(self.unet_dim_mults) >= 1, "one or more whole numbers from 1")
+        need("task", parts(self.task), "")
+        need("paired_path", ("paired" in parts(self.task)) == (self.paired_path is not None), "a folder for the task paired, None for the others")
+        self.damage.check(self.task, self.image_size)
+        need("solver", self.solver == "auto" or self.solver in ode_int.SOLVERS, "auto, " + ", ".join(ode_int.SOLVERS))
+        if self.solver != "auto" and not hasattr(self.recipe, "velocity"):
+            raise ValueError(f"solver = {self.solver!r}: {self.method} has no ODE; allowed is auto")
+        if self.sampler == "dopri5" and self.sample_steps is not None:
+            raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver heun, or leave sample_steps out")
+        if self.device != "auto":
+            try:
+                torch.empty(1, device=self.device)
+            except (RuntimeError, AssertionError):
+                raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{', cuda' if torch.cuda.is_available() else '; no CUDA device is to be seen'}")
+        if hasattr(self.recipe, "check"):
+            self.recipe.check()
+
+
+def from_plain(kind, plain: dict):
+    """A dataclass from the plain dict that asdict made; keys it does not know (another version's) are dropped with a warning."""
+    known = {f.name: f for f in fields(kind)}
+    if unknown := set(plain) - set(known):
+        warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
+    values = {}
+    for name in set(plain) & set(known):
+        value, default = plain[name], known[name].default_factory
+        values[name] = from_plain(default, value) if is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
+SMALL = dict(unet_channels=32, batch_size=32, base_lr=1e-3, max_steps=500, sample_every=250)
+PRESETS = {  # name: what differs from Config's defaults
+    "cifar10-sr": dict(),
+    "small": SMALL,
+}
+
+
+def reseed(*key):
+    """All randomness after this is a function of `key`. Hashed, since torch's CPU generator keeps 32 bits of a seed only."""
+    torch.manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def draw(config: Config, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
+    """Samples (B, C, H, W) of the method, and the states they started from. `trace`: see ode_int.solve."""
+    method = config.recipe
+    if config.sampler == "own":
+        frames = FirstFrame() if trace is None else trace
+        sample = method.sample(net, batch, config.sample_steps, frames)
+        return sample, frames[0][1]
+    ode = method.velocity(net, batch)
+    tolerances = config.integration_atol, config.integration_rtol
+    return ode_int.solve(ode, config.sampler, config.sample_steps, *tolerances, trace), ode.view(torch.tensor(ode.t0), ode.z)
+
+
+class FirstFrame(list):
+    """A trace that keeps where the path starts, and nothing else."""
+
+    def append(self, frame):
+        if not self:
+            super().append(frame)
+
+
+def bf16_helps(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Trainer:
+    """A run: data, network, averaged network, optimizers, log and checkpoints. Raises ValueError or DatasetError before the first step."""
+
+    def __init__(self, config: Config, checkpoint: dict | None = None):
+        self.config, self.step, self.stop, self.showing, self.saved = config, 0, 0, False, True
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(config)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if config.batch_size % self.world:
+            raise ValueError(f"batch_size = {config.batch_size}: allowed are multiples of the {self.world} processes it is shared by")
+        bf16 = config.precision == "bf16" or config.precision == "auto" and bf16_helps(self.device)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.benchmark = True
+
+        self.images = load_images(config).to(self.device)
+        self.config = config = replace(config, dataset=config.dataset or self.images.name)  # a resumed run takes the same
+        self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
+        reseed("weights", config.seed)
+        net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        method = config.recipe
+        self.players = method.players(net, config.channels, self.num_classes) if hasattr(method, "players") else [(net, method.loss)]
+        self.players = [(module.to(self.device), loss) for module, loss in self.players]
+        self.net = net
+        self.optimizers = [torch.optim.AdamW(module.parameters(), config.base_lr, weight_decay=0.0, fused=True) for module, _ in self.players]
+        self.loss = torch.zeros(2, device=self.device)  # since the last report: sum, steps
+        self.skipped = torch.zeros(2, device=self.device)  # steps whose gradient was not finite: in all, in a row
+
+        wandb_id, self.folder = None, None
+        if checkpoint:
+            wandb_id, self.folder = checkpoint["wandb_id"], run_folder(config.resume)
+            self.load(checkpoint)
+            if self.step >= config.steps:
+                raise ValueError(f"max_steps = {config.steps}: the run is at step {self.step} already; allowed is more than that")
+        if self.rank == 0:
+            self.folder = self.folder or new_folder(config)
+            plain = json.dumps(asdict(config), indent=1)
+            write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+            self.announce(bf16)
+            self.log = Log(config, self.folder, self.step, wandb_id)
+
+    def announce(self, bf16: bool):
+        c, n = self.config, self.images
+        millions = [f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" for module, _ in self.players]
+        chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
+              f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
+        print(f"{' + '.join(millions)} parameters, {'bf16' if bf16 else 'fp32'}, {chip}" + f" x {self.world}" * (self.world > 1))
+        what = f"overfitting one batch of {c.batch_size}" if c.overfit else f"training on batches of {c.batch_size}"
+        print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder}")
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of the step's batch, damaged; a function of (seed, step, rank)."""
+        c = self.config
+        index = data.batch_indices(len(self.images.train), c.batch_size, c.seed, 0 if c.overfit else step)[self.rank::self.world]
+        z1, y, zlo = self.images.batch(index, self.device)
+        reseed("train", c.seed, step, self.rank)
+        if not c.overfit:
+            flip = torch.rand(len(z1), 1, 1, 1, device=self.device) < 0.5
+            z1, zlo = torch.where(flip, z1.flip(3), z1), zlo if zlo is None else torch.where(flip, zlo.flip(3), zlo)
+        if not self.num_classes:
+            y = None
+        elif not c.overfit and c.label_drop:
+            y = torch.where(torch.rand(len(y), device=self.device) < c.label_drop, self.num_classes, y)
+        return c.damage(c.task, z1, y, c.condition, zlo)
+
+    def train_step(self) -> Tensor:
+        """One step of every player -> the network's loss, left on the device."""
+        c = self.config
+        batch = self.batch(self.step)
+        rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
+        losses = []
+        for (module, loss), optimizer in zip(self.players, self.optimizers):
+            optimizer.zero_grad()
+            with self.autocast():
+                value = loss(module, batch).mean()
+            value.backward()
+            parameters = [p for p in module.parameters() if p.grad is not None]
+            if self.world > 1:
+                average([p.grad for p in parameters])
+            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
+            # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
+            optimizer.found_inf = (~norm.isfinite()).float()
+            self.skipped = torch.stack([self.skipped[0], self.skipped[1] * optimizer.found_inf]) + optimizer.found_inf
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            losses.append(value.detach())
+        self.step += 1
+        decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+        return losses[0]
+
+    def run(self) -> int:
+        """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
+        c = self.config
+        before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=c.steps, initial=self.step, disable=None if self.rank == 0 else True, dynamic_ncols=True, unit="step")
+        clock, counted = time.perf_counter(), self.step
+        if self.step and self.step % c.sample_every == 0 and not (self.folder / "samples" / f"step_{self.step:06d}.png").exists():
+            self.show(bar)  # the run was stopped before it could
+        while self.step < c.steps and not self.stop:
+            self.loss += torch.stack([self.train_step(), torch.ones_like(self.loss[1])])
+            bar.update()
+            if self.step % c.print_loss_every == 0 or self.step == c.steps:
+                self.report(bar, c.batch_size * (self.step - counted) / (time.perf_counter() - clock))
+                clock, counted = time.perf_counter(), self.step
+            if self.step % c.sample_every == 0 or self.step == c.steps:
+                paused = time.perf_counter()
+                self.show(bar)
+                clock += time.perf_counter() - paused
+            if self.step % c.checkpoint_every == 0 or self.step == c.steps or self.stop:
+                self.save()
+            if self.world > 1:
+                self.agree_to_stop()
+        bar.close()
+        if self.rank == 0:
+            self.log.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return self.stop
+
+    def on_signal(self, number, frame):
+        """The first signal ends the run after this step, or cuts a sampling short; the second ends it at once."""
+        if self.stop or self.showing:
+            self.stop = number
+            raise KeyboardInterrupt
+        self.stop = number
+        tqdm.write(f"{signal.Signals(number).name}: saving and leaving after this step")
+
+    def agree_to_stop(self):
+        """A signal may reach the processes in different steps; all of them leave after the same one."""
+        stop = torch.tensor(self.stop, device=self.device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop.item() and not self.stop:
+            self.stop = int(stop)
+            self.save()
+
+    def report(self, bar, images_per_second: float):
+        """The mean loss since the last report: the only look the host takes at a training step."""
+        if self.world > 1:
+            average([self.loss])
+        (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
+        self.loss.zero_()
+        if self.rank == 0:
+            self.log(self.step, loss=loss / count, images_per_second=images_per_second, skipped_steps=skipped or None)
+            bar.set_postfix_str(f"loss {loss / count:.4f}, {images_per_second:.0f} images/s")
+            if bar.disable:
+                print(f"step {self.step:,}: loss {loss / count:.4f}, {images_per_second:.0f} images/s", flush=True)
+        if in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the last {in_a_row:.0f} gradients were not finite and their steps were skipped: lower base_lr ({self.config.base_lr}), or go on in "
+                f"full precision: --resume {self.folder} --precision fp32")
+
+    # ------------------------------------------------------------------------------------------------------ pictures
+
+    def held_out(self) -> Batch:
+        """What samplings show: the overfitted batch, or test images; always the same ones, damaged the same way."""
+        c = self.config
+        n, size, split = (len(self.images.train), c.batch_size, "train") if c.overfit else (len(self.images.test), c.sample_count, "test")
+        z1, y, zlo = self.images.batch(data.batch_indices(n, size, c.seed, 0)[:c.sample_count], self.device, split)
+        reseed("show", c.seed)
+        return c.damage(c.task, z1, y if self.num_classes else None, c.condition, zlo)
+
+    @torch.no_grad()
+    def show(self, bar):
+        """Samples of the averaged network: their PSNR beside the input's, NFE, seconds, the four grids and the path they took."""
+        if self.rank:
+            return
+        c, self.showing, start = self.config, True, time.perf_counter()
+        counted = ode_int.Counted(self.ema)
+        net = Guided(counted, c.guidance)
+        try:
+            with self.autocast():
+                batch = self.held_out()
+                sample, z0 = draw(c, net, batch)
+                numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
+                if parts(c.task) != ["generate"]:
+                    numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
+                trace, few = [], Batch(*(None if x is None else x[:4] for x in vars(batch).values()))
+                draw(c, net, few, trace)
+            pictures = dict(step=beside(*map(grid, (batch.zlo, z0, sample, batch.z1))), trace=strip(trace))
+            self.log(self.step, pictures, **numbers)
+            decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), " if "psnr" in numbers else ""
+            tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for {len(sample)} images, "
+                       f"{self.folder}/samples/step_{self.step:06d}.png")
+        except ode_int.SolverError as failure:
+            tqdm.write(f"warning: no samples at step {self.step:,}: {failure}", file=sys.stderr)
+        except KeyboardInterrupt:
+            tqdm.write(f"{signal.Signals(self.stop).name}: the sampling is cut short; saving and leaving")
+        finally:
+            self.showing = False
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self):
+        """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
+
+        Data order and all noise are functions of (seed, step), so the step is their whole state.
+        """
+        if self.rank:
+            return
+        checkpoint = dict(
+            step=self.step, config=asdict(self.config), classes=self.images.classes, num_classes=self.num_classes, wandb_id=self.log.id,
+            ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers], loss=self.loss, skipped=self.skipped)
+        path = self.folder / "checkpoints" / "last.pt"
+
+        def write():
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, lambda f: torch.save(checkpoint, f))
+            return True
+
+        self.saved = bool(self.log.guarded("the checkpoint", write))
+
+    def load(self, checkpoint: dict):
+        try:
+            self.ema.load_state_dict(checkpoint["ema"])
+            for (module, _), optimizer, weights, state in zip(self.players, self.optimizers, checkpoint["players"], checkpoint["optimizers"], strict=True):
+                module.load_state_dict(weights)
+                optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError) as failure:
+            raise ValueError(f"resume = {self.config.resume!r}: its network is not the one these settings describe ({one_line(failure)[:200]} ...)")
+        self.step = checkpoint["step"]
+        self.loss, self.skipped = checkpoint["loss"].to(self.device), checkpoint["skipped"].to(self.device)
+
+
+def average(tensors: list[Tensor]):
+    """Mean over the processes, in place, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip((flat / dist.get_world_size()).split([t.numel() for t in tensors]), tensors)])
+
+
+def pick_device(config: Config) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def make_unet(config: Config, num_classes: int) -> Unet:
+    """The network that the method and task need; in float32."""
+    c, upscale = config, getattr(config.recipe, "upscale", 1)
+    seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
+    return Unet(seen, c.channels, c.unet_channels, c.unet_dim_mults, num_classes, c.unet_blocks, c.unet_dropout, upscale)
+
+
+def load_images(config: Config) -> data.Images:
+    """The data set; the demo, where none was named and CIFAR-10 can't be had, draws shapes instead and says so."""
+    c = config
+    arguments = (c.image_size, c.channels, c.data_path, c.paired_path, c.batch_size if c.overfit else None)
+    try:
+        return data.load(c.dataset or "cifar10", *arguments)
+    except data.DatasetError as failure:
+        if c.dataset or not c.overfit:
+            raise
+        print("*" * 100 + f"\n  No CIFAR-10: {failure}\n  This demo runs on drawn shapes instead; --dataset FOLDER takes your own images.\n" + "*" * 100)
+        return data.load("shapes", *arguments)
+
+
+def new_folder(config: Config) -> Path:
+    name = f"{config.method}-{config.task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(100):
+        folder = Path(config.out_dir) / (name + f"-{attempt}" * bool(attempt))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as failure:
+            raise ValueError(f"out_dir = {config.out_dir!r}: no folder can be made there ({failure.strerror})")
+    raise ValueError(f"out_dir = {config.out_dir!r}: it holds 100 runs of this second")
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run that was named by it or by its checkpoint file."""
+    return Path(run) if Path(run).is_dir() else Path(run).resolve().parent.parent
+
+
+def open_checkpoint(run: str | Path) -> tuple[Config, dict]:
+    """A run's folder, or a checkpoint file -> its settings and its contents, on the CPU. Raises ValueError."""
+    path = run_folder(run) / "checkpoints" / "last.pt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise ValueError(f"resume = {str(run)!r}: there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return from_plain(Config, checkpoint["config"]), checkpoint
+    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as failure:
+        raise ValueError(f"resume = {str(run)!r}: {path} is not a checkpoint of this trainer ({one_line(failure)[:100]})")
+
+
+def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
+    """The run's Config, and the checkpoint to go on from if --resume names one. Raises ValueError, exits after --help."""
+    def given(flag):
+        values = [b for a, b in zip(arguments, [*arguments[1:], ""]) if a == flag] + [a.split("=", 1)[1] for a in arguments if a.startswith(flag + "=")]
+        return values[-1] if values else None
+
+    checkpoint, preset = None, given("--preset") or "auto"
+    if run := given("--resume"):
+        config, checkpoint = open_checkpoint(run)
+        config = replace(config, resume=run)
+    else:
+        device = pick_device(Config(device=given("--device") or "auto"))
+        name = preset if preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
+        if name not in PRESETS:
+            raise ValueError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")
+        config = replace(Config(**PRESETS[name]), preset=name)
+        if preset == "auto" and int(os.environ.get("RANK", 0)) == 0:
+            print(f"preset {name}: " + ("no GPU here, so a small network; --preset cifar10-sr is the full one" if name == "small" else "the full network"))
+    with redirect_stderr(io.StringIO()) as errors:
+        try:
+            config = tyro.cli(Config, args=arguments, default=config, description=__doc__)
+        except SystemExit as end:
+            if not end.code:
+                raise
+    if errors.getvalue():  # tyro's box, in one line
+        raise ValueError(" ".join(line.strip("│ ") for line in errors.getvalue().splitlines()[1:] if line.startswith("│")).split(" ───")[0])
+    config.check()
+    return config, checkpoint
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal and saved."""
+    try:
+        trainer = Trainer(*read_command_line(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, data.DatasetError) as failure:
+        print(f"trainer.py: {failure}", file=sys.stderr)
+        return 2
+    try:
+        stopped = trainer.run()
+    except FloatingPointError as failure:
+        print(f"trainer.py: {failure}", file=sys.stderr)
+        return 1
+    except torch.cuda.OutOfMemoryError:
+        print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+        return 1
+    if trainer.rank == 0:
+        again = f"go on with: python trainer.py --resume {trainer.folder}" + (f" --max-steps {2 * trainer.step}" if not stopped else "")
+        print(again if trainer.saved else "trainer.py: the last checkpoint could not be written")
+    return 128 + stopped if stopped else int(trainer.rank == 0 and not trainer.saved)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

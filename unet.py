@@ -1,0 +1,212 @@
+"""The network: a UNet in the style of lucidrains' denoising-diffusion-pytorch (guided_diffusion), shared by every method.
+
+A 7x7 stem; levels of residual blocks (GroupNorm, SiLU, scale-shift from the time and class embedding) each followed by linear
+attention; full attention in the middle; skip connections into the way up. Activations live in channels_last, so that attention's
+(B, HW, C) view costs nothing, and in bf16 under autocast; the embedding, norm statistics and the output are fp32.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+HEAD = 32  # channels of an attention head
+
+
+class FourierTime(nn.Module):
+    """t (B,) of order 1 -> (B, dim + 1): t itself, then sines and cosines at learned frequencies."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(dim // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = 2 * math.pi * t[:, None] * self.frequencies
+        return torch.cat([t[:, None], angle.sin(), angle.cos()], dim=1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that returns its input's dtype; the kernel accumulates in fp32 whatever that is. Autocast alone would return fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of (B, HW, C), with a gain only; fp32 statistics, its input's dtype."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.gain.shape, self.gain.to(x.dtype))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; the embedding scales and shifts between them."""
+
+    def __init__(self, dim_in: int, dim_out: int, dim_emb: int, dropout: float):
+        super().__init__()
+        self.embed = nn.Linear(dim_emb, 2 * dim_out)
+        self.conv1, self.norm1 = nn.Conv2d(dim_in, dim_out, 3, padding=1), GroupNorm(8, dim_out)
+        self.conv2, self.norm2 = nn.Conv2d(dim_out, dim_out, 3, padding=1), GroupNorm(8, dim_out)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.embed(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm1(self.conv1(x))
+        h = F.silu(torch.addcmul(shift.to(h.dtype), h, (1 + scale).to(h.dtype)))
+        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
+        return h + self.skip(x)
+
+
+class LinearAttention(nn.Module):
+    """Residual attention whose cost grows with the number of pixels, not its square (arXiv:1812.01243)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * HEAD, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * HEAD, dim), LayerNorm(dim))
+        # the heads' blocks of a (heads * HEAD)^2 matrix: one large product and a mask beat many small products and their copies
+        blocks = torch.block_diag(*[torch.full((HEAD, HEAD), HEAD**-0.5)] * heads)
+        self.register_buffer("blocks", blocks, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(rearrange(x, "b c h w -> b (h w) c"))).chunk(3, dim=-1)
+        q = q.unflatten(-1, (self.heads, HEAD)).softmax(dim=-1).flatten(-2)  # over a head's channels
+        k = k.softmax(dim=1)  # over pixels
+        context = k.transpose(1, 2) @ v * self.blocks.to(v.dtype)
+        out = self.to_out(q @ context)
+        return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Attention(nn.Module):
+    """Residual full self-attention with as many heads as fill the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        heads = max(1, dim // HEAD)
+        self.norm = LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * HEAD, bias=False)
+        self.to_out = nn.Linear(heads * HEAD, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(rearrange(x, "b c h w -> b (h w) c")))
+        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, d=HEAD)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return x + rearrange(self.to_out(out), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then linear attention; each block's output is a skip connection on the way down."""
+
+    def __init__(self, dims: list[tuple[int, int]], dim_emb: int, dropout: float, heads: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(i, o, dim_emb, dropout) for i, o in dims)
+        self.attention = LinearAttention(dims[-1][1], heads)
+
+
+class Unet(nn.Module):
+    """net(x, t, y, cond) -> prediction.
+
+    in_channels   of x and cond together
+    out_channels  of the prediction
+    dim           channels of the stem; level i has dim * dim_mults[i], and half the side of level i - 1
+    num_classes   labels 0 .. num_classes - 1, and num_classes is the null label; 0 switches labels off
+    blocks        residual blocks a level
+    dropout       share of activations dropped before each block's second convolution
+    upscale       the prediction has upscale times x's side (a pixel shuffle at the end)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dim: int = 128, dim_mults: tuple[int, ...] = (1, 2, 2, 2),
+                 num_classes: int = 0, blocks: int = 2, dropout: float = 0.0, upscale: int = 1, dim_time: int = 32):
+        super().__init__()
+        self.num_classes, self.upscale, self.stride = num_classes, upscale, 2 ** (len(dim_mults) - 1)
+        dims = [dim, *(dim * m for m in dim_mults)]
+        dim_emb, heads = 4 * dim, max(1, dim // HEAD)
+
+        self.embed_time = nn.Sequential(FourierTime(dim_time), nn.Linear(dim_time + 1, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
+        if num_classes:
+            self.embed_class = nn.Sequential(
+                nn.Embedding(num_classes + 1, dim), nn.Linear(dim, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
+            dim_emb *= 2
+
+        self.stem = nn.Conv2d(in_channels, dim, 7, padding=3)
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
+        self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
+        for i, (before, after) in enumerate(zip(dims, dims[1:])):
+            last = i == len(dim_mults) - 1
+            self.down.append(Level([(before, before)] * blocks, dim_emb, dropout, heads))
+            self.shrink.append(nn.Conv2d(before, after, 3, padding=1) if last else nn.Conv2d(before, after, 4, 2, 1))
+        self.middle1 = ResBlock(dims[-1], dims[-1], dim_emb, dropout)
+        self.middle_attention = Attention(dims[-1])
+        self.middle2 = ResBlock(dims[-1], dims[-1], dim_emb, dropout)
+        for i, (before, after) in reversed(list(enumerate(zip(dims, dims[1:])))):
+            self.up.append(Level([(after + before, after)] * blocks, dim_emb, dropout, heads))
+            self.enlarge.append(nn.Conv2d(after, before, 3, padding=1))
+        self.last = ResBlock(2 * dim, dim, dim_emb, dropout)
+        self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) any sides, t (B,), y (B,) int64 (None: the null label), cond (B, Cc, H, W) -> (B, out, H * upscale, W * upscale) fp32."""
+        if cond is not None:
+            x = torch.cat([x, cond], dim=1)
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate") if height % self.stride or width % self.stride else x
+
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self.embed_time(t.float())
+            if self.num_classes:
+                y = torch.full_like(t, self.num_classes, dtype=torch.long) if y is None else y
+                emb = torch.cat([emb, self.embed_class(y)], dim=1)
+            emb = F.silu(emb)
+
+        x = self.stem(x)  # channels_last from here on, if the weights are
+        skips = [x]
+        for level, shrink in zip(self.down, self.shrink):
+            for block in level.blocks[:-1]:
+                x = block(x, emb)
+                skips.append(x)
+            x = level.attention(level.blocks[-1](x, emb))
+            skips.append(x)
+            x = shrink(x)
+        x = self.middle2(self.middle_attention(self.middle1(x, emb)), emb)
+        for i, (level, enlarge) in enumerate(zip(self.up, self.enlarge)):
+            for block in level.blocks:
+                x = block(torch.cat([x, skips.pop()], dim=1), emb)
+            x = level.attention(x)
+            if i < len(self.up) - 1:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = enlarge(x)
+        x = self.out(self.last(torch.cat([x, skips.pop()], dim=1), emb))
+        if self.upscale > 1:
+            x = F.pixel_shuffle(x, self.upscale)
+        return x[:, :, : height * self.upscale, : width * self.upscale].float()
+
+
+class Guided:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): null + scale (labelled - null) on the network's output.
+
+    Exact for every method's clean estimate, which is affine in the output. scale 1 is the conditional network, 0 the unconditional one; any
+    other evaluates both, as one batch of twice the size.
+    """
+
+    def __init__(self, net, scale: float):
+        self.net, self.scale = net, scale
+
+    def __call__(self, x, t, y=None, cond=None):
+        if y is None or self.scale == 1:
+            return self.net(x, t, y, cond)
+        null = torch.full_like(y, self.net.num_classes)
+        if self.scale == 0:
+            return self.net(x, t, null, cond)
+        both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]), None if cond is None else torch.cat([cond, cond]))
+        without, labelled = both.chunk(2)
+        return without + self.scale * (labelled - without)
