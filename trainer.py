@@ -35,6 +35,7 @@ from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
+from presets import PRESETS
 from unet import Guided, Unet
 
 
@@ -107,6 +108,12 @@ class Config:
         return getattr(self.recipe, "solver", "own") if self.solver == "auto" else self.solver
 
     @property
+    def quick(self) -> "Config":
+        """For the pictures in training: a method whose paper takes a thousand steps says how many will do there."""
+        steps = getattr(self.recipe, "quick", None) if self.sampler == "own" else None
+        return replace(self, sample_steps=self.sample_steps or steps)
+
+    @property
     def steps(self) -> int:
         return self.max_steps if self.max_steps is not None else 1000 if self.overfit else 100_000
 
@@ -161,11 +168,6 @@ def from_plain(kind, plain: dict):
 
 
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
-SMALL = dict(unet_channels=32, batch_size=32, base_lr=1e-3, max_steps=500, sample_every=250)
-PRESETS = {  # name: what differs from Config's defaults
-    "cifar10-sr": dict(),
-    "small": SMALL,
-}
 
 
 def reseed(*key):
@@ -203,7 +205,7 @@ class Trainer:
     """A run: data, network, averaged network, optimizers, log and checkpoints. Raises ValueError or DatasetError before the first step."""
 
     def __init__(self, config: Config, checkpoint: dict | None = None):
-        self.config, self.step, self.stop, self.showing, self.saved = config, 0, 0, False, True
+        self.config, self.step, self.signal, self.showing, self.saved = config, 0, 0, False, True
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config)
         if self.world > 1 and not dist.is_initialized():
@@ -219,6 +221,7 @@ class Trainer:
         self.images = load_images(config).to(self.device)
         self.config = config = replace(config, dataset=config.dataset or self.images.name)  # a resumed run takes the same
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
+        self.rehearse()
         reseed("weights", config.seed)
         net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -242,6 +245,13 @@ class Trainer:
             write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
             self.announce(bf16)
             self.log = Log(config, self.folder, self.step, wandb_id)
+
+    @torch.no_grad()
+    def rehearse(self):
+        """Samples one image with a network that always says 0, so that a setting no sampler takes is refused before the first step."""
+        scale = getattr(self.config.recipe, "upscale", 1)
+        one = Batch(*(None if x is None else x[:1] for x in vars(self.held_out()).values()))
+        draw(self.config.quick, lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale), one)
 
     def announce(self, bf16: bool):
         c, n = self.config, self.images
@@ -304,8 +314,10 @@ class Trainer:
         clock, counted = time.perf_counter(), self.step
         if self.step and self.step % c.sample_every == 0 and not (self.folder / "samples" / f"step_{self.step:06d}.png").exists():
             self.show(bar)  # the run was stopped before it could
-        while self.step < c.steps and not self.stop:
-            self.loss += torch.stack([self.train_step(), torch.ones_like(self.loss[1])])
+        stop = 0
+        while self.step < c.steps and not stop:
+            loss = self.train_step()
+            self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
             bar.update()
             if self.step % c.print_loss_every == 0 or self.step == c.steps:
                 self.report(bar, c.batch_size * (self.step - counted) / (time.perf_counter() - clock))
@@ -314,44 +326,48 @@ class Trainer:
                 paused = time.perf_counter()
                 self.show(bar)
                 clock += time.perf_counter() - paused
-            if self.step % c.checkpoint_every == 0 or self.step == c.steps or self.stop:
+            stop = self.asked_to_stop()
+            if self.step % c.checkpoint_every == 0 or self.step == c.steps or stop:
                 self.save()
-            if self.world > 1:
-                self.agree_to_stop()
         bar.close()
         if self.rank == 0:
             self.log.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-        return self.stop
+        if self.world > 1:
+            dist.destroy_process_group()
+        return stop
 
     def on_signal(self, number, frame):
-        """The first signal ends the run after this step, or cuts a sampling short; the second ends it at once."""
-        if self.stop or self.showing:
-            self.stop = number
+        """The first signal ends the run after this step, or cuts a sampling short; a second one ends it at once."""
+        again, self.signal = self.signal, number
+        if again or self.showing:
             raise KeyboardInterrupt
-        self.stop = number
         tqdm.write(f"{signal.Signals(number).name}: saving and leaving after this step")
 
-    def agree_to_stop(self):
-        """A signal may reach the processes in different steps; all of them leave after the same one."""
-        stop = torch.tensor(self.stop, device=self.device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop.item() and not self.stop:
-            self.stop = int(stop)
-            self.save()
+    def asked_to_stop(self) -> int:
+        """The signal that ends the run now, or 0. Several processes, which it reaches in different steps, agree on it at each report."""
+        if self.world == 1:
+            return self.signal
+        if self.step % self.config.print_loss_every:
+            return 0
+        asked = torch.tensor(self.signal, device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return int(asked)
 
     def report(self, bar, images_per_second: float):
         """The mean loss since the last report: the only look the host takes at a training step."""
         if self.world > 1:
             average([self.loss])
         (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
+        loss = loss / count if count else None
         self.loss.zero_()
         if self.rank == 0:
-            self.log(self.step, loss=loss / count, images_per_second=images_per_second, skipped_steps=skipped or None)
-            bar.set_postfix_str(f"loss {loss / count:.4f}, {images_per_second:.0f} images/s")
+            self.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
+            line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.0f} images/s"
+            bar.set_postfix_str(line)
             if bar.disable:
-                print(f"step {self.step:,}: loss {loss / count:.4f}, {images_per_second:.0f} images/s", flush=True)
+                print(f"step {self.step:,}: {line}", flush=True)
         if in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"the last {in_a_row:.0f} gradients were not finite and their steps were skipped: lower base_lr ({self.config.base_lr}), or go on in "
@@ -372,7 +388,7 @@ class Trainer:
         """Samples of the averaged network: their PSNR beside the input's, NFE, seconds, the four grids and the path they took."""
         if self.rank:
             return
-        c, self.showing, start = self.config, True, time.perf_counter()
+        c, self.showing, start = self.config.quick, True, time.perf_counter()
         counted = ode_int.Counted(self.ema)
         net = Guided(counted, c.guidance)
         try:
@@ -392,7 +408,7 @@ class Trainer:
         except ode_int.SolverError as failure:
             tqdm.write(f"warning: no samples at step {self.step:,}: {failure}", file=sys.stderr)
         except KeyboardInterrupt:
-            tqdm.write(f"{signal.Signals(self.stop).name}: the sampling is cut short; saving and leaving")
+            tqdm.write(f"{signal.Signals(self.signal).name}: the sampling is cut short; saving and leaving")
         finally:
             self.showing = False
 
@@ -512,14 +528,17 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
         config = replace(Config(**PRESETS[name]), preset=name)
         if preset == "auto" and int(os.environ.get("RANK", 0)) == 0:
             print(f"preset {name}: " + ("no GPU here, so a small network; --preset cifar10-sr is the full one" if name == "small" else "the full network"))
+    default = config
     with redirect_stderr(io.StringIO()) as errors:
         try:
-            config = tyro.cli(Config, args=arguments, default=config, description=__doc__)
+            config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
         except SystemExit as end:
             if not end.code:
                 raise
     if errors.getvalue():  # tyro's box, in one line
         raise ValueError(" ".join(line.strip("│ ") for line in errors.getvalue().splitlines()[1:] if line.startswith("│")).split(" ───")[0])
+    if config.overfit and not default.overfit and given("--max-steps") is None:  # a paper's step count is no demo
+        config = replace(config, max_steps=None)
     config.check()
     return config, checkpoint
 
@@ -536,6 +555,8 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as failure:
         print(f"trainer.py: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + trainer.signal
     except torch.cuda.OutOfMemoryError:
         print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
         return 1

@@ -1,0 +1,122 @@
+"""I2SB (Liu et al. 2023, arXiv:2302.05872): a Brownian bridge from the damaged image to the clean one.
+
+The paper's symbols -> ours:
+    X_0                      z1, the clean image
+    X_1                      damaged = zlo + hole * noise, one noise for the whole bridge
+    X_t                      zt, at one of the times k = 0 (clean) .. n (damaged)
+    beta_t                   beta_1 .. beta_n, the variance of each of the n intervals
+    sigma_t^2                s2 = beta_1 + .. + beta_k, the variance between clean and zt
+    sigma-bar_t^2            r2 = total - s2, the variance between zt and damaged
+    eps(X_t, t; theta)       net(zt, k/n, y, cond), which predicts (zt - z1) / sqrt(s2)
+    t (0 = clean)            t = r2 / total (1 = data): the bridge's mean is then t z1 + (1 - t) damaged
+"""
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from corruptions import Batch
+from methods import keep_known, masked_mean
+from ode_int import ODE
+
+BETA_MIN = 1e-4  # variance of the first and of the last interval
+
+
+@dataclass(frozen=True)
+class I2SB:
+    beta_max: float = 0.3  # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
+    n: int = 1000  # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
+    ot_ode: bool = False  # the limit without noise: straight lines, a deterministic sampler
+    clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
+
+    quick = 50  # sampler steps that will do for the pictures in training
+
+    def __post_init__(self):
+        if not 0 < self.beta_max < float("inf"):
+            raise ValueError(f"i2sb.beta_max = {self.beta_max}: allowed is any finite number above 0")
+        if self.n < 2:
+            raise ValueError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
+
+    @cached_property
+    def s2(self) -> Tensor:
+        """(n + 1,) float64: variance between z1 and zt at k = 0..n. beta climbs to the middle, then mirrors itself."""
+        climb = torch.linspace(BETA_MIN**0.5, (self.beta_max / self.n) ** 0.5, self.n, dtype=torch.float64).square()
+        half = climb[: (self.n + 1) // 2]
+        beta = torch.cat([half, half[: self.n // 2].flip(0)])
+        return torch.cat([beta.new_zeros(1), beta.cumsum(0)])
+
+    @cached_property
+    def total(self) -> float:
+        return self.s2[-1].item()
+
+    def bridge(self, s2):
+        """q(zt | z1, damaged), eq. 11: weight of z1, weight of damaged, std. `s2` a float or a tensor."""
+        r2 = self.total - s2
+        return r2 / self.total, s2 / self.total, 0 * s2 if self.ot_ode else (r2 * s2 / self.total) ** 0.5
+
+    def posterior(self, s2_k, s2_j):
+        """q(z_j | z1, z_k) for j < k, eq. 4: weight of z1, weight of z_k, std."""
+        kept = s2_j / s2_k
+        return 1 - kept, kept, 0 * kept if self.ot_ode else (kept * (s2_k - s2_j)) ** 0.5
+
+    @cache
+    def table(self, device: torch.device) -> Tensor:
+        """(4, n + 1) float32 on `device`: the bridge's two weights and std, and s, by k."""
+        return torch.stack([*self.bridge(self.s2), self.s2.sqrt()]).float().to(device)
+
+    def loss(self, net, batch: Batch) -> Tensor:
+        """(B,) squared error of eq. 12 over the pixels to be made; k uniform on 1..n."""
+        z1 = batch.z1
+        k = torch.randint(1, self.n + 1, (len(z1),), device=z1.device)
+        damaged = batch.zlo + batch.hole * torch.randn_like(z1)
+        a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
+        zt = a * z1 + b * damaged + std * torch.randn_like(z1)
+        error = net(zt, k / self.n, batch.y, batch.cond) - (zt - z1) / s
+        return masked_mean(error.square(), batch.mask)
+
+    def estimate(self, net, zt: Tensor, s, time: Tensor, batch: Batch) -> Tensor:
+        """E[z1 | zt], eq. 12 solved for z1; known pixels are zlo. `s` a float or a scalar tensor, `time` = k/n (B,)."""
+        z1 = zt - s * net(zt, time, batch.y, batch.cond)
+        return keep_known(z1.clamp(-1, 1) if self.clip_denoise else z1, batch)
+
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W): algorithm 2 on `steps` intervals, even in k; default n. ValueError if steps is not in 1..n."""
+        steps = self.n if steps is None else steps
+        if not 1 <= steps <= self.n:
+            raise ValueError(f"steps = {steps}: I2SB allows 1 to i2sb.n = {self.n}")
+        s2 = self.s2.tolist()
+        zt = batch.zlo + batch.hole * torch.randn_like(batch.zlo)
+        for k, j in pairwise(self.n * i // steps for i in range(steps, -1, -1)):
+            time = torch.full((len(zt),), k / self.n, device=zt.device)
+            z1 = self.estimate(net, zt, s2[k] ** 0.5, time, batch)
+            if trace is not None:
+                trace.append((1 - s2[k] / self.total, zt, z1))
+            noise = torch.randn_like(zt)
+            a, b, std = self.posterior(s2[k], s2[j])
+            made = a * z1 + b * zt + std * noise  # at j = 0 this is z1
+            known = batch.zlo + self.bridge(s2[j])[2] * noise  # where both ends of the bridge are zlo
+            zt = torch.where(batch.mask > 0, made, known)
+        return zt
+
+    def velocity(self, net, batch: Batch) -> ODE:
+        """The OT-ODE, d zt / d s2 = (zt - z1) / s2; in t = 1 - s2/total, d zt / dt = (z1 - zt) / (1 - t).
+
+        zt = t z1 + (1 - t) damaged solves it: straight lines at constant speed. An Euler step in t is one of
+        `sample`, only that even steps in t are equal shares of the variance, not equal numbers of intervals.
+        Between two times of the table, k is linear in s2. It ends at k = 1, the last time the network knows;
+        the clean estimate there is the last step of `sample`. ValueError without ot_ode.
+        """
+        if not self.ot_ode:
+            raise ValueError("velocity: I2SB has an ODE only with ot_ode")
+        table = self.s2.to(batch.zlo)
+
+        def clean(t, zt):
+            s2 = (1 - t) * self.total
+            j = torch.searchsorted(table, s2[None]).clamp(1, self.n)  # (1,), table[j - 1] < s2 <= table[j]
+            k = j - (table[j] - s2) / (table[j] - table[j - 1])
+            return self.estimate(net, zt, s2.sqrt(), (k / self.n).float().expand(len(zt)), batch)
+
+        start = batch.zlo + batch.hole * torch.randn_like(batch.zlo)
+        return ODE(lambda t, zt: (clean(t, zt) - zt) / (1 - t), start, 0.0, 1 - self.s2[1].item() / self.total, clean)

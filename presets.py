@@ -1,0 +1,53 @@
+"""Whole recipes: what differs from Config's defaults. The papers' network sizes, batches, rates and lengths, on this project's UNet."""
+from corruptions import Damage
+from methods.edm import EDM
+from methods.i2sb import I2SB
+from methods.sr3 import SR3
+from methods.udpm import UDPM
+
+# two CPU cores, a few minutes
+SMALL = dict(unet_channels=32, batch_size=32, base_lr=1e-3, max_steps=500, sample_every=250)
+
+# I2SB section 5: ImageNet at 256, ADM's network (the paper starts from its weights), no conditioning on the damaged image
+I2SB_256 = dict(method="i2sb", dataset="data/imagenet", image_size=256, condition=False, overfit=False, batch_size=256, base_lr=5e-5,
+                lr_decay=0.99, ema_decay=0.99, max_steps=1_000_000, unet_channels=256, unet_dim_mults=(1, 1, 2, 2, 4, 4), unet_use_classes=False)
+OT = I2SB(beta_max=1.0, ot_ode=True)
+
+# EDM table 7: CIFAR-10 sees 200 M images, the rate rises over 10 M, the average's half-life is 0.5 M
+EDM_CIFAR = dict(method="edm", task="generate", overfit=False, batch_size=512, base_lr=1e-3, warmup_steps=19_531, max_steps=390_625,
+                 ema_decay=0.9993, unet_dim_mults=(2, 2, 2), unet_blocks=4, unet_dropout=0.13)
+
+# UDPM: 600,000 steps; level 3 of a 32x32 image works at 4x4, hence no more than three levels in the network
+UDPM_CIFAR = dict(method="udpm", task="generate", overfit=False, batch_size=64, base_lr=1e-4, warmup_steps=5000, max_steps=600_000,
+                  unet_dim_mults=(2, 2, 2), unet_blocks=4)
+UDPM_64 = UDPM_CIFAR | dict(image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_use_classes=False)
+
+PRESETS = {
+    "cifar10-sr": dict(),
+    "small": SMALL,
+    "small-sr3": SMALL | dict(method="sr3", damage=Damage(up="bicubic")),
+    "small-i2sb": SMALL | dict(method="i2sb"),
+    "small-edm": SMALL | dict(method="edm", task="generate"),
+    "small-udpm": SMALL | dict(method="udpm", task="generate", unet_dim_mults=(2, 2, 2), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=32)),
+    "sr3-faces128": dict(
+        method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"), overfit=False,
+        batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128, unet_dim_mults=(1, 2, 4, 8, 8),
+        unet_blocks=3, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
+    "i2sb-sr4-pool": I2SB_256 | dict(damage=Damage(factor=4)),
+    "i2sb-sr4-bicubic": I2SB_256 | dict(damage=Damage(factor=4, down="bicubic")),
+    "i2sb-jpeg5": I2SB_256 | dict(task="jpeg", damage=Damage(quality=5)),
+    "i2sb-jpeg10": I2SB_256 | dict(task="jpeg", damage=Damage(quality=10)),
+    "i2sb-blur-uniform": I2SB_256 | dict(task="blur", i2sb=OT),
+    "i2sb-blur-gaussian": I2SB_256 | dict(task="blur", damage=Damage(kernel="gaussian"), i2sb=OT),
+    "i2sb-inpaint-center": I2SB_256 | dict(task="inpaint", i2sb=OT),
+    "i2sb-inpaint-freeform1020": I2SB_256 | dict(task="inpaint", damage=Damage(mask="freeform-10-20"), i2sb=OT),
+    "i2sb-inpaint-freeform2030": I2SB_256 | dict(task="inpaint", damage=Damage(mask="freeform-20-30"), i2sb=OT),
+    "i2sb-paired": I2SB_256 | dict(task="paired", dataset="data/clean", paired_path="data/damaged", condition=True),
+    "edm-cifar10": EDM_CIFAR | dict(label_drop=0.0),
+    "edm-cifar10-guided": EDM_CIFAR | dict(guidance=2.5, edm=EDM(sampler="euler")),
+    "edm-fashion-mnist": EDM_CIFAR | dict(dataset="fashion-mnist", channels=1, max_steps=50_000, unet_channels=64, unet_blocks=2),
+    "edm-celeba": EDM_CIFAR | dict(dataset="celeba", image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_blocks=2, unet_use_classes=False),
+    "udpm-cifar10": UDPM_CIFAR,
+    "udpm-ffhq64": UDPM_64 | dict(dataset="data/ffhq64", udpm=UDPM(disc_dropout=0.2, grad_penalty=(0.1, 0.4, 0.8))),
+    "udpm-afhq64": UDPM_64 | dict(dataset="data/afhqv2", unet_dropout=0.1, udpm=UDPM(disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
+}

@@ -1,0 +1,289 @@
+"""The corruptions against PIL, libjpeg and scipy, and the invariants that methods rely on."""
+import io
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from PIL import Image
+
+import corruptions
+from corruptions import TASKS, Damage, cond_channels, enlarge, given, has_holes
+
+MIXTURE = "sr,inpaint,blur,jpeg,generate"
+
+
+def photos(count: int, height: int, width: int, seed=0) -> np.ndarray:
+    """uint8 (count, height, width, 3) like photographs in what matters here: 1/f texture, colour, edges, clipping."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)) + 1 / max(height, width)
+    spectrum = np.fft.fft2(rng.standard_normal((count, 4, height, width))) / frequency
+    texture = np.fft.ifft2(spectrum).real
+    texture /= texture.std((2, 3), keepdims=True)
+    x = 120 + 55 * texture[:, :1] + 25 * texture[:, 1:]
+    for image in x:
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        image[:, top : top + height // 3, left : left + width // 3] = rng.integers(0, 256, (3, 1, 1))
+    return x.round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def noise(count: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def to_z(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_levels(z: torch.Tensor) -> np.ndarray:
+    """-> float64 (B, H, W, C) in 0..255, not rounded"""
+    return ((z.double() + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+
+
+def each(images: np.ndarray, function) -> np.ndarray:
+    return np.stack([np.asarray(function(Image.fromarray(i))) for i in images]).astype(float)
+
+
+# sr
+
+
+@pytest.mark.parametrize("make", [photos, noise])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_sr_box_is_pil_exactly(make, factor):
+    images = make(4, 48, 32)
+    pil = each(images, lambda i: i.resize((32 // factor, 48 // factor), Image.BOX).resize((32, 48), Image.BOX))
+    ours = to_levels(Damage(factor=factor)("sr", to_z(images)).zlo)
+    assert np.abs(ours - pil).max() < 1e-3
+    assert np.abs(images - pil).max() > 20  # it is a damage
+
+
+@pytest.mark.parametrize("make", [photos, noise])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_sr_bicubic_is_pil_within_a_level(make, factor):
+    images = make(4, 48, 32)
+    lo = each(images, lambda i: i.resize((32 // factor, 48 // factor), Image.BICUBIC))
+    error = np.abs(to_levels(Damage(factor=factor, down="bicubic")("sr", to_z(images)).zlo)[:, ::factor, ::factor] - lo)
+    assert error.max() < 1 + 1e-3 and (error < 1e-3).mean() > 0.99
+    hi = each(images, lambda i: i.resize((32 * factor, 48 * factor), Image.BICUBIC))
+    error = np.abs(to_levels(enlarge(to_z(images), factor, "bicubic")) - hi)
+    assert error.max() < 2 + 1e-3 and (error < 1e-3).mean() > 0.995
+    assert make is noise or error.max() < 1 + 1e-3  # at the border PIL's fixed point misses exact halves
+
+
+@pytest.mark.parametrize("up", ["nearest", "bicubic"])
+@pytest.mark.parametrize("down", ["box", "bicubic"])
+def test_a_low_resolution_file_enlarges_to_what_training_saw(down, up):
+    images = photos(3, 32, 32)
+    pil = {"box": Image.BOX, "bicubic": Image.BICUBIC}[down]
+    lo = each(images, lambda i: i.resize((8, 8), pil)).astype(np.uint8)
+    error = to_levels(enlarge(to_z(lo), 4, up)) - to_levels(Damage(4, down, up)("sr", to_z(images)).zlo)
+    assert np.abs(error).max() < 1 + 1e-3 and (np.abs(error) < 1e-3).mean() > 0.99
+
+
+# blur
+
+
+@pytest.mark.parametrize("damage, filter, knobs", [
+    (Damage(), scipy.ndimage.uniform_filter, dict(size=9)),
+    (Damage(taps=3), scipy.ndimage.uniform_filter, dict(size=3)),
+    (Damage(kernel="gaussian"), scipy.ndimage.gaussian_filter, dict(sigma=10, radius=2)),
+    (Damage(kernel="gaussian", sigma=1.5, taps=13), scipy.ndimage.gaussian_filter, dict(sigma=1.5, radius=6)),
+])
+def test_blur_is_scipy_rounded(damage, filter, knobs):
+    images = photos(3, 24, 40)
+    exact = filter(images.astype(float), axes=(1, 2), mode="mirror", **knobs)
+    assert np.abs(to_levels(damage("blur", to_z(images)).zlo) - exact).max() < 0.5 + 1e-3
+
+
+# jpeg
+
+
+def libjpeg(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (37, 51)])
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("quality", [5, 10, 50, 95])
+def test_jpeg_is_libjpeg(size, colour, quality):
+    images = photos(16, *size) if colour else photos(16, *size)[..., :1]
+    pil = each(images if colour else images[..., 0], lambda i: libjpeg(i, quality)).reshape(images.shape)
+    error = to_levels(Damage(quality=quality)("jpeg", to_z(images)).zlo) - pil
+    damage = ((images - pil) ** 2).mean()
+    assert np.abs(error).mean() < 0.3
+    assert (error**2).mean() < min(255**2 / 10**4.5, damage / 4)  # above 45 dB; a codec that does nothing would fail
+    assert (np.abs(error) < 1e-3).mean() > (0.98 if quality <= 10 else 0.75)
+
+
+def test_jpeg_steps_are_those_in_libjpeg_files():
+    for quality in (1, 5, 10, 25, 49, 50, 51, 75, 95, 100):
+        tables = libjpeg(Image.new("RGB", (8, 8)), quality).quantization
+        dct, luma, chroma = corruptions.tables(quality, torch.device("cpu"))
+        assert luma.flatten().tolist() == tables[0] and chroma.flatten().tolist() == tables[1]
+    assert torch.allclose(dct @ dct.mT, torch.eye(8), atol=1e-6)
+
+
+# inpaint
+
+
+@pytest.mark.parametrize("mask", ["center", "freeform-10-20", "freeform-20-30"])
+def test_inpaint_hides_the_hole_and_nothing_else(mask):
+    z1 = to_z(photos(4, 32, 40))
+    batch = Damage(mask=mask)("inpaint", z1)
+    hole = batch.hole.expand_as(z1) == 1
+    assert torch.equal(batch.zlo[~hole], z1[~hole]) and torch.equal(batch.zlo[hole], torch.zeros(int(hole.sum())))
+    assert torch.equal(batch.mask, batch.hole) and set(batch.hole.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(batch.cond, torch.cat((batch.zlo, batch.hole), 1))
+    torch.manual_seed(5)
+    one = Damage(mask=mask)("inpaint", z1)
+    torch.manual_seed(5)
+    two = Damage(mask=mask)("inpaint", z1.masked_fill(one.hole == 1, torch.nan))
+    assert torch.equal(one.zlo, two.zlo)  # what is in the hole leaves no trace
+
+
+def test_center_hole():
+    hole = Damage()("inpaint", torch.zeros(2, 3, 16, 24)).hole
+    rows, columns = hole[0, 0].nonzero(as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 11, 6, 17)
+    assert hole.mean() == 0.25
+
+
+@pytest.mark.parametrize("mask, least, most", [("freeform-10-20", 0.1, 0.2), ("freeform-20-30", 0.2, 0.3)])
+@pytest.mark.parametrize("size", [(48, 48), (16, 40), (9, 9)])
+def test_freeform_share_and_strokes(mask, least, most, size):
+    torch.manual_seed(0)
+    hole = Damage(mask=mask)("inpaint", torch.zeros(256, 1, *size)).hole
+    share = hole.mean((1, 2, 3))
+    assert share.min() >= least - 1e-6 and share.max() <= most + 1e-6
+    assert abs(share.mean() - (least + most) / 2) < 0.01 and abs(share.std() - 0.1 / 12**0.5) < 0.006  # uniform
+    if size == (48, 48):
+        pieces = [scipy.ndimage.label(h, np.ones((3, 3)))[1] for h in hole[:, 0].numpy()]
+        assert max(pieces) <= 4 and sum(pieces) > len(pieces)  # at most four strokes; mostly apart, not one blob
+        assert (hole.mean(0) > 0).all() and (hole.mean(0) < 2 * most).all()  # anywhere in the image
+        assert abs(hole.diff(dim=2).abs().mean() / hole.diff(dim=3).abs().mean() - 1) < 0.1  # in all directions
+
+
+# every task
+
+
+@pytest.mark.parametrize("task", TASKS + (MIXTURE, "sr,paired", "generate,generate"))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("condition", [True, False])
+def test_batch(task, channels, condition):
+    z1, y = to_z(photos(12, 32, 32))[:, :channels].contiguous(), torch.arange(12)
+    pair = to_z(photos(12, 32, 32, seed=2))[:, :channels]
+    batch = Damage(mask="freeform-20-30")(task, z1, y, condition, zlo=pair)
+    assert batch.z1 is z1 and batch.y is y
+    levels = to_levels(batch.zlo)
+    holes = batch.hole.expand_as(z1).permute(0, 2, 3, 1).numpy() == 1
+    assert np.abs(levels - levels.round())[~holes].max(initial=0) < 1e-3  # a PNG would hold it
+    assert batch.zlo.abs().max() <= 1 and (batch.zlo * batch.hole).abs().max() == 0
+    assert (batch.mask >= batch.hole).all()  # what is not known is made
+    count = cond_channels(task, channels, condition)
+    assert count == (0 if batch.cond is None else batch.cond.shape[1])
+    if batch.cond is not None:
+        assert torch.equal(batch.cond[:, :channels], batch.zlo)
+        assert torch.equal(batch.cond[:, channels:], batch.hole[:, : count - channels])
+    # the same from damaged images alone
+    if task != MIXTURE:
+        again = given(task, batch.zlo, y, condition, batch.hole if has_holes(task) else None)
+        assert again.z1 is None
+        for name in ("zlo", "mask", "hole", "cond", "y"):
+            one, two = getattr(batch, name), getattr(again, name)
+            assert one is two is None or torch.equal(one, two), name
+
+
+def test_cond_channels():
+    expected = dict(sr=3, blur=3, jpeg=3, paired=3, inpaint=4, generate=0)
+    expected |= {"sr,jpeg": 3, "sr,generate": 4, "jpeg, inpaint": 4, "generate,generate": 0}
+    assert {task: cond_channels(task, 3, True) for task in expected} == expected
+    assert all(cond_channels(task, 3, False) == 0 for task in expected)
+
+
+def test_generate_and_paired():
+    z1, pair = to_z(photos(2, 16, 16)), to_z(photos(2, 16, 16, seed=2))
+    batch = Damage()("generate", z1)
+    assert not batch.zlo.any() and batch.hole.all() and batch.mask.all() and batch.cond is None
+    batch = Damage()("paired", z1, zlo=pair)
+    assert torch.equal(batch.zlo, pair) and batch.mask.all() and not batch.hole.any() and torch.equal(batch.cond, pair)
+
+
+def test_mixture_draws_each_task_equally():
+    torch.manual_seed(0)
+    z1 = to_z(photos(1, 16, 16)).repeat(1000, 1, 1, 1)
+    names = MIXTURE.split(",")
+    alone = [Damage()(name, z1[:1]) for name in names]
+    batch = Damage()(MIXTURE, z1)
+    same = torch.stack([(batch.zlo == one.zlo).all((1, 2, 3)) for one in alone], 1)
+    assert (same.sum(1) == 1).all()  # each image is one task's own result
+    assert ((same.sum(0) - 200).abs() < 4 * (1000 * 0.2 * 0.8) ** 0.5).all()
+    for k, one in enumerate(alone):
+        chosen = same[:, k]
+        assert (batch.hole[chosen] == one.hole).all() and (batch.mask[chosen] == one.mask).all()
+        assert (batch.cond[chosen, 3:] == one.hole).all()
+
+
+def test_the_same_seed_gives_the_same_damage():
+    z1, other = to_z(photos(8, 32, 32)), to_z(photos(8, 32, 32, seed=9))
+    batches = []
+    for z in (z1, z1, other):
+        torch.manual_seed(3)
+        batches.append(Damage(mask="freeform-10-20")(MIXTURE, z))
+    assert torch.equal(batches[0].zlo, batches[1].zlo) and torch.equal(batches[0].hole, batches[2].hole)
+    assert not torch.equal(Damage(mask="freeform-10-20")(MIXTURE, z1).hole, batches[0].hole)
+
+
+@pytest.mark.parametrize("task", ["sr", "blur", "jpeg", "inpaint"])
+def test_autocast_changes_nothing(task):
+    z1, damage = to_z(photos(2, 32, 32)), Damage(up="bicubic")
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = damage(task, z1)
+    assert torch.equal(batch.zlo, damage(task, z1).zlo)
+
+
+def test_everything_stays_on_the_device():
+    # tensors without storage: reading a value on the host, or mixing in a tensor of the CPU, raises
+    z1 = torch.empty(2, 3, 37, 32, device="meta")
+    batch = Damage(mask="freeform-10-20")("inpaint,blur,jpeg,generate", z1)
+    assert all(x.device.type == "meta" for x in (batch.zlo, batch.mask, batch.hole, batch.cond))
+    assert Damage(up="bicubic")("sr", torch.empty(2, 3, 32, 32, device="meta")).zlo.device.type == "meta"
+
+
+@pytest.mark.parametrize("damage, task, words", [
+    (Damage(), "sharpen", ["task", "sharpen", "jpeg"]),
+    (Damage(), "sr,", ["task", "sr,"]),
+    (Damage(factor=3), "sr", ["damage.factor", "3", "2, 4, 8"]),
+    (Damage(factor=8), "blur,sr", ["damage.factor", "8", "36"]),
+    (Damage(down="lanczos"), "sr", ["damage.down", "lanczos", "bicubic"]),
+    (Damage(mask="left"), "inpaint", ["damage.mask", "left", "freeform-10-20"]),
+    (Damage(kernel="motion"), "blur", ["damage.kernel", "motion", "gaussian"]),
+    (Damage(taps=4), "blur", ["damage.taps", "4", "odd"]),
+    (Damage(taps=-3), "blur", ["damage.taps", "-3", "odd"]),
+    (Damage(taps=73), "blur", ["damage.taps", "73", "36"]),
+    (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "above 0"]),
+    (Damage(quality=0), "jpeg", ["damage.quality", "0", "100"]),
+    (Damage(quality=101), "sr,jpeg", ["damage.quality", "101", "100"]),
+])
+def test_wrong_values_are_refused(damage, task, words):
+    with pytest.raises(ValueError) as error:
+        damage.check(task, 36)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    with pytest.raises(ValueError):
+        damage(task, torch.zeros(1, 3, 36, 36))
+    if task in TASKS:
+        damage.check("generate", 36)  # the knobs of other tasks do not matter
+
+
+def test_wrong_images_are_refused():
+    z = torch.zeros(2, 3, 16, 16)
+    for call, word in (
+        (lambda: Damage()("paired", z), "paired"),
+        (lambda: Damage()("paired", z, zlo=z[..., 1:]), "paired"),
+        (lambda: Damage()("jpeg", z[:, :2]), "channels"),
+        (lambda: given("inpaint", z), "mask"),
+        (lambda: given("sr", z, mask=z[:, :1]), "mask"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
