@@ -226,7 +226,10 @@ class Trainer:
         net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         method = config.recipe
-        self.players = method.players(net, config.channels, self.num_classes) if hasattr(method, "players") else [(net, method.loss)]
+        self.players = [(net, method.loss)]
+        if hasattr(method, "players"):  # the network and a discriminator
+            seen = cond_channels(config.task, config.channels, config.condition)
+            self.players = method.players(net, config.channels, self.num_classes, seen)
         self.players = [(module.to(self.device), loss) for module, loss in self.players]
         self.net = net
         self.optimizers = [torch.optim.AdamW(module.parameters(), config.base_lr, weight_decay=0.0, fused=True) for module, _ in self.players]

@@ -34,11 +34,15 @@ class Interpolant:
     eps0: float = 0.0
 
     def __post_init__(self):
-        if self.sigma <= 0:
+        if self.path not in ("linear", "trigonometric"):
+            raise ValueError(f"interpolant.path = {self.path!r}: allowed are linear, trigonometric")
+        if self.coupling not in ("dependent", "independent"):
+            raise ValueError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
+        if not self.sigma > 0:
             raise ValueError(f"interpolant.sigma = {self.sigma}: must be positive")
         if not 0 < self.t_min < 0.5:
             raise ValueError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
-        if self.eps0 < 0:
+        if not self.eps0 >= 0:
             raise ValueError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
 
     @property

@@ -1,0 +1,139 @@
+"""SR3, image super-resolution by iterative refinement (Saharia et al. 2021, arXiv:2104.07636): diffusion that sees zlo.
+
+    paper           here
+    x               zlo, seen by the network as cond; low-resolution images are enlarged by bicubic
+    y_0             z1
+    y_t, y tilde    x = sqrt(gamma) z1 + sqrt(1 - gamma) eps
+    f(x, y, gamma)  net(x, gamma, y, cond), which predicts eps; y here is the class label
+    gamma_t         gammas[t] = alpha_1 ... alpha_t, with gammas[0] = 1; the paper's t counts from clean to noise
+    alpha_t         gammas[t] / gammas[t - 1]
+
+Known pixels of inpainting hold zlo throughout, in training as in sampling: the network meets the same states in both.
+"""
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from methods import keep_known, masked_mean
+from ode_int import ODE
+
+
+@dataclass(frozen=True)
+class SR3:
+    # steps of the noise schedule, and of the sampler where it is not told otherwise
+    T: int = 2000
+    # how beta = 1 - alpha grows from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
+    # not at all: beta_end (constant), linearly over the first warmup * T steps and no further (warmup)
+    schedule: Literal["quadratic", "linear", "constant", "warmup"] = "quadratic"
+    # 1 - alpha_1: variance of the noise that the first step adds
+    beta_start: float = 1e-6
+    # 1 - alpha_T: variance of the noise that the last step adds
+    beta_end: float = 7e-3
+    # share of the T steps over which schedule warmup rises
+    warmup: float = 0.1
+    # error of the predicted noise: absolute (l1) or squared (l2); section 2.2's p
+    norm: Literal["l1", "l2"] = "l1"
+    # whether each step of the sampler clamps its clean estimate to [-1, 1]
+    clamp: bool = True
+
+    quick = 100  # sampler steps that will do for the pictures in training
+
+    def __post_init__(self):
+        if self.T < 1:
+            raise ValueError(f"sr3.T = {self.T}: must be at least 1")
+        if self.schedule not in ("quadratic", "linear", "constant", "warmup"):
+            raise ValueError(f"sr3.schedule = {self.schedule!r}: allowed are quadratic, linear, constant, warmup")
+        if not 0 < self.beta_end < 1:
+            raise ValueError(f"sr3.beta_end = {self.beta_end}: must be between 0 and 1")
+        if not 0 < self.beta_start <= self.beta_end:
+            raise ValueError(f"sr3.beta_start = {self.beta_start}: must be above 0, at most beta_end = {self.beta_end}")
+        if not 0 < self.warmup <= 1:
+            raise ValueError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
+
+    @cache
+    def gammas(self, device=torch.device("cpu")) -> Tensor:
+        """gamma_0 .. gamma_T, (T + 1,) float64: 1 - gamma_1 = 1e-6 would have one digit in float32."""
+        start, end, T = self.beta_start, self.beta_end, self.T
+        if self.schedule == "quadratic":
+            beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64).square()
+        elif self.schedule == "linear":
+            beta = torch.linspace(start, end, T, dtype=torch.float64)
+        else:
+            beta = torch.full((T,), end, dtype=torch.float64)
+            if self.schedule == "warmup":
+                rise = math.ceil(self.warmup * T)
+                beta[:rise] = torch.linspace(start, end, rise, dtype=torch.float64)
+        return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)]).to(device)
+
+    def loss(self, net, batch) -> Tensor:
+        """Algorithm 1 -> (B,), the mean over the pixels to be made."""
+        z1, gammas = batch.z1, self.gammas(batch.z1.device)
+        # section 2.4: gamma is uniform between neighbours, so that the sampler may choose its steps
+        t = torch.randint(1, self.T + 1, (len(z1),), device=z1.device)
+        gamma = torch.lerp(gammas[t], gammas[t - 1], torch.rand_like(gammas[t]))
+        a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
+        eps = torch.randn_like(z1)
+        x = keep_known(a * z1 + b * eps, batch)
+        error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
+        return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.mask)
+
+    def predict(self, net, batch, x, a, b) -> tuple[Tensor, Tensor]:
+        """Estimates (section 2.3) of z1 and eps in x = a z1 + b eps; 0-d a = sqrt(gamma), b = sqrt(1 - gamma)."""
+        eps = net(x, (a * a).to(x.dtype).expand(len(x)), batch.y, batch.cond)
+        z1 = (x - b * eps) / a
+        if self.clamp:
+            z1 = z1.clamp(-1, 1)
+            eps = (x - a * z1) / b
+        return z1, eps
+
+    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """Algorithm 2 on `steps` of the T steps, evenly spaced (None: all) -> (B, C, H, W). NFE = steps.
+        trace's t is velocity's. ValueError where steps is not within 1 .. T."""
+        steps = self.T if steps is None else steps
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"sample_steps = {steps}: sr3 allows 1 to sr3.T = {self.T}")
+        gammas = self.gammas()[[self.T * k // steps for k in range(steps + 1)]]
+        times = [angle_time(gamma) for gamma in gammas.tolist()]
+        gammas = gammas.to(batch.zlo.device)
+        x = keep_known(torch.randn_like(batch.zlo), batch)
+        for k in range(steps, 0, -1):
+            gamma, alpha = gammas[k], gammas[k] / gammas[k - 1]
+            z1, eps = self.predict(net, batch, x, gamma.sqrt(), (1 - gamma).sqrt())
+            if trace is not None:
+                trace.append((times[k], x, keep_known(z1, batch)))
+            x = (x - (1 - alpha) / (1 - gamma).sqrt() * eps) / alpha.sqrt()  # line 4, its mean
+            if k > 1:
+                x = x + (1 - alpha).sqrt() * torch.randn_like(x)
+            x = keep_known(x, batch)
+        return x
+
+    def velocity(self, net, batch) -> ODE:
+        """The probability flow from gamma_T to gamma_1. Its t is the angle of sqrt(gamma) = sin(pi t/2), 1 at the data,
+        so x is the trigonometric interpolant sin(pi t/2) z1 + cos(pi t/2) eps and, whatever the schedule,
+        dx/dt = pi/2 (cos(pi t/2) z1_hat - sin(pi t/2) eps_hat) is bounded at both ends."""
+
+        def estimates(t, x):
+            a, b = (math.pi / 2 * t).sin(), (math.pi / 2 * t).cos()
+            return a, b, *self.predict(net, batch, x, a, b)
+
+        def velocity(t, x):
+            a, b, z1, eps = estimates(t, x)
+            return math.pi / 2 * batch.mask * (b * z1 - a * eps)
+
+        def clean(t, x):
+            return keep_known(estimates(t, x)[2], batch)
+
+        x = keep_known(torch.randn_like(batch.zlo), batch)
+        t1, t0 = (angle_time(gamma) for gamma in self.gammas()[[1, self.T]].tolist())
+        return ODE(velocity, x, t0, t1, clean)
+
+
+def angle_time(gamma: float) -> float:
+    """t in [0, 1], 1 at the data, with sqrt(gamma) = sin(pi t/2)."""
+    return math.atan2(gamma**0.5, (1 - gamma) ** 0.5) / (math.pi / 2)

@@ -1,0 +1,295 @@
+"""UDPM, upsampling diffusion (Abu-Hussein and Giryes 2023, arXiv:2305.16269): a step halves the sides, then adds noise.
+
+The paper's symbols -> ours:
+    x_0                       z1, the clean image
+    x_1 .. x_L                x at level 1 .. L, with 2^-level times z1's sides
+    H, H^T                    shrink, enlarge: 2x2 box with taps 1/2 then stride 2, and its transpose; H H^T = I
+    H^k x_0                   2^k average(z1, k): H doubles an image's values
+    alpha_l, sigma_l          alphas[level - 1], sigmas[level - 1]
+    alpha-bar_l, sigma-bar_l  A[level], S[level], of q(x_l | x_0)
+    f_theta(x_l, l)           estimate(net, x, level, batch), the network's H^{l-1} x_0, with twice x_l's sides
+
+The network itself works at the scale of pictures: from x_l / scale(l), the time (l - 1/2)/L and cond it
+predicts average(z1, l - 1).
+"""
+import warnings
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import cos, hypot, inf, pi, prod, sin
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corruptions import Batch
+from unet import ResBlock
+
+
+@dataclass(frozen=True)
+class UDPM:
+    # factor of each level on the image's values, finest level first, as in every tuple here; there are as many levels
+    alphas: tuple[float, ...] = (0.5, 0.2, 1e-3)
+    # standard deviation of the noise that each level adds
+    sigmas: tuple[float, ...] = (0.1, 0.2, 0.3)
+    # weight of the mean absolute error by level
+    l1_weight: tuple[float, ...] = (1.0, 1.0, 0.0)
+    # weight by level of LPIPS with VGG-16, whose weights are a download; all 0 does without
+    lpips_weight: tuple[float, ...] = (4.0, 4.0, 0.0)
+    # file of torchvision's vgg16 weights (.pth); None downloads them
+    lpips_path: str | None = None
+    # weight of the adversarial term by level; all 0 trains no discriminator
+    adv_weight: tuple[float, ...] = (0.2, 0.5, 1.0)
+    # weight by level of the squared gradient in the discriminator's loss
+    grad_penalty: tuple[float, ...] = (0.025, 0.1, 0.4)
+    # standard deviation of the noise on the images that the discriminator is shown, at first
+    disc_noise: float = 0.4
+    # factor on disc_noise every 1,000 steps
+    disc_noise_decay: float = 0.99
+    # channels of the discriminator's first layer, a multiple of 8; deeper layers have twice as many
+    disc_channels: int = 192
+    # share of the discriminator's activations dropped while it learns
+    disc_dropout: float = 0.4
+
+    upscale = 2  # the network's output has twice its input's sides
+
+    def __post_init__(self):
+        for name in ("alphas", "sigmas", "l1_weight", "lpips_weight", "adv_weight", "grad_penalty"):
+            values, positive = getattr(self, name), name in ("alphas", "sigmas")
+            if len(values) != max(self.levels, 1) or not all(0 <= v < inf for v in values) or positive and 0 in values:
+                bound = "above 0" if positive else "from 0"
+                raise ValueError(f"udpm.{name} = {values}: allowed are finite numbers {bound}, as many as udpm.alphas")
+        if self.disc_channels < 8 or self.disc_channels % 8:
+            raise ValueError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
+
+    def check(self):
+        """Before a run: ValueError in one line where LPIPS is wanted and its package or weights cannot be had."""
+        if any(self.lpips_weight):
+            load_lpips(self.lpips_path)
+
+    # The diffusion. A level is a number on the host, and so are its coefficients, in float64.
+
+    @property
+    def levels(self) -> int:
+        return len(self.alphas)
+
+    @cached_property
+    def A(self) -> list[float]:
+        """A[l] = alpha_1 .. alpha_l, and A[0] = 1."""
+        return [prod(self.alphas[:l]) for l in range(self.levels + 1)]
+
+    @cached_property
+    def S(self) -> list[float]:
+        """S[l]^2 = A_l^2 sum_{k <= l} sigma_k^2 / A_k^2, so that q(x_l | x_0) = N(A_l H^l x_0, S_l^2 I)."""
+        ratios = [s / A for s, A in zip(self.sigmas, self.A[1:])]
+        return [A * hypot(*ratios[:l]) for l, A in enumerate(self.A)]
+
+    def scale(self, level: int) -> float:
+        """Bounds the root mean square of x_l: that of its noise and of an image with |pixel| = 1."""
+        return hypot(2**level * self.A[level], self.S[level])
+
+    def posterior(self, x: Tensor, clean: Tensor, level: int, noise: Tensor) -> Tensor:
+        """Draws p(x_{l-1} | x_l, x_0), l >= 2, with unit `noise`; it and clean = H^{l-1} x_0 have twice x's sides.
+
+        Cov = [(a^2/s^2) H'H + I/S_{l-1}^2]^-1, mean = Cov [(a/s^2) H' x_l + (A_{l-1}/S_{l-1}^2) H^{l-1} x_0]. H'H is a
+        projection: off its range this is N(A_{l-1} H^{l-1} x_0, S_{l-1}^2 I), on it one scalar Kalman step further.
+        """
+        a, s, S = self.alphas[level - 1], self.sigmas[level - 1], self.S[level - 1]
+        prior = self.A[level - 1] * clean
+        gain = a * S**2 / (a**2 * S**2 + s**2)
+        mean = prior + gain * enlarge(x - a * shrink(prior))
+        std = S * s / hypot(a * S, s)  # on the range of H'H
+        return mean + S * noise + (std - S) * enlarge(shrink(noise))
+
+    def estimate(self, net, x: Tensor, level: int, batch: Batch) -> Tensor:
+        """The network's H^{l-1} x_0 (B, C, 2H, 2W), given x_l (B, C, H, W)."""
+        t = torch.full((len(x),), (level - 0.5) / self.levels, device=x.device)
+        cond = None if batch.cond is None else F.pixel_unshuffle(average(batch.cond, level - 1), 2)
+        return 2 ** (level - 1) * net(x / self.scale(level), t, batch.y, cond)
+
+    def check_sides(self, image: Tensor):
+        sides, factor = tuple(image.shape[2:]), 2**self.levels
+        if any(side % factor for side in sides):
+            raise ValueError(f"image sides = {sides}: UDPM allows multiples of {factor}, it halves {self.levels} times")
+
+    # Sampling.
+
+    def latent(self, batch: Batch) -> list[Tensor]:
+        """Unit noise, level L to 1: x_L / S_L, then what goes into x_{L-1} .. x_1. All of a sample but cond and y."""
+        self.check_sides(batch.zlo)
+        B, C, height, width = batch.zlo.shape
+        return [torch.randn(B, C, height >> l, width >> l, device=batch.zlo.device) for l in range(self.levels, 0, -1)]
+
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None,
+               noise: list[Tensor] | None = None) -> Tensor:
+        """(B, C, H, W) by L network evaluations, from the latent `noise` if given. ValueError for another count."""
+        if steps not in (None, self.levels):
+            raise ValueError(f"steps = {steps}: UDPM allows {self.levels}, one a level")
+        noise = self.latent(batch) if noise is None else noise
+        x = self.S[self.levels] * noise[0]  # A_L is so small that x_L is noise alone
+        for level, fresh in zip(range(self.levels, 0, -1), [*noise[1:], None]):
+            clean = self.estimate(net, x, level, batch)
+            if trace is not None:
+                views = x / self.scale(level), clean / 2 ** (level - 1)
+                trace.append((1 - level / self.levels, *(F.interpolate(view, batch.zlo.shape[2:]) for view in views)))
+            x = self.posterior(x, clean, level, fresh) if level > 1 else clean
+        return torch.where(batch.mask > 0, x, batch.zlo)
+
+    # Training: one level a batch, drawn on the host. Predictions and images are compared at the scale of pictures.
+
+    def draw(self, net, batch: Batch) -> tuple[int, Tensor, Tensor]:
+        """A level l, the network's average(z1, l - 1) from a draw of x_l, and the true one."""
+        self.check_sides(batch.z1)
+        level = int(torch.randint(1, self.levels + 1, ()))
+        mean = self.A[level] * 2**level * average(batch.z1, level)
+        x = mean + self.S[level] * torch.randn_like(mean)
+        return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
+
+    def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
+        """(B,) L1 + LPIPS + softplus(-D), the last with a discriminator only, whose parameters get no gradient."""
+        level, guess, truth = self.draw(net, batch)
+        loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
+        if self.lpips_weight[level - 1]:
+            loss = loss + self.lpips_weight[level - 1] * lpips_distance(guess, truth, self.lpips_path)
+        if disc is not None and self.adv_weight[level - 1]:
+            disc.eval()
+            constants = {name: p.detach() for name, p in disc.named_parameters()}
+            frozen = lambda *x: torch.func.functional_call(disc, constants, x)
+            logit = self.judge(frozen, guess, level, batch, self.noise_std(disc))
+            loss = loss + self.adv_weight[level - 1] * F.softplus(-logit)
+        return loss
+
+    def disc_loss(self, disc, batch: Batch, net, std) -> Tensor:
+        """(B,) 1/2 [softplus(D(guess)) + softplus(-D(truth))] + penalty/2 |grad D(truth)|^2; net gets no gradient."""
+        with torch.no_grad():
+            level, guess, truth = self.draw(net, batch)
+        disc.train()
+        truth.requires_grad_()
+        on_guess, on_truth = (self.judge(disc, image, level, batch, std) for image in (guess, truth))
+        grad, = torch.autograd.grad(on_truth.sum(), truth, create_graph=True)
+        penalty = self.grad_penalty[level - 1] / 2 * grad.square().flatten(1).sum(1)
+        return (F.softplus(on_guess) + F.softplus(-on_truth)) / 2 + penalty
+
+    def judge(self, disc, image: Tensor, level: int, batch: Batch, std) -> Tensor:
+        """(B,) the discriminator's logits of the noised image; fp32, for the penalty differentiates twice."""
+        cond = None if batch.cond is None else average(batch.cond, level - 1)
+        with torch.autocast(image.device.type, enabled=False):
+            return disc(image + std * torch.randn_like(image), level, batch.y, cond)
+
+    def noise_std(self, disc: "Discriminator") -> Tensor:
+        return self.disc_noise * self.disc_noise_decay ** (disc.steps // 1000)
+
+    def players(self, net, channels: int, num_classes: int, cond_channels: int = 0) -> list:
+        """[(module, loss)], stepped in turn: the network and its discriminator, which is made on net's device.
+
+        num_classes = 0: no labels; cond_channels = 0: the discriminator judges images without cond. Each loss uses the
+        module it is handed, which may be wrapped, and leaves no gradient in the other.
+        """
+        if not any(self.adv_weight):
+            return [(net, self.loss)]
+        disc = Discriminator(channels, cond_channels, self.levels, num_classes, self.disc_channels, self.disc_dropout)
+        disc.to(next(net.parameters()).device)
+
+        def disc_loss(module, batch):
+            disc.steps += 1
+            return self.disc_loss(module, batch, net, self.noise_std(disc))
+
+        return [(net, lambda module, batch: self.loss(module, batch, disc)), (disc, disc_loss)]
+
+
+class Discriminator(nn.Module):
+    """D(x, level, y, cond) -> (B,) logits: is x (B, C, any sides) a true average(z1, level - 1)?
+
+    Residual blocks that know the level, three halvings, the minibatch's standard deviation as one more channel
+    (arXiv:1710.10196), and with labels a projection on the class (arXiv:1802.05637).
+    """
+
+    def __init__(self, channels: int, cond_channels: int, levels: int, num_classes: int, dim: int, dropout: float):
+        super().__init__()
+        self.cond_channels = cond_channels
+        self.level = nn.Parameter(torch.randn(levels, dim))
+        self.stem = nn.Conv2d(channels + cond_channels, dim, 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(i, 2 * dim, dim, dropout) for i in (dim, 2 * dim, 2 * dim))
+        self.last = nn.Conv2d(2 * dim + 1, 2 * dim, 3, padding=1)
+        self.out = nn.Linear(2 * dim, 1)
+        self.label = nn.Embedding(num_classes + 1, 2 * dim) if num_classes else None
+        if num_classes:
+            nn.init.zeros_(self.label.weight)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # the noise decays with them
+
+    def forward(self, x: Tensor, level: int, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        h = self.stem(torch.cat([x, cond], dim=1) if self.cond_channels else x)
+        emb = self.level[level - 1].expand(len(x), -1)
+        for block in self.blocks:
+            h = F.avg_pool2d(block(h, emb), 2, ceil_mode=True)
+        spread = (h.var(0, correction=0) + 1e-8).sqrt().mean()
+        h = F.silu(self.last(torch.cat([h, spread.expand_as(h[:, :1])], dim=1))).mean((2, 3))
+        logit = self.out(h).squeeze(1)
+        return logit if self.label is None else logit + (self.label(y) * h).sum(1)
+
+
+def shrink(x: Tensor) -> Tensor:
+    """H x: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return 2 * F.avg_pool2d(x, 2)
+
+
+def enlarge(x: Tensor) -> Tensor:
+    """H' x: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2) / 2
+
+
+def average(x: Tensor, times: int) -> Tensor:
+    """H^times x / 2^times, in the range of x: (B, C, H, W) -> (B, C, H/2^times, W/2^times)."""
+    return F.avg_pool2d(x, 2**times)
+
+
+# Editing the latent, a list of unit noise as UDPM.latent gives it. The map of `level`, 1 .. L, goes into x_level.
+
+def interpolate(a: list[Tensor], b: list[Tensor], w: float) -> list[Tensor]:
+    """From a (w = 0) to b (w = 1) along the circle: between independent latents it is unit noise at every w."""
+    return [cos(pi / 2 * w) * x + sin(pi / 2 * w) * y for x, y in zip(a, b)]
+
+
+def swap(a: list[Tensor], b: list[Tensor], level: int) -> list[Tensor]:
+    """a, with the map of `level` taken from b. ValueError if there is no such level."""
+    if not 1 <= level <= len(a):
+        raise ValueError(f"level = {level}: allowed is 1 to {len(a)}")
+    i = len(a) - level
+    return [*a[:i], b[i], *a[i + 1:]]
+
+
+def perturb(noise: list[Tensor], strength: float, level: int) -> list[Tensor]:
+    """The latent, the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise."""
+    redrawn = [(1 - strength**2) ** 0.5 * x + strength * torch.randn_like(x) for x in noise]
+    return swap(noise, redrawn, level)
+
+
+# LPIPS with VGG-16 (Zhang et al. 2018, arXiv:1801.03924).
+
+@cache
+def load_lpips(path: str | None) -> nn.Module:
+    """The lpips package's network, frozen; VGG-16's weights from `path` or downloaded. ValueError if not to be had."""
+    try:
+        # the package draws random weights first: fork, or the run's random numbers would depend on when that happens
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
+            from lpips import LPIPS
+            net = LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        if path:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            from torchvision.models import VGG16_Weights
+            weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True, check_hash=True)
+        # its slice2.5.weight is torchvision's features.5.weight
+        net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in net.net.state_dict()})
+    except Exception as error:  # no package, network, file, or not VGG-16: the ways on are the same
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights, not to be had here ({reason}); "
+            "give --udpm.lpips-path FILE (torchvision's vgg16 .pth), or --udpm.lpips-weight 0 0 0 for none") from error
+    return net.eval().requires_grad_(False)
+
+
+def lpips_distance(a: Tensor, b: Tensor, path: str | None) -> Tensor:
+    """(B,) LPIPS between images (B, 1 or 3, H, W) in [-1, 1]. Sides under 16 are enlarged: VGG halves four times."""
+    factor = -(-16 // min(a.shape[2:]))
+    return load_lpips(path).to(a.device)(*(F.interpolate(image, scale_factor=factor) for image in (a, b))).flatten()
