@@ -99,7 +99,8 @@ def load(dataset: str, side: int, channels: int = 3, data_path: str = "data", pa
 
     dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path.
     paired_path: folder of damaged images with the names of dataset's (the endings may differ).
-    limit: at most so many images a split, evenly spread. Raises DatasetError, or ValueError for a number out of range.
+    limit: at most so many images a split, evenly spread (of shapes the first ones).
+    Raises DatasetError, and ValueError for a number out of range. Images left out are named in a warning.
     """
     if side < 1 or (limit is not None and limit < 1):
         raise ValueError(f"side = {side}, limit = {limit}: both must be at least 1")
@@ -295,7 +296,7 @@ def _download(name: str, side: int, channels: int, data_path: str, limit: int | 
     finally:
         socket.setdefaulttimeout(before)
     if name == "celeba":  # 40 attributes and 10,000 identities, but no classes
-        folder = Path(data_path) / "celeba" / "img_align_celeba"
+        folder = Path(parts[0].root) / "celeba" / "img_align_celeba"
         files = ([(folder / name,) for name in _spread(part.filename, limit)] for part in parts)
         train, test = (_decode(split, side, channels)[0][0] for split in files)
         return Images(train, test, None, None, [], name=name)
@@ -322,7 +323,7 @@ def _shapes(side: int, channels: int, limit: int | None) -> Images:
     """10,000 + 1,000 drawings of ten classes: the first `limit` of them, each the same whatever the limit is."""
     x, y = [], []
     for seed, count in ((0, 10_000), (1, 1_000)):
-        random = torch.rand(count, 24, generator=torch.Generator().manual_seed(seed))[:limit]
+        random = torch.rand(count, 17, generator=torch.Generator().manual_seed(seed))[:limit]
         y.append(torch.arange(len(random)) % len(SHAPES))
         x.append(torch.empty(len(random), channels, side, side, dtype=torch.uint8))
         for label, shape in enumerate(SHAPES):
@@ -365,7 +366,7 @@ def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _draw(shape: str, random: Tensor, side: int, channels: int, oversample: int = 2) -> Tensor:
-    """random (B, 24) in [0, 1) -> (B, C, side, side) in [-1, 1]: a textured, outlined shape on a textured ground."""
+    """random (B, 17) in [0, 1) -> (B, C, side, side) in [-1, 1]: a textured, outlined shape on a textured ground."""
     u = iter(random.T[:, :, None, None])  # each next(u) is (B, 1, 1)
     n, pixel = side * oversample, 2 / side
     gx = ((torch.arange(n) + 0.5) / n * 2 - 1).expand(1, n, n)

@@ -14,10 +14,12 @@ SOLVERS = ("dopri5", *FIXED_STEP)
 DEFAULT_STEPS = 50  # of a fixed-step solver that was given no count
 MAX_ADAPTIVE_STEPS = 1000  # a field this stiff is not worth its dopri5 solution
 TRACE_FRAMES = 8
+NOT_FINITE = ("the network's output is not finite, or its field too stiff for the steps; "
+              "resume an earlier checkpoint, lower base_lr or take more steps")
 
 
 class SolverError(FloatingPointError):
-    """The field is not finite: no solver can follow it."""
+    """The field, or the state that follows it, is not finite."""
 
 
 @dataclass
@@ -67,25 +69,31 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
     """z(t1) of dz/dt = velocity(t, z), z(t0) = z0; with `times` (T,), increasing from t0 to t1, the states (T, *z0.shape) there.
 
     dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` equal steps under the caller's
-    autocast, with an fp32 state. Where dopri5 fails on a finite field, heun takes over, with a warning.
-    Raises ValueError for an unknown solver, SolverError for a field that is not finite.
+    autocast, with an fp32 state. Where dopri5 fails on a finite field, heun takes over, with a RuntimeWarning.
+    Raises ValueError for an unknown solver, SolverError for a field that is not finite or that heun can't follow either.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}: allowed are {', '.join(SOLVERS)}")
     z0 = z0.float()
-    output = torch.tensor([t0, t1], dtype=torch.float64) if times is None else times.double()
-    output = output.to(z0.device)
-
-    seen = {}
+    inner = [] if times is None else times.tolist()[1:-1]
+    output = torch.tensor([t0, *inner, t1], dtype=torch.float64, device=z0.device)
+    calls = []  # (t, is the field finite there): tensors, read after a failure only, so that no call waits for the device
 
     def v(t, z):
-        seen["t"], seen["v"] = t, velocity(t.to(z.dtype), z)
-        return seen["v"]
+        t = t.to(z.dtype).clamp(min(t0, t1), max(t0, t1))  # dopri5 may look past t1 for the size of its first step
+        dz = velocity(t, z)
+        calls.append((t, dz.isfinite().all()))
+        return dz
+
+    def broken(default=None):
+        """The first time at which the field was not finite."""
+        return next((float(t) for t, finite in calls if not finite), default)
 
     def fixed(name, steps):
         grid = torch.linspace(t0, t1, steps + 1, dtype=torch.float64, device=z0.device)
         method = "heun2" if name == "heun" else name
-        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: grid, interp="cubic"))
+        interp = "linear" if times is None else "cubic"  # cubic calls the network once more for each of `times`
+        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: grid, interp=interp))
 
     if solver == "dopri5":
         # torchdiffeq steps past t1 and interpolates back unless t1 is a point it must step to; v is not defined beyond
@@ -94,15 +102,15 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
             with full_precision(z0.device.type):
                 states = odeint(v, z0, output, method="dopri5", atol=atol, rtol=rtol, options=options)
         except AssertionError as failure:
-            where = f"dopri5 failed at t = {float(seen['t']):.4f}"
-            if not seen["v"].isfinite().all():
-                raise SolverError(f"{where}: the network's output is not finite; resume an earlier checkpoint or lower base_lr")
-            warnings.warn(f"{where} ({failure}): the field is stiff; heun with {DEFAULT_STEPS} steps takes over", stacklevel=2)
-            states = fixed("heun", DEFAULT_STEPS)
+            if broken() is not None:
+                raise SolverError(f"dopri5 failed at t = {broken():.4f}: {NOT_FINITE}") from None
+            warnings.warn(f"dopri5 failed at t = {float(calls[-1][0]):.4f} ({failure}): the field is stiff; "
+                          f"heun with {DEFAULT_STEPS} steps takes over", RuntimeWarning, stacklevel=2)
+            solver, states = "heun", fixed("heun", DEFAULT_STEPS)
     else:
         states = fixed(solver, steps or DEFAULT_STEPS)
     if not states[-1].isfinite().all():
-        raise SolverError(f"{solver} left the finite numbers: the network's output is not finite; resume an earlier checkpoint or lower base_lr")
+        raise SolverError(f"{solver} failed at t = {broken(t1):.4f}: {NOT_FINITE}")
     return states[-1] if times is None else states
 
 
@@ -112,7 +120,8 @@ def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1
     if trace is not None:  # on the solver's own grid where it has one
         n = steps or DEFAULT_STEPS
         frames = min(TRACE_FRAMES, n) + 1
-        times = ode.t0 + (ode.t1 - ode.t0) * torch.linspace(0, n, frames, dtype=torch.float64).round() / n
+        grid = torch.linspace(ode.t0, ode.t1, n + 1, dtype=torch.float64)
+        times = grid[torch.linspace(0, n, frames).round().long()]
     z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times)
 
     def clean(t, z):

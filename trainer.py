@@ -218,7 +218,11 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
 
+        if self.rank:
+            dist.barrier()  # one process downloads, the others find it done
         self.images = load_images(config).to(self.device)
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
         self.config = config = replace(config, dataset=config.dataset or self.images.name)  # a resumed run takes the same
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         self.rehearse()
@@ -548,6 +552,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal and saved."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         trainer = Trainer(*read_command_line(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, data.DatasetError) as failure:
