@@ -65,10 +65,12 @@ class Log:
         for name, picture in (pictures or {}).items():
             self.guarded("the picture", self.save_picture, self.folder / "samples" / f"{name}_{step:06d}.png", picture)
         if self.wandb:
-            import wandb
+            self.guarded("wandb", self.log_wandb, numbers, pictures or {})
 
-            images = {name: wandb.Image(picture) for name, picture in (pictures or {}).items()}
-            self.guarded("wandb", self.wandb.log, numbers | images)
+    def log_wandb(self, numbers: dict, pictures: dict):
+        import wandb
+
+        self.wandb.log(numbers | {f"samples/{name}": wandb.Image(picture) for name, picture in pictures.items()})
 
     def append(self, numbers: dict):
         with open(self.lines, "a") as f:

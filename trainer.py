@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import signal
 import sys
@@ -17,6 +16,7 @@ import time
 import warnings
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -304,10 +304,11 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
             # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
             optimizer.found_inf = (~norm.isfinite()).float()
-            self.skipped = torch.stack([self.skipped[0], self.skipped[1] * optimizer.found_inf]) + optimizer.found_inf
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             losses.append(value.detach())
+        skip = torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax()
+        self.skipped = torch.stack([self.skipped[0], self.skipped[1] * skip]) + skip
         self.step += 1
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
@@ -376,6 +377,7 @@ class Trainer:
             if bar.disable:
                 print(f"step {self.step:,}: {line}", flush=True)
         if in_a_row >= MAX_SKIPPED:
+            self.save()  # its weights are finite: they are those of before
             raise FloatingPointError(
                 f"the last {in_a_row:.0f} gradients were not finite and their steps were skipped: lower base_lr ({self.config.base_lr}), or go on in "
                 f"full precision: --resume {self.folder} --precision fp32")
@@ -513,7 +515,7 @@ def open_checkpoint(run: str | Path) -> tuple[Config, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return from_plain(Config, checkpoint["config"]), checkpoint
-    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as failure:
+    except Exception as failure:  # of many types, on a file that is something else
         raise ValueError(f"resume = {str(run)!r}: {path} is not a checkpoint of this trainer ({one_line(failure)[:100]})")
 
 
@@ -528,8 +530,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
         config, checkpoint = open_checkpoint(run)
         config = replace(config, resume=run)
     else:
-        device = pick_device(Config(device=given("--device") or "auto"))
-        name = preset if preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
+        device = given("--device") or "auto"  # check() refuses what is none
+        cpu = not torch.cuda.is_available() if device == "auto" else device == "cpu"
+        name = preset if preset != "auto" else "small" if cpu else "cifar10-sr"
         if name not in PRESETS:
             raise ValueError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")
         config = replace(Config(**PRESETS[name]), preset=name)
@@ -542,8 +545,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
         except SystemExit as end:
             if not end.code:
                 raise
-    if errors.getvalue():  # tyro's box, in one line
-        raise ValueError(" ".join(line.strip("│ ") for line in errors.getvalue().splitlines()[1:] if line.startswith("│")).split(" ───")[0])
+    if errors.getvalue():  # tyro's box, whose lines are other characters where the terminal is not UTF-8: its first paragraph in one line
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
+        raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, (line if line.strip("─-") else "" for line in lines)))))
     if config.overfit and not default.overfit and given("--max-steps") is None:  # a paper's step count is no demo
         config = replace(config, max_steps=None)
     config.check()

@@ -1,0 +1,287 @@
+"""The integrator against initial-value problems whose solution is known, and what it does when a field misbehaves."""
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import ode_int
+from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, Counted, SolverError, integrate, solve
+from unet import Guided
+
+SHAPE = (3, 2, 4, 4)
+
+
+def start(shape=SHAPE) -> torch.Tensor:
+    return 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+def swing(t, z):
+    """Not linear, not autonomous; 1/z = 1/z0 + sin t."""
+    return -t.cos() * z.square()
+
+
+def swing_at(t, z0):
+    return 1 / (1 / z0.double() + np.sin(t))
+
+
+def watched(field):
+    """The field, and the list of times at which it was asked."""
+    times = []
+
+    def v(t, z):
+        times.append(float(t))
+        return field(t, z)
+
+    return v, times
+
+
+# ---------------------------------------------------------------------------------------------------------- accuracy
+
+
+def turn(t, z):
+    """The two channels circle each other by the angle t + sin(t) / 2: errors neither grow nor fade."""
+    return (1 + t.cos() / 2) * torch.stack([-z[:, 1], z[:, 0]], 1)
+
+
+def turn_at(t, z0):
+    angle, (a, b) = t + np.sin(t) / 2, z0.double().unbind(1)
+    return torch.stack([np.cos(angle) * a - np.sin(angle) * b, np.sin(angle) * a + np.cos(angle) * b], 1)
+
+
+@pytest.mark.parametrize("solver, order, t1, steps", [
+    ("euler", 1, 1.5, (50, 100, 200)), ("midpoint", 2, 6.0, (80, 160, 320)), ("heun", 2, 6.0, (80, 160, 320)), ("rk4", 4, 10.0, (30, 50, 80))])
+def test_order_of_convergence(solver, order, t1, steps):
+    errors = [(integrate(turn, start(), 0.0, t1, solver, n) - turn_at(t1, start())).square().mean().sqrt().item() for n in steps]
+    assert errors[-1] > 1e-5  # far above the rounding of an fp32 state
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope + order) < 0.1
+
+
+@pytest.mark.parametrize("solver", FIXED_STEP)
+def test_one_step_is_the_rule_of_that_name(solver):
+    z, t0, h = start().double(), 0.4, 0.3
+
+    def f(t, z):
+        return -np.cos(t) * z**2
+
+    k1 = f(t0, z)
+    mid = f(t0 + h / 2, z + h / 2 * k1)
+    third = f(t0 + h / 3, z + h / 3 * k1)
+    two_thirds = f(t0 + 2 * h / 3, z + h * (third - k1 / 3))
+    step = dict(euler=k1, midpoint=mid, heun=(k1 + f(t0 + h, z + h * k1)) / 2,
+                rk4=(k1 + 3 * third + 3 * two_thirds + f(t0 + h, z + h * (k1 - third + two_thirds))) / 8)  # Kutta's 3/8 rule
+    result = integrate(swing, z, t0, t0 + h, solver, 1)
+    torch.testing.assert_close(result, (z + h * step[solver]).float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("t0, t1", [(0.0, 3.0), (0.001, 0.999), (3.0, 0.0)])
+def test_dopri5_reaches_its_tolerance_and_lands_on_t1(t0, t1):
+    z0 = 0.5 * start()
+
+    def error(tolerance):  # of the worst image
+        reached = integrate(swing, swing_at(t0, z0), t0, t1, atol=tolerance, rtol=tolerance)
+        return (reached - swing_at(t1, z0)).square().mean((1, 2, 3)).sqrt().max().item()
+
+    assert error(1e-5) < 1e-4 and error(1e-6) < 1e-5  # the tolerance is a step's; some ten of them add up
+    assert 1e-4 < error(1e-3) < 1e-1  # and a loose one is loose
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e-3, 20.0])  # next to a slow field dopri5's first guess of a step is far too long
+@pytest.mark.parametrize("t0, t1", [(0.001, 0.999), (1.0, 0.0)])
+def test_dopri5_asks_only_between_t0_and_t1(rate, t0, t1):
+    v, asked = watched(lambda t, z: -rate * z * (t1 - t0))
+    z0 = start()
+    reached = integrate(v, z0, t0, t1)
+    low, high = np.float32(min(t0, t1)), np.float32(max(t0, t1))  # a network is told the time in fp32
+    assert low <= min(asked) and max(asked) <= high
+    torch.testing.assert_close(reached.double(), z0.double() * np.exp(-rate * (t1 - t0) ** 2), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("solver, steps, tolerance", [("dopri5", None, 1e-4), ("heun", 200, 5e-5), ("rk4", 20, 5e-5), ("euler", 500, 2e-3)])
+def test_times_are_answered_with_the_solution_there(solver, steps, tolerance):
+    z0 = 0.5 * start()
+    times = torch.tensor([0.0, 0.013, 0.5, 0.77, 1.2345, 1.8, 2.0])  # fp32, most of them between grid points
+    states = integrate(swing, z0, 0.0, 2.0, solver, steps, times=times)
+    exact = torch.stack([swing_at(t, z0) for t in times.double().numpy()])
+    assert states.shape == exact.shape and torch.equal(states[0], z0)
+    torch.testing.assert_close(states.double(), exact, rtol=0, atol=tolerance)
+    torch.testing.assert_close(states[-1], integrate(swing, z0, 0.0, 2.0, solver, steps), rtol=0, atol=1e-5)
+
+
+def test_no_image_hides_in_its_batch():
+    """One image swings 30 times as fast as 255 others: it must get the steps it gets alone."""
+    rate = torch.ones(256, 1, 1, 1)
+    rate[77] = 30
+
+    def field(rate):
+        return watched(lambda t, z: rate * (rate * t).cos() * torch.ones_like(z))
+
+    z0 = torch.full((256, 1, 2, 2), 0.1)
+    v, asked = field(rate)
+    together = integrate(v, z0, 0.0, 1.0)
+    v, asked_alone = field(rate[77:78])
+    alone = integrate(v, z0[77:78], 0.0, 1.0)
+    np.testing.assert_allclose(asked, asked_alone, rtol=1e-5)
+    torch.testing.assert_close(together[77:78], alone, rtol=0, atol=1e-6)
+    assert (alone - 0.1 - np.sin(30.0)).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------- cost
+
+
+class Net:
+    """-x, as a network; knows what it was asked."""
+
+    num_classes = 7
+
+    def __init__(self):
+        self.labels = []
+
+    def __call__(self, x, t, y=None, cond=None):
+        self.labels.append(y)
+        return -x if y is None else -x * (1 + 0.01 * y[:, None, None, None])
+
+
+def problem(net, y=None) -> ODE:
+    z0 = start()
+    return ODE(lambda t, z: net(z, t.expand(len(z)), y, None), z0, 0.001, 0.999, lambda t, z: net(z, t.expand(len(z)), y, None))
+
+
+@pytest.mark.parametrize("solver", FIXED_STEP)
+def test_cost_of_a_fixed_step_solver(solver):
+    net = Counted(Net())
+    assert net.num_classes == 7
+    solve(problem(net), solver, 7)
+    assert net.rows == SHAPE[0] * (7 * FIXED_STEP[solver] + 1)
+    solve(problem(net), solver)
+    assert net.rows == SHAPE[0] * ((7 + DEFAULT_STEPS) * FIXED_STEP[solver] + 2)
+
+
+def test_guidance_costs_twice():
+    net = Counted(Net())
+    solve(problem(Guided(net, 2.0), torch.arange(SHAPE[0])), "heun", 5)
+    assert net.rows == SHAPE[0] * 2 * (2 * 5 + 1)
+
+
+def test_cost_of_dopri5_is_what_it_asked():
+    net = Counted(Net())
+    solve(problem(net))
+    assert net.rows == SHAPE[0] * len(net.net.labels) and len(net.net.labels) > 8
+
+
+@pytest.mark.parametrize("solver, steps", [("dopri5", None), ("euler", 3), ("heun", 20), ("rk4", 50)])
+@pytest.mark.parametrize("t_min", [0.001, 0.002, 0.003, 0.006])  # t0 + (t1 - t0) misses t1 by a rounding for some of these
+def test_trace_shows_the_path_and_changes_nothing(solver, steps, t_min):
+    ode, frames = problem(Net()), []
+    ode.t0, ode.t1 = t_min, 1 - t_min
+    ode.view = lambda t, z: z * (1 + t)
+    sample = solve(ode, solver, steps, trace=frames)
+    plain = solve(ode, solver, steps)
+    torch.testing.assert_close(sample, plain, rtol=0, atol=2e-5 if solver == "dopri5" else 0)
+    assert torch.equal(frames[-1][2], sample)
+    times = [t for t, _, _ in frames]
+    assert (times[0], times[-1]) == (t_min, 1 - t_min) and len(times) == min(9, (steps or 9) + 1)
+    on_grid = (np.array(times) - t_min) / (1 - 2 * t_min) * (steps or DEFAULT_STEPS)
+    np.testing.assert_allclose(on_grid, on_grid.round(), atol=1e-9)
+    for t, seen, clean in frames:
+        exact = ode.z * np.exp(t_min - t)
+        tolerance = 0.3 if solver == "euler" else 1e-3
+        torch.testing.assert_close(seen / (1 + t), exact, rtol=0, atol=tolerance)
+        torch.testing.assert_close(clean, -seen / (1 + t), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- failure
+
+
+def named_time(failure) -> float:
+    return float(re.search(r"t = (-?[\d.]+)", str(failure.value))[1])
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "euler", "heun", "rk4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("since, until", [(-1.0, 2.0), (0.37, 2.0), (0.37, 0.52)])
+def test_a_field_that_is_not_finite_is_named_with_its_time(solver, bad, since, until):
+    def v(t, z):
+        return torch.where((t > since) & (t < until), bad * torch.ones_like(z), torch.ones_like(z))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # this is no stiffness
+        with pytest.raises(SolverError, match="not finite") as failure:
+            integrate(v, start(), 0.0, 1.0, solver, 40)
+    assert max(since, 0) <= named_time(failure) <= min(until, 1)
+
+
+def test_a_state_that_overflows_is_an_error():
+    with pytest.raises(SolverError, match="euler failed at t = 2.0000"):  # the field is finite wherever it is asked
+        integrate(lambda t, z: 3e38 * torch.ones_like(z), start(), 0.0, 2.0, "euler", 1)
+
+
+def test_a_rough_field_falls_back_to_heun(monkeypatch):
+    monkeypatch.setattr(ode_int, "MAX_ADAPTIVE_STEPS", 100)  # sooner
+    def v(t, z):
+        return 3 * (1e6 * z + 1e5 * t).sin()
+
+    with pytest.warns(RuntimeWarning, match=r"dopri5 failed at t = 0\.\d+ .*heun with 50 steps"):
+        fallen = integrate(v, start(), 0.0, 1.0)
+    assert fallen.isfinite().all()
+    assert torch.equal(fallen, integrate(v, start(), 0.0, 1.0, "heun", 50))
+    times = torch.tensor([0.0, 0.35, 1.0])
+    with pytest.warns(RuntimeWarning):
+        states = integrate(v, start(), 0.0, 1.0, times=times)
+    assert torch.equal(states[-1], fallen) and states.isfinite().all()
+
+
+def test_a_field_too_stiff_for_the_fallback_is_an_error(monkeypatch):
+    monkeypatch.setattr(ode_int, "MAX_ADAPTIVE_STEPS", 100)
+    with pytest.warns(RuntimeWarning, match="stiff"), pytest.raises(SolverError, match="heun failed.*too stiff"):
+        integrate(lambda t, z: -1e6 * z, start(), 0.0, 1.0)
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match=r"^solver = 'rk5': allowed are dopri5, euler, midpoint, heun, rk4$"):
+        integrate(swing, start(), 0.0, 1.0, "rk5")
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def tf32():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    yield lambda: (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "heun"])
+@pytest.mark.parametrize("flags", [(True, True), (False, True), (True, False)])
+def test_precision_is_full_for_dopri5_and_the_callers_for_the_others(solver, flags, tf32):
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+    seen, states = set(), set()
+
+    def net(t, z):
+        seen.add(((z.flatten(1) @ torch.eye(32)).dtype, *tf32()))
+        states.add(z.dtype)
+        return -(z.flatten(1) @ torch.eye(32)).view_as(z)
+
+    ode = ODE(net, start(), 0.0, 1.0, net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sample = solve(ode, solver, trace=[])
+        assert torch.mm(torch.eye(2), torch.eye(2)).dtype == torch.bfloat16  # the caller's autocast is back
+    assert seen == {(torch.float32, False, False) if solver == "dopri5" else (torch.bfloat16, *flags)}
+    assert states == {torch.float32} and tf32() == flags
+    if solver == "dopri5":
+        torch.testing.assert_close(sample, -ode.z * np.exp(-1), rtol=0, atol=3e-5)
+
+    with pytest.raises(KeyError), torch.autocast("cpu", dtype=torch.bfloat16):  # a network's own error, not the solver's
+        solve(ODE(lambda t, z: {}["missing"], start(), 0.0, 1.0, net), solver)
+    assert tf32() == flags
+
+
+def test_the_state_is_fp32_where_the_field_is_bf16():
+    """2000 steps of 1/2000: a bf16 state would stop growing at 0.25, where its spacing is twice the step's."""
+    grown = integrate(lambda t, z: torch.ones_like(z, dtype=torch.bfloat16), torch.zeros(SHAPE, dtype=torch.bfloat16), 0.0, 1.0, "euler", 2000)
+    assert grown.dtype == torch.float32
+    torch.testing.assert_close(grown, torch.ones(SHAPE), rtol=0, atol=5e-3)

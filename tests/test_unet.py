@@ -1,0 +1,349 @@
+"""The network: its parts against the formulas written out, and what it must not depend on."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ode_int import Counted
+from unet import Attention, FourierTime, GroupNorm, Guided, LayerNorm, LinearAttention, ResBlock, Unet
+
+BF16 = 2.0**-8  # half the distance of neighbouring bf16 numbers, relative
+SMALL = dict(dim=16, dim_mults=(1, 2), num_classes=3)
+
+
+def randomize(module: nn.Module, seed=1) -> nn.Module:
+    """Also the gains and biases that start at one and zero, where a missing one would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.ndim == 1:
+            p.data = 0.3 * noise + (1 if "norm" in name and name.endswith("weight") or "gain" in name else 0)
+        else:
+            p.data = noise / p[0].numel() ** 0.5
+    return module.eval()
+
+
+def make(in_channels=6, out_channels=3, **knobs) -> Unet:
+    return randomize(Unet(in_channels, out_channels, **(SMALL | knobs)))
+
+
+def inputs(size=3, height=8, width=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    x, cond = torch.randn(2, size, 3, height, width, generator=generator).to(dtype)
+    return x, torch.linspace(0.1, 0.9, size), torch.arange(size) % 3, cond
+
+
+def test_number_of_parameters():
+    with torch.device("meta"):
+        net = Unet(6, 3, dim=128, dim_mults=(1, 2, 2, 2), num_classes=10)
+    assert sum(p.numel() for p in net.parameters()) == 34_407_443
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def test_fourier_time():
+    layer = randomize(FourierTime(8))
+    t = torch.tensor([0.0, 0.3, 0.98849, -2.0])
+    out, frequencies = layer(t).detach().numpy(), layer.frequencies.detach().double().numpy()
+    for row, time in zip(out, t.double().numpy()):
+        angles = [2 * math.pi * time * f for f in frequencies]
+        np.testing.assert_allclose(row, [time, *map(math.sin, angles), *map(math.cos, angles)], atol=1e-5)
+
+
+def written_out_group_norm(x, groups, weight, bias):
+    x = x.astype(np.float64)
+    out = np.empty_like(x)
+    size = x.shape[1] // groups
+    for i in range(len(x)):
+        for g in range(groups):
+            part = x[i, g * size:(g + 1) * size]
+            out[i, g * size:(g + 1) * size] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+    return out * weight[:, None, None] + bias[:, None, None]
+
+
+def written_out_layer_norm(x, gain):
+    x = x.astype(np.float64)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain
+
+
+@pytest.mark.parametrize("kind", ["group", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 20.0])  # far from zero, statistics summed in bf16 would be lost
+def test_norms_keep_their_inputs_dtype_and_their_statistics_precise(kind, dtype, mean):
+    generator = torch.Generator().manual_seed(4)
+    x = (mean + torch.randn(2, 16, 24, 24, generator=generator)).to(dtype)
+    if kind == "group":
+        layer = randomize(nn.ModuleDict(dict(norm=GroupNorm(4, 16))))["norm"]
+        exact = written_out_group_norm(x.float().numpy(), 4, layer.weight.detach().numpy(), layer.bias.detach().numpy())
+        size = np.abs(exact) + np.abs(layer.bias.detach().numpy())[:, None, None]  # either may round
+    else:
+        x = x.flatten(2).transpose(1, 2).contiguous()
+        layer = randomize(nn.ModuleDict(dict(norm=LayerNorm(16))))["norm"]
+        exact = written_out_layer_norm(x.float().numpy(), layer.gain.detach().numpy())
+        size = np.abs(exact)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = layer(x)
+        assert out.dtype == dtype
+        bound = 2.5 * BF16 * size + 1e-4 if dtype == torch.bfloat16 else 1e-5 * (1 + mean)
+        assert (np.abs(out.detach().float().numpy() - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_linear_attention_is_the_heads_products_one_by_one(heads):
+    layer = randomize(LinearAttention(24, heads)).double()
+    layer.blocks = layer.blocks.to(torch.float32)  # HEAD^-0.5 as it is kept
+    x = torch.randn(2, 24, 5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    n, w = x.permute(0, 2, 3, 1).reshape(2, 35, 24), {k: v.detach() for k, v in layer.named_parameters()}
+    qkv = torch.from_numpy(written_out_layer_norm(n.numpy(), w["norm.gain"].numpy())) @ w["to_qkv.weight"].T
+    q, k, v = (part.reshape(2, 35, heads, 32) for part in qkv.split(heads * 32, dim=-1))
+    q = q.exp() / q.exp().sum(-1, keepdim=True) / 32**0.5
+    k = k.exp() / k.exp().sum(1, keepdim=True)
+    context = torch.einsum("bnhd,bnhe->bhde", k, v)
+    out = torch.einsum("bhde,bnhd->bnhe", context, q).reshape(2, 35, heads * 32) @ w["to_out.0.weight"].T + w["to_out.0.bias"]
+    out = torch.from_numpy(written_out_layer_norm(out.numpy(), w["to_out.1.gain"].numpy()))
+    torch.testing.assert_close(layer(x), x + out.reshape(2, 5, 7, 24).permute(0, 3, 1, 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim, heads", [(16, 1), (96, 3)])
+def test_full_attention_is_its_softmax_written_out(dim, heads):
+    layer = randomize(Attention(dim)).double()
+    x = torch.randn(2, dim, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    n, w = x.permute(0, 2, 3, 1).reshape(2, 12, dim), {k: v.detach() for k, v in layer.named_parameters()}
+    qkv = torch.from_numpy(written_out_layer_norm(n.numpy(), w["norm.gain"].numpy())) @ w["to_qkv.weight"].T
+    q, k, v = (part.reshape(2, 12, heads, 32) for part in qkv.split(heads * 32, dim=-1))
+    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(32)).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 12, heads * 32) @ w["to_out.weight"].T + w["to_out.bias"]
+    torch.testing.assert_close(layer(x), x + out.reshape(2, 4, 3, dim).permute(0, 3, 1, 2), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dim_in, dim_out", [(16, 16), (8, 16)])
+def test_residual_block(dim_in, dim_out):
+    block = randomize(ResBlock(dim_in, dim_out, 5, 0.0)).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, dim_in, 6, 6, generator=generator, dtype=torch.float64)
+    emb = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    w = {k: v.detach() for k, v in block.named_parameters()}
+
+    def norm(h, name):
+        return torch.from_numpy(written_out_group_norm(h.numpy(), 8, w[f"{name}.weight"].numpy(), w[f"{name}.bias"].numpy()))
+
+    scale, shift = (emb @ w["embed.weight"].T + w["embed.bias"]).split(dim_out, dim=1)
+    h = norm(F.conv2d(x, w["conv1.weight"], w["conv1.bias"], padding=1), "norm1") * (1 + scale[..., None, None]) + shift[..., None, None]
+    h = norm(F.conv2d(h * h.sigmoid(), w["conv2.weight"], w["conv2.bias"], padding=1), "norm2")
+    h = h * h.sigmoid()
+    skip = x if dim_in == dim_out else torch.einsum("oi,bihw->bohw", w["skip.weight"][:, :, 0, 0], x) + w["skip.bias"][:, None, None]
+    torch.testing.assert_close(block(x, emb), skip + h, rtol=0, atol=1e-10)
+
+
+def test_dropout_drops_its_share_before_the_second_convolution_and_only_in_training():
+    net, seen = make(dropout=0.3), []
+    for block in (m for m in net.modules() if isinstance(m, ResBlock)):
+        block.conv2.register_forward_pre_hook(lambda module, args: seen.append((args[0] == 0).float().mean().item()))
+    x, t, y, cond = inputs(8, 16, 16)
+    quiet = net(x, t, y, cond)
+    assert max(seen) < 0.01
+    torch.testing.assert_close(quiet, make(dropout=0.0)(x, t, y, cond))
+    seen.clear()
+    torch.manual_seed(1)
+    loud = net.train()(x, t, y, cond)
+    np.testing.assert_allclose(seen, 0.3, atol=0.03)
+    assert not torch.allclose(loud, quiet, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+@pytest.mark.parametrize("height, width", [(30, 27), (8, 9), (1, 5)])
+@pytest.mark.parametrize("upscale", [1, 2])
+def test_any_size_is_padded_by_its_edge_and_cropped(height, width, upscale):
+    net = make(dim=8, dim_mults=(1, 2, 2), upscale=upscale)  # stride 4
+    x, t, y, cond = inputs(2, height, width)
+    rows, columns = torch.arange(math.ceil(height / 4) * 4).clamp(max=height - 1), torch.arange(math.ceil(width / 4) * 4).clamp(max=width - 1)
+    padded = net(x[:, :, rows][..., columns], t, y, cond[:, :, rows][..., columns])
+    out = net(x, t, y, cond)
+    assert out.shape == (2, 3, height * upscale, width * upscale)
+    torch.testing.assert_close(out, padded[:, :, :height * upscale, :width * upscale], rtol=0, atol=1e-6)
+    assert not torch.allclose(out, net(0 * x, t, y, cond), atol=1e-2)
+
+
+def test_upscale_lays_four_channels_out_as_two_by_two_pixels():
+    net, last = make(upscale=2), []
+    net.out.register_forward_hook(lambda module, args, out: last.append(out))
+    x, t, y, cond = inputs()
+    out = net(x, t, y, cond)
+    assert last[0].shape == (3, 12, 8, 8) and out.shape == (3, 3, 16, 16)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                assert torch.equal(out[:, c, i::2, j::2], last[0][:, 4 * c + 2 * i + j])
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_blocks_a_level(blocks):
+    net = make(blocks=blocks)
+    levels = len(SMALL["dim_mults"])
+    assert sum(isinstance(m, ResBlock) for m in net.modules()) == 2 * levels * blocks + 3
+    assert net(*inputs()).std() > 0.1
+
+
+def test_cond_is_stacked_behind_x():
+    net, (x, t, y, cond) = make(), inputs()
+    out = net(x, t, y, cond)
+    assert torch.equal(out, net(torch.cat([x, cond], 1), t, y))
+    assert not torch.allclose(out, net(cond, t, y, x), atol=1e-2)
+
+
+def test_labels():
+    net, (x, t, y, cond) = make(), inputs()
+    by_label = [net(x, t, torch.full_like(y, c), cond) for c in range(4)]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(by_label[i], by_label[j], atol=1e-2)
+    assert torch.equal(net(x, t, None, cond), by_label[3])  # None is the null label
+    mixed = net(x, t, torch.tensor([2, 0, 3]), cond)
+    torch.testing.assert_close(mixed, torch.stack([by_label[c][i] for i, c in enumerate((2, 0, 3))]))
+
+    off = make(num_classes=0)
+    assert torch.equal(off(x, t, y, cond), off(x, t, None, cond))
+    assert not any("class" in name for name, _ in off.named_parameters())
+
+
+def test_time_reaches_every_image():
+    net, (x, t, y, cond) = make(), inputs()
+    out = net(x, t, y, cond)
+    for i in range(3):
+        assert not torch.allclose(net(x, t.flip(0) + 0.05, y, cond)[i], out[i], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_of_a_batch_do_not_meet(dtype):
+    net, (x, t, y, cond) = make(), inputs(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = net(x, t, y, cond)
+        for i in range(4):
+            others = torch.arange(4) != i
+            x2, t2, y2, cond2 = x.clone(), t.clone(), y.clone(), cond.clone()
+            x2[others], t2[others], y2[others], cond2[others] = 5 * x[others] + 1, 0.5, 0, -cond[others]
+            changed = net(x2, t2, y2, cond2)
+            torch.testing.assert_close(changed[i], out[i], rtol=0, atol=1e-6)
+            assert not torch.allclose(changed[others], out[others], atol=0.1)
+
+
+def test_channels_last_computes_the_same():
+    net, (x, t, y, cond) = make(dim_mults=(1, 2, 2)), inputs(2, 16, 12)
+    plain = net(x, t, y, cond)
+    net, layouts = net.to(memory_format=torch.channels_last), []
+    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d) and m is not net.stem):
+        conv.register_forward_pre_hook(lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    torch.testing.assert_close(net(x, t, y, cond), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), t, y, cond), plain, rtol=1e-4, atol=1e-4)
+    assert len(layouts) > 40 and all(layouts)  # from the stem to the end, so that nothing is copied on the way
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_gradient_of_every_parameter_against_differences():
+    """In float64, ahead of the last cast to fp32; along one random direction of each parameter and input."""
+    net, last = make(blocks=1).double(), []
+    net.out.register_forward_hook(lambda module, args, out: last.append(out))
+    generator = torch.Generator().manual_seed(5)
+    x, t, y, cond = inputs(2, 4, 4, torch.float64)
+    weight = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    x.requires_grad_(), cond.requires_grad_()
+
+    def value():
+        last.clear()
+        net(x, t, y, cond)
+        return (last[0] * weight).sum()
+
+    value().backward()
+    for name, p in [("x", x), ("cond", cond), *net.named_parameters()]:
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64) / p.numel() ** 0.5
+        if name == "embed_class.0.weight":
+            direction[2:] = 0  # labels 0 and 1 are seen
+            assert (p.grad[2:] == 0).all()
+        slope = (p.grad * direction).sum().item()
+        values, h = [], 1e-5
+        with torch.no_grad():
+            for step in (h, -2 * h):
+                p += step * direction
+                values.append(value().item())
+            p += h * direction
+        np.testing.assert_allclose((values[0] - values[1]) / (2 * h), slope, rtol=1e-5, atol=1e-7, err_msg=name)
+        assert p.grad.abs().max() > 1e-5, name  # and each of them matters
+
+
+def gradients(net, dtype):
+    x, t, y, cond = inputs(4, 8, 8)
+    net = net.double() if dtype == torch.float64 else net.float()
+    net.zero_grad()
+    cast = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = net(x.to(cast), t, y, cond.to(cast))
+    assert out.dtype == torch.float32
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+    (out - target).square().mean().backward()
+    return out.detach(), {name: p.grad.double().flatten() for name, p in net.named_parameters()}
+
+
+def test_bf16_agrees_with_float64():
+    net = make(blocks=1)
+    exact_out, exact = gradients(net, torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-8), (torch.bfloat16, 1e-2)):
+        out, found = gradients(net, dtype)
+        a, b = torch.cat(list(exact.values())), torch.cat(list(found.values()))
+        assert 1 - F.cosine_similarity(a, b, dim=0) < tolerance
+        assert abs(b.norm() / a.norm() - 1) < 5 * tolerance + 1e-5
+        worst = min((F.cosine_similarity(exact[k], found[k], dim=0).item(), k) for k in exact if len(exact[k]) > 16)
+        assert worst[0] > 1 - 10 * tolerance, worst
+        assert (out - exact_out).square().mean().sqrt() < 2 * math.sqrt(tolerance) * exact_out.std()
+
+
+def test_activations_are_bf16_and_the_embedding_is_not():
+    net, kinds, embeddings = make(), set(), []
+    for m in net.modules():
+        if isinstance(m, (ResBlock, LinearAttention, Attention, GroupNorm, LayerNorm, nn.Conv2d)):
+            m.register_forward_hook(lambda module, args, out: kinds.add(out.dtype))
+    net.embed_time.register_forward_hook(lambda module, args, out: embeddings.append(out))
+    net.embed_class.register_forward_hook(lambda module, args, out: embeddings.append(out))
+    x, t, y, cond = inputs()
+    net(x, t, y, cond)
+    kinds.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(x, t, y, cond)
+    assert kinds == {torch.bfloat16} and out.dtype == torch.float32
+    assert torch.equal(embeddings[0], embeddings[2]) and torch.equal(embeddings[1], embeddings[3])  # to the last bit of fp32
+
+
+# ------------------------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("with_cond", [True, False])
+def test_guidance(with_cond):
+    net, (x, t, y, cond) = make(6 if with_cond else 3), inputs()
+    cond = cond if with_cond else None
+    labelled, null = net(x, t, y, cond), net(x, t, None, cond)
+    assert not torch.allclose(labelled, null, atol=0.1)
+    for scale, expected, rows in ((1, labelled, 3), (1.0, labelled, 3), (0, null, 3), (2.5, null + 2.5 * (labelled - null), 6),
+                                  (-1.0, 2 * null - labelled, 6), (0.3, 0.7 * null + 0.3 * labelled, 6)):
+        counted = Counted(net)
+        out = Guided(counted, scale)(x, t, y, cond)
+        assert counted.rows == rows
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+        counted = Counted(net)
+        assert torch.equal(Guided(counted, scale)(x, t, None, cond), null) and counted.rows == 3
+
+
+def test_guidance_goes_each_images_own_way():
+    net, (x, t, _, cond) = make(), inputs()
+    y = torch.tensor([2, 3, 0])  # the second has no label: nothing guides it
+    out, null = Guided(net, 4.0)(x, t, y, cond), net(x, t, None, cond)
+    torch.testing.assert_close(out[1], null[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, null + 4 * (net(x, t, y, cond) - null), rtol=0, atol=5e-5)
