@@ -5,7 +5,6 @@
     python trainer.py --help             every setting
 """
 import copy
-import io
 import json
 import math
 import os
@@ -14,15 +13,12 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from itertools import dropwhile, takewhile
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,9 +29,10 @@ from logs import Log, beside, grid, one_line, psnr, strip, write_atomically
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
+from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from presets import PRESETS
+from settings import PRESETS, from_plain, parse
 from unet import Guided, Unet
 
 
@@ -44,7 +41,7 @@ class Config:
     """Everything a run depends on. Sizes are pixels, batch sizes are images over all GPUs."""
 
     preset: str = "auto"  # whole recipe the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
-    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm"] = "interpolant"  # how clean images are made
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"  # how clean images are made; regression: the baseline
     task: str = "sr"  # sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
 
@@ -96,6 +93,7 @@ class Config:
     i2sb: I2SB = field(default_factory=I2SB)
     edm: EDM = field(default_factory=EDM)
     udpm: UDPM = field(default_factory=UDPM)
+    regression: Regression = field(default_factory=Regression)
 
     @property
     def recipe(self):
@@ -153,18 +151,6 @@ class Config:
                 raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{', cuda' if torch.cuda.is_available() else '; no CUDA device is to be seen'}")
         if hasattr(self.recipe, "check"):
             self.recipe.check()
-
-
-def from_plain(kind, plain: dict):
-    """A dataclass from the plain dict that asdict made; keys it does not know (another version's) are dropped with a warning."""
-    known = {f.name: f for f in fields(kind)}
-    if unknown := set(plain) - set(known):
-        warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
-    values = {}
-    for name in set(plain) & set(known):
-        value, default = plain[name], known[name].default_factory
-        values[name] = from_plain(default, value) if is_dataclass(default) else tuple(value) if isinstance(value, list) else value
-    return kind(**values)
 
 
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
@@ -539,15 +525,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
         if preset == "auto" and int(os.environ.get("RANK", 0)) == 0:
             print(f"preset {name}: " + ("no GPU here, so a small network; --preset cifar10-sr is the full one" if name == "small" else "the full network"))
     default = config
-    with redirect_stderr(io.StringIO()) as errors:
-        try:
-            config = tyro.cli(Config, args=arguments, default=default, description=__doc__)
-        except SystemExit as end:
-            if not end.code:
-                raise
-    if errors.getvalue():  # tyro's box, whose lines are other characters where the terminal is not UTF-8: its first paragraph in one line
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
-        raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, (line if line.strip("─-") else "" for line in lines)))))
+    config = parse(Config, arguments, __doc__, default)
     if config.overfit and not default.overfit and given("--max-steps") is None:  # a paper's step count is no demo
         config = replace(config, max_steps=None)
     config.check()

@@ -11,6 +11,8 @@ from ode_int import Counted
 from unet import Attention, FourierTime, GroupNorm, Guided, LayerNorm, LinearAttention, ResBlock, Unet
 
 BF16 = 2.0**-8  # half the distance of neighbouring bf16 numbers, relative
+# autocast on CUDA takes norms to fp32 unasked, on the CPU it does not
+DEVICES = pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 SMALL = dict(dim=16, dim_mults=(1, 2), num_classes=3)
 
 
@@ -70,10 +72,11 @@ def written_out_layer_norm(x, gain):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain
 
 
+@DEVICES
 @pytest.mark.parametrize("kind", ["group", "layer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [0.0, 20.0])  # far from zero, statistics summed in bf16 would be lost
-def test_norms_keep_their_inputs_dtype_and_their_statistics_precise(kind, dtype, mean):
+def test_norms_keep_their_inputs_dtype_and_their_statistics_precise(kind, dtype, mean, device):
     generator = torch.Generator().manual_seed(4)
     x = (mean + torch.randn(2, 16, 24, 24, generator=generator)).to(dtype)
     if kind == "group":
@@ -86,8 +89,8 @@ def test_norms_keep_their_inputs_dtype_and_their_statistics_precise(kind, dtype,
         exact = written_out_layer_norm(x.float().numpy(), layer.gain.detach().numpy())
         size = np.abs(exact)
     for autocast in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = layer(x)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            out = layer.to(device)(x.to(device)).cpu()
         assert out.dtype == dtype
         bound = 2.5 * BF16 * size + 1e-4 if dtype == torch.bfloat16 else 1e-5 * (1 + mean)
         assert (np.abs(out.detach().float().numpy() - exact) <= bound).all()
@@ -306,17 +309,18 @@ def test_bf16_agrees_with_float64():
         assert (out - exact_out).square().mean().sqrt() < 2 * math.sqrt(tolerance) * exact_out.std()
 
 
-def test_activations_are_bf16_and_the_embedding_is_not():
-    net, kinds, embeddings = make(), set(), []
+@DEVICES
+def test_activations_are_bf16_and_the_embedding_is_not(device):
+    net, kinds, embeddings = make().to(device), set(), []
     for m in net.modules():
         if isinstance(m, (ResBlock, LinearAttention, Attention, GroupNorm, LayerNorm, nn.Conv2d)):
             m.register_forward_hook(lambda module, args, out: kinds.add(out.dtype))
     net.embed_time.register_forward_hook(lambda module, args, out: embeddings.append(out))
     net.embed_class.register_forward_hook(lambda module, args, out: embeddings.append(out))
-    x, t, y, cond = inputs()
+    x, t, y, cond = (a.to(device) for a in inputs())
     net(x, t, y, cond)
     kinds.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = net(x, t, y, cond)
     assert kinds == {torch.bfloat16} and out.dtype == torch.float32
     assert torch.equal(embeddings[0], embeddings[2]) and torch.equal(embeddings[1], embeddings[3])  # to the last bit of fp32

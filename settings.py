@@ -1,4 +1,12 @@
-"""Whole recipes: what differs from Config's defaults. The papers' network sizes, batches, rates and lengths, on this project's UNet."""
+"""Settings from the command line and from plain dicts; PRESETS, whole recipes on this project's UNet."""
+import io
+import warnings
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass
+from itertools import dropwhile, takewhile
+
+import tyro
+
 from corruptions import Damage
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -6,7 +14,7 @@ from methods.sr3 import SR3
 from methods.udpm import UDPM
 
 # two CPU cores, a few minutes
-SMALL = dict(unet_channels=32, batch_size=32, base_lr=1e-3, max_steps=500, sample_every=250)
+SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=32, base_lr=1e-3, max_steps=400, sample_every=200, sample_count=16)
 
 # I2SB section 5: ImageNet at 256, ADM's network (the paper starts from its weights), no conditioning on the damaged image
 I2SB_256 = dict(method="i2sb", dataset="data/imagenet", image_size=256, condition=False, overfit=False, batch_size=256, base_lr=5e-5,
@@ -22,7 +30,7 @@ UDPM_CIFAR = dict(method="udpm", task="generate", overfit=False, batch_size=64, 
                   unet_dim_mults=(2, 2, 2), unet_blocks=4)
 UDPM_64 = UDPM_CIFAR | dict(image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_use_classes=False)
 
-PRESETS = {
+PRESETS = {  # name: what differs from Config's defaults
     "cifar10-sr": dict(),
     "small": SMALL,
     "small-sr3": SMALL | dict(method="sr3", damage=Damage(up="bicubic")),
@@ -51,3 +59,28 @@ PRESETS = {
     "udpm-ffhq64": UDPM_64 | dict(dataset="data/ffhq64", udpm=UDPM(disc_dropout=0.2, grad_penalty=(0.1, 0.4, 0.8))),
     "udpm-afhq64": UDPM_64 | dict(dataset="data/afhqv2", unet_dropout=0.1, udpm=UDPM(disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
 }
+
+
+def from_plain(kind, plain: dict):
+    """A dataclass from the plain dict that asdict made; keys it does not know (another version's) are dropped with a warning."""
+    known = {f.name: f for f in fields(kind)}
+    if unknown := set(plain) - set(known):
+        warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
+    values = {}
+    for name in set(plain) & set(known):
+        value, default = plain[name], known[name].default_factory
+        values[name] = from_plain(default, value) if is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def parse(kind, arguments: list[str], description: str, default=None):
+    """The dataclass `kind` from the command line, by tyro. Raises ValueError, one line, where it does not fit; exits after --help."""
+    with redirect_stderr(io.StringIO()) as errors:
+        try:
+            return tyro.cli(kind, args=arguments, description=description, **({} if default is None else {"default": default}))
+        except SystemExit as end:
+            if not end.code:
+                raise
+    # tyro's box: its first paragraph, whatever characters draw the frame
+    lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
+    raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, (line if line.strip("─-") else "" for line in lines)))))

@@ -1,0 +1,157 @@
+"""Which solver, in how many steps: network evaluations (NFE) against distance from dopri5's result at 1e-5, for a trained run.
+
+    python benchmarks/solvers.py RUN                     held-out images of the run's data
+    python benchmarks/solvers.py RUN --precisions bf16 fp32
+
+Every row starts from the same noise. Distance is the root mean square over pixels, in levels of 255, of what the solver makes
+of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler step is the regression answer, and scores best there. FD
+is evaluate.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
+"""
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import tyro
+from torch import Tensor
+
+import data
+import evaluate
+import ode_int
+from benchmarks.speed import describe, machine, markdown, save, set_up, trained
+from trainer import Config, bf16_helps, draw, pick_device
+from unet import Guided
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    run: tyro.conf.Positional[str]  # a run's folder, or a checkpoint; its method has an ODE
+    solvers: tuple[Literal["euler", "midpoint", "heun", "rk4"], ...] = tuple(ode_int.FIXED_STEP)  # with each of `steps`
+    steps: tuple[int, ...] = (2, 3, 4, 5, 7, 10, 15, 20)  # of those
+    tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4)  # of dopri5, absolute and relative, beside the reference at 1e-5
+    precisions: tuple[Literal["bf16", "fp32"], ...] | None = None  # of the fixed steps; None: bf16 where the chip computes in it
+    count: int = 500  # images
+    batch_size: int = 100  # images at a time; dopri5's steps depend on it a little
+    frechet: bool = True  # also the Frechet distance, by a classifier that is trained once, some minutes on a CPU
+    dataset: str | None = None  # folder of the data, if it moved; None: the run's
+    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
+    out: str | None = None  # the JSON file; None: runs/solvers-DATE.json
+
+    def check(self):
+        """Raises ValueError, one line that names field, value and what is allowed."""
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: allowed is 1 or more")
+        if not all(n >= 1 for n in self.steps):
+            raise ValueError(f"steps = {self.steps}: allowed are numbers from 1")
+        if not all(x > 0 for x in self.tolerances):
+            raise ValueError(f"tolerances = {self.tolerances}: allowed are numbers above 0")
+
+
+def levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Root mean square of x - reference (B, C, H, W), both clamped, in levels of 255: of all pixels, of the worst image's."""
+    error = (x.clamp(-1, 1) - reference.clamp(-1, 1)).mul(127.5).square().flatten(1).mean(1)
+    return error.mean().sqrt().item(), error.max().sqrt().item()
+
+
+def candidates(o: Options, config: Config, device: torch.device) -> list[tuple[str, Config, str]]:
+    """(name, settings, precision), the reference first."""
+    precisions = o.precisions or ("bf16" if bf16_helps(device) else "fp32",)
+    adaptive = replace(config, solver="dopri5", sample_steps=None)
+    result = [(f"dopri5, {tolerance:g}", replace(adaptive, integration_atol=tolerance, integration_rtol=tolerance), "fp32")
+              for tolerance in (1e-5, *o.tolerances)]
+    return result + [(f"{solver}, {steps} steps", replace(config, solver=solver, sample_steps=steps), precision)
+                     for precision in precisions for solver in o.solvers for steps in o.steps]
+
+
+def measure(o: Options, config: Config, net, judge, device: torch.device) -> list[dict]:
+    """A row a candidate: NFE, distance, Frechet distance, seconds."""
+    table, reference = [], None
+    for name, setting, precision in candidates(o, config, device):
+        counted, samples = ode_int.Counted(net), []
+
+        def make(batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                samples.append(draw(setting, Guided(counted, config.guidance), batch)[0])
+            return samples[-1]
+
+        row = dict(name=name, solver=setting.solver, precision=precision)
+        try:
+            scores = judge(setting, net.num_classes > 0, make)
+        except ode_int.SolverError as failure:
+            if reference is None:
+                raise
+            table.append(row | dict(error=str(failure)))
+            continue
+        x = torch.cat(samples)
+        reference = x if reference is None else reference
+        rms, worst = levels(x, reference)
+        nfe, seconds = counted.rows / len(x), scores["seconds"]
+        table.append(row | dict(nfe=nfe, rms=rms, rms_worst=worst, frechet=scores.get("frechet"), seconds=seconds))
+        print(f"{name}, {precision}: {nfe:.0f} NFE, RMS {rms:.3f} levels", file=sys.stderr)
+    return table
+
+
+def cheapest(table: list[dict], rms: float = 1.0, share: float = 0.02) -> dict | None:
+    """The row of fewest evaluations within `rms` levels of the first, with a Frechet distance at most `share` above its."""
+    def good(row):
+        near = row.get("rms", float("inf")) <= rms
+        return near and (row["frechet"] is None or row["frechet"] <= (1 + share) * table[0]["frechet"])
+    return min(filter(good, table), key=lambda row: (row["nfe"], row["rms"]), default=None)
+
+
+def show(report: dict) -> str:
+    cells = []
+    for row in report["table"]:
+        numbers = [row.get("error", ""), "", "", "", ""]
+        if "rms" in row:
+            numbers = [f"{row['nfe']:.0f}", f"{row['rms']:.3f}", f"{row['rms_worst']:.3f}", f"{row['seconds']:.3g}",
+                       "" if row["frechet"] is None else f"{row['frechet']:.3f}"]
+        cells.append([row["name"], row["precision"], *numbers])
+    head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s an image", "FD"]
+    best, first = cheapest(report["table"]), report["table"][0]
+    within = "one level" + " and 2% of FD" * (first["frechet"] is not None)
+    choice = f"Fewest evaluations within {within}: {best['name']}, {best['precision']}: {best['nfe']:.0f} NFE instead of {first['nfe']:.0f}."
+    missing = f"\nNo FD: {report['no_frechet']}." if report["no_frechet"] else ""
+    return markdown(f"{report['count']} held-out images, {report['run']}.", head, cells) + f"\n{choice}{missing}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the reference can't be had, 2 bad input."""
+    started, arguments = time.time(), sys.argv[1:] if arguments is None else arguments
+    o = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        o.check()
+        device = pick_device(Config(device=o.device))
+        set_up(device)
+        config, net = trained(o.run, device)
+        config = replace(config, dataset=o.dataset or config.dataset)
+        if not hasattr(config.recipe, "velocity"):
+            raise ValueError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
+        wanted = evaluate.Options(runs=(o.run,), count=o.count, batch_size=o.batch_size, metrics=("frechet",) if o.frechet else ())
+        judge = evaluate.Judge(config, wanted, device)
+        table = measure(o, config, net, judge, device)
+    except (ValueError, data.DatasetError) as failure:
+        print(f"solvers.py: {failure}", file=sys.stderr)
+        return 2
+    except ode_int.SolverError as failure:
+        print(f"solvers.py: {failure}", file=sys.stderr)
+        return 1
+    no_frechet = judge.why.get("frechet") if o.frechet else "switched off"
+    report = dict(command=" ".join(["python benchmarks/solvers.py", *arguments]), machine=machine(device), run=o.run,
+                  config=asdict(config), count=len(judge.order), table=table, no_frechet=no_frechet)
+    path = save(report, o.out, "solvers", started)
+    print(describe(report))
+    print(show(report))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

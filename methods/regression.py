@@ -1,0 +1,33 @@
+"""Regression, the baseline: one pass of the network from the damaged image to the clean one, under squared error.
+
+Its answer tends to E[z1 | zlo], the mean of all that the image may have been: no method has a better PSNR in the limit,
+and what the damage leaves open comes out smooth (SR3, arXiv:2104.07636, table 1, row "Regression").
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from methods import keep_known, masked_mean
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Nothing to set."""
+
+    def estimate(self, net, batch) -> Tensor:
+        """(B, C, H, W): zlo and the network's correction to it. There is no time: the network sees t = 0."""
+        z1 = batch.zlo + net(batch.zlo, batch.zlo.new_zeros(len(batch.zlo)), batch.y, batch.cond)
+        return keep_known(z1, batch)
+
+    def loss(self, net, batch) -> Tensor:
+        """(B,) squared error over the pixels to be made."""
+        return masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.mask)
+
+    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W) by one network evaluation. ValueError for another count."""
+        if steps not in (None, 1):
+            raise ValueError(f"steps = {steps}: regression allows 1")
+        z1 = self.estimate(net, batch)
+        if trace is not None:
+            trace.append((0.0, batch.zlo, z1))
+        return z1

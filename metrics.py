@@ -1,0 +1,303 @@
+"""What scores images: PSNR, SSIM, LPIPS, consistency, bias, and with a network's features Frechet distances and accuracy.
+
+SSIM needs torchmetrics, LPIPS lpips, FID torch-fidelity; the last two download weights. What can't be had is left out, with the
+reason. A small classifier, trained once on the data set itself and kept beside it, needs none of them: it gives the accuracy and
+FD, the Frechet distance on its features, which unlike Inception's mean something at 32x32.
+
+A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half of the
+images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of the truth against
+the other. Samples that equal the truth score the floor exactly.
+"""
+import hashlib
+import math
+import socket
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import ode_int
+from corruptions import parts
+from logs import one_line, psnr, write_atomically
+from trainer import Config, load_images, reseed
+
+METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "frechet")
+
+
+class Judge:
+    """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
+
+    metrics: names out of METRICS. epochs: of the classifier's training. `why`: metric -> why it can't be had.
+    """
+
+    def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0, epochs=8):
+        self.device, self.metrics, self.seed, self.why = device, metrics, seed, {}
+        self.images = images = load_images(replace(config, overfit=False))
+        self.split = "train" if images.test is images.train else "test"
+        order = data.batch_indices(len(images.test), min(count, len(images.test)), 0, 0)
+        self.count, self.half, self.batches = len(order), len(order) // 2, order.split(batch_size)
+        self.digest = digest(images.test[order])
+
+        self.ssim, self.lpips, inception = (self.attempt(*x) for x in (
+            ("ssim", load_ssim), ("lpips", partial(load_lpips, device)), ("fid", partial(load_inception, device))))
+        self.features, self.classifier, self.accuracy, self.key = {}, None, None, None  # metric -> (uint8 images -> features)
+        folder = Path(config.data_path) if config.dataset in (*data.DOWNLOADS, "shapes") else Path(config.dataset).resolve().parent
+        file = f"{folder}/{{}}-{images.name}-{config.image_size}-{{}}.pt"
+        if not images.classes:
+            self.why |= dict.fromkeys(("accuracy", "frechet"), "the data has no classes to train a classifier on")
+        elif {"accuracy", "frechet"} & set(metrics):
+            reseed("classifier")
+            self.classifier = net = Classifier(config.channels, len(images.classes), config.image_size)
+            self.key = digest(net, net.learn.__defaults__, epochs, images.train, images.train_y, images.test, images.test_y)
+            trained = kept(file.format("classifier", self.key), partial(net.learn, images, epochs, device))
+            net.load_state_dict(trained["weights"])
+            net.to(device).eval().requires_grad_(False)
+            self.accuracy = trained["accuracy"]
+            self.features["frechet"] = lambda x: net.features(data.to_float(x))
+            print(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
+        if inception:
+            self.features["fid"] = inception
+        if self.half < 2:
+            self.why |= dict.fromkeys(("fid", "frechet"), "it needs 4 images or more")
+        self.truth = {}  # metric -> the Gaussians of the truth's two halves
+        for metric in [m for m in self.features if m in metrics and m not in self.why]:
+            def make():
+                return self.halves(torch.cat([self.extract(metric, images.test[rows].to(device)) for rows in self.batches]))
+            key = digest(metric, self.key if metric == "frechet" else "torch-fidelity", self.digest)
+            self.truth[metric] = kept(file.format("statistics", key), make)
+
+    def attempt(self, metric: str, load):
+        """load(), or None and the reason in `why`."""
+        if metric not in self.metrics:
+            return None
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(data.TIMEOUT)
+        try:
+            return load()
+        except Exception as failure:  # no package, no network, a damaged file
+            place = "" if isinstance(failure, ImportError) else f"; the weights may be put into {torch.hub.get_dir()}/checkpoints"
+            self.why[metric] = f"{one_line(failure)[:150]}{place}"
+        finally:
+            socket.setdefaulttimeout(before)
+
+    def extract(self, metric: str, x: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) -> features (B, d) on the CPU, float64."""
+        assert x.dtype == torch.uint8
+        with torch.no_grad(), ode_int.full_precision(self.device.type):
+            return self.features[metric](x).double().cpu()
+
+    def halves(self, features: Tensor) -> list:
+        return [gaussian(features[: self.half]), gaussian(features[self.half : 2 * self.half])]
+
+    def left_out(self, config: Config, labels: bool) -> dict[str, str]:
+        """Metrics asked for that can't be measured of such a run -> why."""
+        why = dict(self.why)
+        if parts(config.task) == ["generate"]:
+            why |= dict.fromkeys(("psnr", "ssim", "lpips", "consistency"), "generation has no truth to be near to")
+            if not labels:
+                why["accuracy"] = "generation without labels has no right class"
+        if "paired" in parts(config.task):
+            why["consistency"] = "the damage of pairs can't be done again"
+        return {metric: reason for metric, reason in why.items() if metric in self.metrics}
+
+    @torch.no_grad()
+    def __call__(self, config: Config, labels: bool, make: Callable) -> dict:
+        """Of make(batch) -> (B, C, H, W): the mean of every metric over the images, and the seconds an image.
+
+        labels: whether the network sees classes. Raises ode_int.SolverError for samples that are not finite.
+        """
+        total, features, left_out = defaultdict(float), defaultdict(list), self.left_out(config, labels)
+        for number, rows in enumerate(tqdm(self.batches, desc="images", disable=None, leave=False)):
+            z1, y, zlo = self.images.batch(rows, self.device, "test")
+
+            def damaged(images, **knobs):  # the same draws for every method, and for the sample as for the truth
+                reseed("damage", self.seed, number)
+                return replace(config.damage, **knobs)(config.task, images, y if labels else None, config.condition, zlo)
+
+            batch = damaged(z1)
+            reseed("noise", self.seed, number)
+            start = self.now()
+            sample = make(batch)
+            score = dict(seconds=(self.now() - start) / len(rows))
+            if not sample.isfinite().all():
+                raise ode_int.SolverError("its samples are not finite")
+            x, truth = data.to_uint8(sample), data.to_uint8(z1)
+            assert x.shape == truth.shape
+            score["bias"] = (x.double() - truth.double()).mean((0, 2, 3))
+            if "psnr" not in left_out:
+                score["psnr"] = psnr(sample, z1)
+            if "consistency" not in left_out:  # `up`: of sr, that of the small images themselves
+                error = damaged(data.to_float(x), up="nearest").zlo - damaged(z1, up="nearest").zlo
+                score["consistency"] = 1e5 * (error / 2).square().mean()
+            for metric, function in (("ssim", self.ssim), ("lpips", self.lpips)):
+                if function and metric not in left_out:
+                    score[metric] = function(x, truth)
+            for metric in self.features:
+                features[metric].append(self.extract(metric, x))
+            if self.classifier and "accuracy" not in left_out:
+                guess = self.classifier.head(features["frechet"][-1].float().to(self.device)).argmax(1)
+                score["accuracy"] = 100 * (guess == y).double().mean()
+            for metric, value in score.items():
+                total[metric] += len(rows) / self.count * torch.as_tensor(value, dtype=torch.float64).cpu()
+        total = {metric: value.tolist() for metric, value in total.items()}
+        for metric, (first, second) in self.truth.items():
+            one, other = self.halves(torch.cat(features[metric]))
+            total[metric] = (frechet(one, second) + frechet(other, first)) / 2
+        return {metric: total[metric] for metric in (*METRICS, "seconds") if metric in total and metric in (*self.metrics, "seconds")}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def baselines(self, config: Config) -> list[dict]:
+        """The damaged input, the task's classical answer if it has one, and the floor: the truth itself."""
+        answers = {"input": ({}, lambda batch: batch.zlo)}
+        if parts(config.task) == ["sr"]:
+            answers = {"input": (dict(up="nearest"), lambda batch: batch.zlo), "bicubic": (dict(up="bicubic"), lambda batch: batch.zlo)}
+        elif parts(config.task) == ["inpaint"]:
+            answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.hole)
+        elif parts(config.task) == ["generate"]:
+            answers = {}
+        rows = [dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make) for name, (knobs, make) in answers.items()]
+        truth = self(config, True, lambda batch: batch.z1)
+        floor = {metric: frechet(*halves) for metric, halves in self.truth.items()}
+        return rows + [dict(name="floor") | {metric: truth[metric] for metric in ("accuracy",) if metric in truth} | floor]
+
+
+# ------------------------------------------------------------------------------------------------- the project's classifier
+
+class Classifier(nn.Module):
+    """Images (B, C, side, side) in [-1, 1] -> `features` (B, 32, 64 or 128) -> `head`, logits. A CPU core takes a minute for an epoch of CIFAR-10."""
+
+    def __init__(self, channels: int, classes: int, side: int):
+        super().__init__()
+        dims = [channels] + [32 * min(2**level, 4) for level in range(max(1, round(math.log2(side)) - 2))]  # down to 4x4
+        self.features = nn.Sequential(*map(Block, dims, dims[1:]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(dims[-1], classes)
+
+    def learn(self, images: data.Images, epochs: int, device, batch_size=128, peak=5e-3, decay=5e-3) -> dict:
+        """Trains on the training images, flipped at random -> its weights, and its accuracy (%) on the whole test split."""
+        self.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(self.parameters(), peak, weight_decay=decay)
+        steps = -(-epochs * len(images.train) // batch_size)
+        for step in tqdm(range(steps), desc="classifier", disable=None, leave=False):
+            x, y, _ = images.batch(data.batch_indices(len(images.train), batch_size, 0, step), device)
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+            optimizer.param_groups[0]["lr"] = peak * min(5 * (step + 1) / steps, 1.25 * (1 - step / steps))
+            optimizer.zero_grad()
+            F.cross_entropy(self.head(self.features(x)), y, label_smoothing=0.1).backward()
+            optimizer.step()
+        self.eval()
+        with torch.no_grad():
+            batches = [images.batch(rows, device, "test") for rows in torch.arange(len(images.test)).split(500)]
+            right = sum((self.head(self.features(x)).argmax(1) == y).sum().item() for x, y, _ in batches)
+        return dict(weights=self.state_dict(), accuracy=100 * right / len(images.test))
+
+
+class Block(nn.Module):
+    """Halves the sides, then a residual convolution."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.halve = nn.Sequential(nn.Conv2d(dim_in, dim_out, 4, 2, 1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU())
+        self.stay = nn.Sequential(nn.Conv2d(dim_out, dim_out, 3, 1, 1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.halve(x)
+        return x + self.stay(x)
+
+
+# ---------------------------------------------------------------------------------------------------------- single metrics
+
+def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, d) -> their mean (d,) and covariance (d, d), float64."""
+    features = features.double()
+    return features.mean(0), features.T.cov()
+
+
+def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Frechet distance of two Gaussians (mean, covariance) (arXiv:1706.08500, eq. 6).
+
+    S1 S2 has the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: they are real also where there are more features than
+    images, and what rounding makes negative is 0.
+    """
+    (mean1, cov1), (mean2, cov2) = one, other
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def load_ssim():
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    return lambda x, truth: ssim(x.float(), truth.float(), data_range=255.0)
+
+
+def load_lpips(device):
+    """LPIPS with AlexNet, by its authors' package. Sides under 32 are too small for it: their pixels are repeated."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
+        net = lpips.LPIPS(net="alex", verbose=False).to(device)
+
+    def distance(x: Tensor, truth: Tensor) -> Tensor:
+        a, b = (F.interpolate(data.to_float(image), scale_factor=-(-32 // min(image.shape[2:]))) for image in (x, truth))
+        assert max(a.abs().max(), b.abs().max()) <= 1  # it takes [-1, 1]
+        return net(a, b).mean()
+
+    return distance
+
+
+def load_inception(device):
+    """The FID network as torch-fidelity has it: uint8 images (B, 1 or 3, H, W) -> (B, 2048)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+    return lambda x: net(x.expand(-1, 3, -1, -1))[0]
+
+
+def fill(x: Tensor, known: Tensor) -> Tensor:
+    """x (B, C, H, W) where `known` (B, 1, H, W) is 1, elsewhere the mean of what is near, on the finest scale that knows anything."""
+    if known.min() > 0 or max(x.shape[2:]) == 1:
+        return x
+    weight = F.avg_pool2d(known, 2, ceil_mode=True)
+    mean = F.avg_pool2d(x * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
+    coarse = fill(mean, (weight > 0).float())
+    return torch.where(known > 0, x, F.interpolate(coarse, x.shape[2:], mode="bilinear"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the cache
+
+def digest(*things) -> str:
+    """8 hexadecimal digits of all that a kept file depends on: tensors, and what prints as what it is."""
+    total = hashlib.blake2b(digest_size=4)
+    for thing in things:
+        total.update(thing.cpu().contiguous().numpy().tobytes() if torch.is_tensor(thing) else repr(thing).encode())
+    return total.hexdigest()
+
+
+def kept(path: str, make):
+    """make() -> tensors and plain values, from the file that kept them the last time if it is there and whole."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of many types
+        value = make()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), lambda f: torch.save(value, f))
+    except OSError as failure:
+        print(f"warning: {path} can't be written ({one_line(failure)}); the next evaluation makes it again", file=sys.stderr)
+    return value

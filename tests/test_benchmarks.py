@@ -1,0 +1,243 @@
+"""The benchmarks: their arithmetic, that what they compare is the same problem, and a smoke run of each."""
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+from benchmarks import solvers, speed
+from corruptions import Damage
+from trainer import Config, Trainer, reseed
+
+CPU = torch.device("cpu")
+TINY = Config(unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2, dataset="shapes", use_wandb=False)
+
+
+def test_turns_go_round_and_what_fails_drops_out():
+    calls = []
+
+    def work(name, seconds, fails_at=None):
+        def turn(n):
+            calls.append(name)
+            if calls.count(name) == fails_at:
+                raise RuntimeError("no memory")
+            return n * seconds
+        return turn
+
+    times = speed.in_turns(dict(a=work("a", 0.25), b=work("b", 2.0), c=work("c", 0.25, fails_at=3)), repeats=3, seconds=1.0)
+    assert "".join(calls) == "aabcc" + "abc" + "ab" + "ab"  # warm-up: what takes longer than a turn is called once
+    assert times == dict(a=[0.25] * 3, b=[2.0] * 3, c="RuntimeError: no memory")
+    counts = []
+    speed.in_turns(dict(a=lambda n: counts.append(n) or n * 0.01), repeats=2, seconds=1.0)
+    assert counts == [1, 1, 100, 100]  # a turn is filled
+
+
+def test_a_machine_that_slows_down_changes_no_ratio():
+    drift = [1.0, 1.7, 5.0]
+    plain, ours = speed.rows(dict(plain=[0.6 * d for d in drift], ours=[0.2 * d for d in drift]), "plain", images=12)
+    assert ours["ratio"] == pytest.approx(3) and plain["ratio"] == 1
+    assert ours["seconds"] == pytest.approx(0.34) and ours["images_per_second"] == pytest.approx(12 / 0.34)
+    assert speed.rows(dict(plain="out of memory", ours=[0.2]), "plain", 1)[0] == dict(name="plain", error="out of memory")
+
+
+def test_compiling_pays_when_its_seconds_are_saved():
+    assert speed.pays_after(30, 0.10, 0.04) == pytest.approx(500)
+    assert speed.pays_after(30, 0.04, 0.04) is None and speed.pays_after(30, 0.04, None) is None
+
+
+def test_exponent_of_a_power_law():
+    x = [1, 2, 4, 10]
+    assert speed.exponent(x, [3 * v**1.7 for v in x]) == pytest.approx(1.7)
+
+
+def test_arithmetic_of_a_step_grows_with_the_pixels_and_not_with_the_batch():
+    one = replace(TINY, unet_channels=32, unet_dim_mults=(1,))
+    small, large, wide = (speed.flop_an_image(replace(one, **sizes), CPU) for sizes in (
+        dict(image_size=8), dict(image_size=8, batch_size=64), dict(image_size=16)))
+    assert small == large
+    assert 3.9 < wide / small < 4.5  # the embedding does not grow, full attention faster
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_peak_memory_forgets_what_was_freed():
+    size = 200 * 2**20
+    x = torch.ones(size // 4)
+    high = speed.peak(CPU)
+    del x
+    speed.forget_peak(CPU)
+    low = speed.peak(CPU)
+    assert 0.9 * size < high - low < 1.5 * size
+    x = torch.ones(size // 4)
+    assert 0.9 * size < speed.peak(CPU) - low < 1.1 * size and x[0] == 1
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(down="bicubic", up="bicubic"), dict(factor=4)])
+def test_the_plain_recipe_makes_the_same_pairs(knobs):
+    config = replace(TINY, damage=Damage(**knobs))
+    images = data.load("shapes", 16, limit=6)
+    z1, y, _ = images.batch(torch.arange(6), CPU)
+    zlo = config.damage("sr", z1).zlo
+    pairs, flipped = speed.PlainPairs(images, config), set()
+    for i in list(range(6)) * 3:
+        clean, low, label = pairs[i]
+        flip = bool((clean - z1[i]).abs().amax() > 1e-5)
+        flipped.add(flip)
+        turn = [2] if flip else []
+        assert (clean.flip(turn) - z1[i]).abs().amax() < 1e-5 and label == y[i]
+        assert (low.flip(turn) - zlo[i]).abs().amax() * 127.5 < 1.01
+    assert flipped == {True, False}
+
+
+def test_all_variants_train_the_same_network():
+    batch, o = speed.one_batch(TINY, CPU), speed.Options()
+    todo = [speed.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), speed.Variant("fp32", bf16=False), speed.Variant("bf16")]
+    assert speed.variants(o, CPU)[0] == todo[0] and speed.eager(speed.variants(replace(o, compile="on"), CPU)).compile == ""
+    losses = []
+    for variant in todo:
+        step = speed.make_step(replace(TINY, base_lr=1e-2), variant, batch)
+        losses.append([])
+        for number in range(4):
+            reseed(number)
+            losses[-1].append(step().item())
+    plain, last, bf16 = losses
+    assert len({round(loss, 3) for loss in plain}) == 4  # it does learn
+    assert last == pytest.approx(plain, rel=1e-4)
+    assert bf16 == pytest.approx(plain, rel=0.03) and bf16 != pytest.approx(plain, rel=1e-6)
+
+
+def test_plain_sampling_solves_the_same_equation():
+    config, batch = TINY, speed.one_batch(TINY, CPU)
+    reseed("weights")
+    net = speed.unet(config).eval().requires_grad_(False)
+    reseed("sample")
+    plain = speed.plain_sample(config, net, batch)
+    reseed("sample")
+    ours, z0 = speed.draw(config, net, batch)
+    assert (plain - z0).abs().mean() > 0.1  # it went somewhere
+    # ours goes on from t = 1 - t_min to the clean estimate: alpha = t_min is left of the way
+    assert (plain - ours).abs().amax() < 3 * config.interpolant.t_min * (plain - z0).abs().amax()
+
+
+def test_speed_in_a_smoke_run(tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    assert speed.main(["--quick", "--no-startup", "--device", "cpu", "--out", str(out)]) == 0
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["command"] in printed and report["machine"]["torch"] == torch.__version__
+    plain = report["step"][0]
+    for row in report["step"]:
+        assert row["ratio"] == pytest.approx(statistics.median(p / s for p, s in zip(plain["turns"], row["turns"])))
+        rate = report["matmul_flop_per_second"]["bf16" if row["variant"]["bf16"] else "fp32"]
+        assert row["share"] == pytest.approx(report["flop_an_image"] * 2 / row["seconds"] / rate)
+        assert 0 < row["share"] < 1 and row["name"] in printed
+    for part in ("loop", "data"):
+        assert [row["ratio"] > 0 for row in report[part]] == [True, True] and report[part][1]["name"] == "trainer.py"
+    nfe = {row["name"].split(",")[0]: row["nfe"] for row in report["sample"][1:]}
+    assert {name: nfe[name] for name in ("euler", "midpoint", "heun", "rk4")} == dict(euler=5, midpoint=5, heun=5, rk4=5)
+    assert nfe["dopri5"] > 13
+
+
+def test_growth_in_a_smoke_run(tmp_path, capsys):
+    out = tmp_path / "grow.json"
+    assert speed.main("--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths 0".split()) == 2
+    assert capsys.readouterr().err == "speed.py: widths = 0: allowed is 1 or more\n"
+    arguments = "--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths --out".split()
+    assert speed.main([*arguments, str(out)]) == 0
+    (row,) = json.loads(out.read_text())["grow"]
+    assert (row["batch_size"], row["image_size"], row["unet_channels"]) == (2, 16, 8)
+    assert row["images_per_second"] == pytest.approx(2 / statistics.median(row["turns"])) and row["first_step_s"] > 0
+    assert 0.1 < row["import_s"] < 100 and 2**27 < row["peak_bytes"] < 2**32 and row["flop_an_image"] > 1e6
+
+
+@pytest.mark.parametrize("status, stderr, why", [
+    (1, "Traceback\nValueError: preset = 'x'\n", "ValueError: preset = 'x'"), (1, "torch.OutOfMemoryError: CUDA\n", "out of memory"),
+    (-9, "", "out of memory"), (-11, "", "exit status -11")])
+def test_a_process_that_breaks_says_why(monkeypatch, status, stderr, why):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, "", stderr))
+    assert speed.in_process(speed.Options(), speed.Variant("x"), 1) == dict(error=why)
+
+
+def test_start_up_and_compiling_are_counted_from_the_processes(monkeypatch, tmp_path):
+    """Compiled: 60 s in the first step where eager needs 2 s, 12 s with a filled cache."""
+    def in_process(o, variant, turns, caches):
+        seen = caches in asked
+        asked.append(caches)
+        first = (12.0 if seen else 60.0) if variant.compile else 2.0
+        return dict(import_s=3.0, build_s=1.0, first_step_s=first, peak_bytes=2**30, turns=[1.0], flop_an_image=1)
+
+    asked = []
+    monkeypatch.setattr(speed, "in_process", in_process)
+    monkeypatch.setattr(speed, "make_step", lambda config, variant, batch: lambda: None)
+    monkeypatch.setattr(speed, "in_turns", lambda work, *_: {name: [0.001 if "blocks" in name else 0.002] for name in work})
+    report = dict(config=dict(batch_size=2))
+    speed.measure_steps(speed.Options(compile="on"), TINY, CPU, report, tmp_path)
+    blocks, whole = report["step"][-2:]
+    assert (blocks["compile_s"], blocks["compile_cached_s"]) == (58, 10) == (whole["compile_s"], whole["compile_cached_s"])
+    assert blocks["pays_after_steps"] == pytest.approx(58_000) and whole["pays_after_steps"] is None
+    table = speed.show_steps(report)
+    assert "| 1.00 GiB | 6.0 |" in table and "| 58.0 (10.0) | 58,000 steps |" in table and "| never |" in table
+
+
+def test_laws_of_growth_are_read_from_the_rows():
+    rows = [dict(varies="batch_size", batch_size=b, image_size=32, unet_channels=8, turns=[b**0.5], seconds=b**0.5,
+                 images_per_second=b**0.5, flop_an_image=10**9, peak_bytes=2**30 + b * 2**20) for b in (4, 8, 16)]
+    rows.append(dict(varies="image_size", batch_size=4, image_size=64, unet_channels=8, error="out of memory"))
+    text = speed.show_growth(dict(variant="v", grow=rows))
+    assert "time grows as batch_size^0.50, its arithmetic as batch_size^1.00" in text
+    assert "Memory: 1.00 GiB + 1 MiB an image." in text and "out of memory" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- solvers
+
+def test_distance_in_levels():
+    x = torch.zeros(2, 3, 4, 4)
+    far = x.clone()
+    far[1] += 2 / 127.5
+    rms, worst = solvers.levels(far, x)
+    assert worst == pytest.approx(2) and rms == pytest.approx(2 / 2**0.5)
+    assert solvers.levels(x + 7, x + 5) == (0, 0)  # both white
+
+
+def test_the_cheapest_is_near_in_both_distances():
+    reference = dict(nfe=100, rms=0.0, frechet=5.0)
+    far, worse, good, better = (dict(nfe=n, rms=r, frechet=f) for n, r, f in (
+        (3, 2.0, 5.0), (5, 0.5, 5.2), (9, 0.9, 5.09), (9, 0.3, 5.0)))
+    assert solvers.cheapest([reference, far, worse, good, better, dict(error="stiff")]) is better
+    assert solvers.cheapest([reference, far, dict(error="stiff")]) is reference
+    assert solvers.cheapest([dict(reference, frechet=None), dict(worse, frechet=None)])["nfe"] == 5
+
+
+def test_solvers_on_a_run(tmp_path, capsys):
+    from PIL import Image
+
+    images = data.load("shapes", 16, limit=40)
+    for i, (pixels, label) in enumerate(zip(images.train, images.train_y)):
+        folder = tmp_path / "pictures" / ("train" if i < 28 else "test") / ("even", "odd")[label % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    trainer = Trainer(replace(TINY, dataset=str(tmp_path / "pictures"), out_dir=str(tmp_path)))
+    trainer.save()
+    out = tmp_path / "solvers.json"
+    arguments = "--device cpu --count 8 --batch-size 4 --steps 4 8 --tolerances 1e-2 --precisions fp32".split()
+    assert solvers.main([str(trainer.folder), *arguments, "--out", str(out)]) == 0
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    table = {row["name"]: row for row in report["table"]}
+    reference, loose = table["dopri5, 1e-05"], table["dopri5, 0.01"]
+    assert reference["rms"] == 0 and 0 < loose["rms"] and loose["nfe"] < reference["nfe"]
+    evaluations = dict(euler=1, midpoint=2, heun=2, rk4=4)
+    for solver, order in dict(euler=1, midpoint=2, heun=2).items():
+        coarse, fine = (table[f"{solver}, {n} steps"] for n in (4, 8))
+        assert (coarse["nfe"], fine["nfe"]) == (4 * evaluations[solver] + 1, 8 * evaluations[solver] + 1)
+        assert 2**order * 0.7 < coarse["rms"] / fine["rms"] < 2**order * 1.7  # as the same noise must give
+    assert all(row["frechet"] > 0 and row["rms_worst"] >= row["rms"] for row in report["table"])
+    assert "Fewest evaluations within one level and 2% of FD" in printed
+
+
+def test_solvers_says_what_is_wrong(tmp_path, capsys):
+    assert solvers.main([str(tmp_path), "--steps", "0"]) == 2
+    assert "steps = (0,): allowed are numbers from 1" in capsys.readouterr().err
+    assert solvers.main([str(tmp_path)]) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err

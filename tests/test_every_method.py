@@ -1,0 +1,103 @@
+"""Every method on every task goes through the whole trainer: two steps, pictures, checkpoints, and a resume that is bit for bit."""
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import trainer
+from corruptions import TASKS
+from test_trainer import as_found, checkpoint, finite, leaves, metrics, resume, same  # noqa: F401 (as_found is a fixture)
+from trainer import Trainer
+
+METHODS = {  # few network evaluations, and no download
+    "interpolant": "--solver heun --sample-steps 2",
+    "sr3": "--sample-steps 3",
+    "i2sb": "--sample-steps 3",
+    "edm": "--sample-steps 2",
+    "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+    "regression": "",
+}
+NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "regression": 1}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """clean/ of two classes and damaged/ with the same names: 12 pictures, one of them held out."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(data.load("shapes", 16, limit=12).train.permute(0, 2, 3, 1).numpy()):
+        for kind, pixels in (("clean", image), ("damaged", image // 4)):
+            path = root / kind / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[Path, Path]:
+    """A run of two steps, and a copy of its folder as it was after the first one."""
+    flags = (f"--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 --batch-size 4 --sample-count 2 "
+             f"--print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb --dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
+             f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method]} {more}")
+    if task == "paired":
+        flags += f" --paired-path {pictures / 'damaged'}"
+    original, half = Trainer.save, tmp_path / "half"
+
+    def save(self):
+        original(self)
+        if self.step == 1:
+            shutil.copytree(self.folder, half)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save)
+        assert trainer.main(flags.split()) == 0
+    return next((tmp_path / "runs").iterdir()), half
+
+
+def test_no_method_is_left_out():
+    assert set(METHODS) == set(get_args(trainer.Config.__annotations__["method"]))
+
+
+@pytest.mark.parametrize("task", [*TASKS, "sr,inpaint"])
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, pictures, method, task):
+    run, half = two_steps(tmp_path, monkeypatch, pictures, method, task)
+    before, after = checkpoint(half), checkpoint(run)
+    assert (before["step"], after["step"]) == (1, 2)
+    players = 2 if method == "udpm" else 1  # the network, and its discriminator
+    assert len(after["players"]) == len(after["optimizers"]) == players
+    for old, new, optimizer in zip(before["players"], after["players"], after["optimizers"]):
+        moved = [name for name in new if not torch.equal(old[name], new[name])]
+        assert len(moved) > 0.8 * len(new)
+        assert {state["step"].item() for state in optimizer["state"].values()} == {2}
+    assert finite(after) and after["skipped"].tolist() == [0, 0]
+
+    resume(half)
+    same(checkpoint(half), after)
+    assert metrics(half) == metrics(run)
+    for name in ("step_000002.png", "trace_000002.png"):
+        ours, theirs = (np.asarray(Image.open(folder / "samples" / name)) for folder in (half, run))
+        assert np.array_equal(ours, theirs) and ours.std() > 10
+    sampled = metrics(run)[-1]
+    assert sampled["nfe"] == NFE[method] and ("psnr" in sampled) == (task != "generate")
+    assert not list(half.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("method, more", [("i2sb", "--no-condition"), ("udpm", "--no-condition"), ("sr3", "--channels 1"), ("udpm", "--channels 1"),
+                                          ("edm", "--guidance 2"), ("interpolant", "--no-unet-use-classes"), ("udpm", "--no-unet-use-classes"),
+                                          ("interpolant", "--solver auto --interpolant.eps0 1")])
+def test_so_do_their_options(tmp_path, monkeypatch, pictures, method, more):
+    run, half = two_steps(tmp_path, monkeypatch, pictures, method, "sr,inpaint", more)
+    resume(half)
+    same(checkpoint(half), checkpoint(run))
+    assert metrics(half) == metrics(run)
+    assert metrics(run)[-1]["nfe"] == {"--guidance 2": 6, "--solver auto --interpolant.eps0 1": 3}.get(more, NFE[method])
+
+
+@pytest.mark.parametrize("method, more", [("interpolant", ""), ("sr3", ""), ("edm", ""), ("i2sb", "--i2sb.ot-ode")])
+def test_every_ode_is_sampled_by_a_solver_of_the_users_choice(tmp_path, monkeypatch, pictures, method, more):
+    run, _ = two_steps(tmp_path, monkeypatch, pictures, method, "inpaint", f"{more} --solver rk4 --sample-steps 2")
+    assert metrics(run)[-1]["nfe"] == 9  # four a step, and the clean estimate

@@ -1,0 +1,487 @@
+"""sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written out here."""
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import sample
+import trainer
+from methods.i2sb import I2SB
+from methods.interpolant import Interpolant
+from methods.sr3 import SR3
+from methods.udpm import UDPM
+from trainer import Config
+
+CLASSES = ["cat", "dog", "T-shirt/top"]
+METHODS = dict(
+    interpolant=dict(solver="heun", sample_steps=2), sr3=dict(sr3=SR3(T=3)), i2sb=dict(i2sb=I2SB(n=3)), edm=dict(sample_steps=2),
+    udpm=dict(unet_channels=16, udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8)))
+
+
+def make_run(folder: Path, identity=False, **settings) -> str:
+    """A run's folder with random weights, or one whose samples are the damaged images themselves (a bridge without noise, an output of 0)."""
+    settings = dict(unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, image_size=16, overfit=False, precision="fp32") | settings
+    if identity:
+        settings |= dict(method="i2sb", i2sb=I2SB(n=2, ot_ode=True))
+    config = Config(**settings)
+    torch.manual_seed(3)
+    num_classes = len(CLASSES) if config.unet_use_classes else 0
+    averaged, raw = (trainer.make_unet(config, num_classes) for _ in range(2))
+    if identity:
+        for net in (averaged, raw):
+            net.out.weight.data.zero_(), net.out.bias.data.zero_()
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(dict(config=asdict(config), step=2, classes=CLASSES, num_classes=num_classes, ema=averaged.state_dict(),
+                    players=[raw.state_dict()]), folder / "checkpoints" / "last.pt")
+    return str(folder)
+
+
+def photo(width: int, height: int, channels=3, seed=0) -> np.ndarray:
+    pixels = np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return pixels if channels > 1 else pixels[..., 0]
+
+
+def put(path: Path, pixels: np.ndarray, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **how)
+    return path
+
+
+def get(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def run(*arguments) -> int:
+    return sample.main([str(a) for a in arguments] + ["--precision", "fp32"] * ("--precision" not in arguments))
+
+
+def doubled(pixels: np.ndarray) -> np.ndarray:
+    return pixels.repeat(2, 0).repeat(2, 1)
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+def test_odd_files(tmp_path, capsys):
+    rgb, grey = photo(9, 14), photo(10, 8, 1)
+    put(tmp_path / "in/portrait.jpg", rgb)
+    put(tmp_path / "in/below/grey.png", grey)
+    put(tmp_path / "in/deep.png", grey.astype(np.uint16) * 257)
+    put(tmp_path / "in/exif.png", rgb, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00")
+    put(tmp_path / "in/alpha.png", np.concatenate([rgb, np.full((14, 9, 1), 255, np.uint8)], 2) * (rgb[..., :1] < 128))
+    Image.fromarray(rgb).quantize(17).save(tmp_path / "in/palette.gif")
+    whole = put(tmp_path / "whole.png", photo(40, 40)).read_bytes()
+    (tmp_path / "in/truncated.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "in/empty.png").write_bytes(b"")
+    (tmp_path / "in/text.png").write_text("no picture")
+    identity = make_run(tmp_path / "run", identity=True)
+
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert "6 of 9 images restored" in captured.out
+    listed = [line for line in captured.err.splitlines() if line.startswith("not restored: ")]
+    assert len(listed) == 3 and all(str(tmp_path / "in" / f"{n}.png") in line for n, line in zip(("empty", "text", "truncated"), listed))
+
+    made = {p.relative_to(tmp_path / "out").as_posix(): get(p) for p in (tmp_path / "out").rglob("*.*")}
+    triple = np.stack([grey] * 3, 2)
+    over_white = np.where(rgb[..., :1] < 128, rgb, 255)
+    expected = {"portrait.png": get(tmp_path / "in/portrait.jpg"), "below/grey.png": triple, "deep.png": triple, "exif.png": np.rot90(rgb, -1),
+                "alpha.png": over_white, "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB"))}
+    assert made.keys() == expected.keys()
+    for name, pixels in expected.items():
+        np.testing.assert_array_equal(made[name], doubled(pixels), err_msg=name)
+
+
+def test_a_grey_run_takes_colour_files(tmp_path):
+    put(tmp_path / "in.png", photo(5, 6))
+    assert run(make_run(tmp_path / "run", identity=True, channels=1), "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
+    np.testing.assert_array_equal(get(tmp_path / "out/in.png"), doubled(np.asarray(Image.open(tmp_path / "in.png").convert("L"))))
+
+
+def test_other_tasks_take_files_as_they_are_and_factors_are_the_runs(tmp_path):
+    put(tmp_path / "in.png", photo(5, 6))
+    for task, factor in (("jpeg", 1), ("sr,blur", 1), ("sr", 4)):
+        identity = make_run(tmp_path / task, identity=True, task=task, damage=trainer.Damage(factor=4))
+        assert run(identity, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite") == 0
+        np.testing.assert_array_equal(get(tmp_path / "out/in.png"), photo(5, 6).repeat(factor, 0).repeat(factor, 1))
+
+
+def test_twins_keep_their_ending_and_nothing_is_overwritten(tmp_path, capsys):
+    identity = make_run(tmp_path / "run", identity=True)
+    for name in ("a.bmp", "a.png", "b.png"):
+        put(tmp_path / "in" / name, photo(6, 6, seed=len(name) + ord(name[2])))
+    put(tmp_path / "out/b.png", photo(3, 3))
+    before = (tmp_path / "out/b.png").read_bytes()
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert "b.png exists; --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out/b.png").read_bytes() == before
+    for name in ("a.bmp", "a.png"):
+        np.testing.assert_array_equal(get(tmp_path / "out" / f"{name}.png"), doubled(get(tmp_path / "in" / name)))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.bmp.png", "a.png.png", "b.png"]
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out", "--overwrite") == 0
+    np.testing.assert_array_equal(get(tmp_path / "out/b.png"), doubled(get(tmp_path / "in/b.png")))
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "in/restored") == 0
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "in/restored", "--overwrite") == 0
+    assert len(list((tmp_path / "in/restored").rglob("*"))) == 3  # of the inputs, not of what was restored
+    put(tmp_path / "in/a.bmp.png", photo(6, 6))
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "other") == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_without_output_the_run_gets_a_new_folder(tmp_path):
+    put(tmp_path / "in.png", photo(4, 4))
+    for path in (make_run(tmp_path / "run", identity=True), tmp_path / "run/checkpoints/last.pt"):
+        assert run(path, "--input", tmp_path / "in.png", "--overwrite") == 0
+    assert {p.parent.parent for p in tmp_path.rglob("restored-*/in.png")} == {tmp_path / "run"}
+
+
+def test_out_of_memory_costs_the_image_only(tmp_path, capsys, monkeypatch):
+    identity, whole = make_run(tmp_path / "run", identity=True), sample.Model.sample
+
+    def small(self, zlo, *rest):
+        if zlo.shape[2] > 20:
+            raise torch.OutOfMemoryError
+        return whole(self, zlo, *rest)
+
+    monkeypatch.setattr(sample.Model, "sample", small)
+    put(tmp_path / "in/big.png", photo(12, 12)), put(tmp_path / "in/small.png", photo(5, 5))
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert "big.png: out of GPU memory" in capsys.readouterr().err and (tmp_path / "out/small.png").exists()
+
+
+# inpainting ----------------------------------------------------------------------------------------------------------
+
+def test_inpainting_makes_what_the_mask_or_transparency_says(tmp_path, capsys):
+    path, rgb = make_run(tmp_path / "run", method="edm", sample_steps=2, task="inpaint"), photo(12, 10)
+    hole = np.zeros((10, 12), bool)
+    hole[2:5, 3:9] = True
+    put(tmp_path / "in/a.png", rgb)
+    put(tmp_path / "in/b.jpg", rgb)
+    put(tmp_path / "in/c.png", rgb)
+    put(tmp_path / "masks/a.bmp", (hole * 255).astype(np.uint8))
+    put(tmp_path / "masks/c.png", np.full((10, 13), 255, np.uint8))
+    assert run(path, "--input", tmp_path / "in", "--masks", tmp_path / "masks", "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert re.search("b.jpg: no mask of this name", error) and re.search("c.png: it is 12x10, its mask 13x10", error)
+    made = get(tmp_path / "out/a.png")
+    np.testing.assert_array_equal(made[~hole], rgb[~hole])
+    assert (made[hole] != rgb[hole]).any(-1).mean() > 0.9
+
+    soft = np.where(hole, 254, 255).astype(np.uint8)  # any transparency has white in it
+    put(tmp_path / "alpha/a.png", np.dstack([rgb, soft]))
+    put(tmp_path / "alpha/opaque.png", rgb)
+    assert run(path, "--input", tmp_path / "alpha", "--output", tmp_path / "out2") == 1
+    np.testing.assert_array_equal(get(tmp_path / "out2/a.png"), made)
+    assert "opaque.png: nothing is to be made" in capsys.readouterr().err
+    one = tmp_path / "masks/a.bmp"
+    assert run(path, "--input", tmp_path / "alpha", "--masks", one, "--output", tmp_path / "out3") == 0
+
+
+def test_a_mixture_restores_whole_images_and_holes(tmp_path):
+    path, rgb = make_run(tmp_path / "run", method="edm", sample_steps=2, task="inpaint,blur"), photo(8, 8)
+    hole = np.zeros((8, 8), bool)
+    hole[:4] = True
+    put(tmp_path / "in/part.png", np.dstack([rgb, 255 - hole * 255]).astype(np.uint8))
+    put(tmp_path / "in/whole.png", rgb)
+    assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
+    np.testing.assert_array_equal(get(tmp_path / "out/part.png")[4:], rgb[4:])
+    assert (get(tmp_path / "out/whole.png") != rgb).any(-1).mean() > 0.9
+
+
+# noise ---------------------------------------------------------------------------------------------------------------
+
+def test_noise_comes_row_by_row():
+    keys, rows = [(0, "a", 0), (0, "b", 0)], []
+    with sample.noise_of(keys, "cpu"):
+        first, second = torch.randn(2, 3, 4), torch.randn_like(torch.empty(2, 5, dtype=torch.float64))
+    for i, key in enumerate(keys):
+        with sample.noise_of([key], "cpu"):
+            rows.append((torch.randn(1, 3, 4), torch.randn_like(torch.empty(1, 5, dtype=torch.float64))))
+    assert torch.equal(first, torch.cat([r[0] for r in rows])) and torch.equal(second, torch.cat([r[1] for r in rows]))
+    assert not torch.equal(first[0], first[1])
+    with pytest.raises(RuntimeError), sample.noise_of(keys, "cpu"):
+        raise RuntimeError
+    assert torch.randn(4, 2).shape == (4, 2)  # as before, for any number of rows
+    normal = torch.cat([with_key(i) for i in range(200)])
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+
+
+def with_key(i):
+    with sample.noise_of([(0, "", i)], "cpu"):
+        return torch.randn(1, 20)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_does_not_depend_on_its_batch_but_on_seed_name_and_draw(tmp_path, method):
+    path = make_run(tmp_path / "run", method=method, task="jpeg", **METHODS[method])
+    for name in "ab":
+        put(tmp_path / f"in/{name}.png", photo(16, 16))
+    for out, more in (("both", ()), ("again", ()), ("seed", ("--seed", 1)), ("draws", ("--draws", 2))):
+        assert run(path, "--input", tmp_path / "in", "--output", tmp_path / out, *more) == 0
+    assert run(path, "--input", tmp_path / "in/a.png", "--output", tmp_path / "alone") == 0
+    assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "one", "--batch-size", 1, "--draws", 2) == 0
+    a = get(tmp_path / "both/a.png").astype(int)
+    np.testing.assert_array_equal(get(tmp_path / "again/a.png"), a)
+    for same in ("alone/a.png", "draws/a_1.png", "one/a_1.png"):
+        assert abs(get(tmp_path / same) - a).max() <= 1, same  # rounding
+    assert abs(get(tmp_path / "one/b_2.png") - get(tmp_path / "draws/b_2.png").astype(int)).max() <= 1
+    for other in ("both/b.png", "seed/a.png", "draws/a_2.png"):
+        assert abs(get(tmp_path / other) - a).mean() > 0.5, other
+
+
+def test_draws_have_a_mean_and_a_standard_deviation(tmp_path):
+    path = make_run(tmp_path / "run", interpolant=Interpolant(sigma=0.1), solver="euler", sample_steps=1)
+    put(tmp_path / "in.png", photo(8, 6))
+    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--draws", 3) == 0
+    draws = np.stack([get(tmp_path / f"out/in_{i}.png") for i in (1, 2, 3)]).astype(float)
+    np.testing.assert_allclose(get(tmp_path / "out/in_mean.png"), draws.mean(0), atol=0.51)
+    std = np.sqrt(draws.var(0, ddof=1).mean(2))
+    np.testing.assert_allclose(get(tmp_path / "out/in_std.png"), np.minimum(8 * std, 255), atol=0.51)
+    assert 0 < std.max() and (8 * std < 255).any()
+
+
+# tiles ---------------------------------------------------------------------------------------------------------------
+
+class Local(torch.nn.Module):
+    """Looks `reach` pixels far, at x, t, y and cond; its output is `upscale` times as large, as a Unet's."""
+
+    def __init__(self, reach=2, upscale=1):
+        super().__init__()
+        self.upscale, self.num_classes, self.most = upscale, 5, 0
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(4, 3 * upscale**2, 2 * reach + 1, padding=reach)
+
+    def forward(self, x, t, y=None, cond=None):
+        self.most = max(self.most, len(x))
+        out = self.conv(torch.cat([x, cond], 1)) * (1 + t + y)[:, None, None, None]
+        return F.pixel_shuffle(out, self.upscale)
+
+
+@pytest.mark.parametrize("sides, shrunk, upscale, overlap, reach", [
+    ((48, 64), 1, 1, 8, 2), ((16, 80), 1, 1, 12, 3), ((64, 32), 2, 2, 16, 2), ((96, 64), 4, 2, 16, 1)])
+def test_tiles_give_what_one_piece_gives(sides, shrunk, upscale, overlap, reach):
+    net, (height, width) = Local(reach, upscale), (side // shrunk for side in sides)
+    x, cond = torch.randn(2, 3, height, width), torch.randn(2, 1, height, width)
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([3, 1])
+    with torch.no_grad():
+        whole, tiled = net(x, t, y, cond), sample.Tiled(net, sides, 32, overlap, 8, 4)
+        net.most = 0
+        torch.testing.assert_close(tiled(x, t, y, cond), whole, atol=1e-5, rtol=1e-5)
+    assert net.most == 4  # tiles at a time, and not one piece
+
+
+@pytest.mark.parametrize("side, tile, overlap, align", [(100, 20, 5, 1), (160, 32, 8, 16), (72, 32, 8, 8), (24, 32, 8, 8), (33, 32, 31, 1)])
+def test_tiles_cover_the_image_and_their_weights_sum_to_one(side, tile, overlap, align):
+    begins = sample.starts(side, tile, overlap, align)
+    assert begins[0] == 0 and begins[-1] + tile >= side and begins[-1] <= max(side - tile, 0)
+    assert all(start % align == 0 for start in begins[:-1])
+    assert all(b - a <= tile - min(overlap, tile - align) for a, b in zip(begins, begins[1:]))
+    for scale in (1, 2, 0.5):
+        if side * scale % 1 == 0:
+            weights = sample.windows(side, begins, min(tile, side), overlap, scale)
+            torch.testing.assert_close(weights.sum(0), torch.ones(int(side * scale)))
+            at = (torch.arange(side * scale) + 0.5) / scale
+            outside = torch.stack([(at < start) | (at > start + tile) for start in begins])
+            assert weights.min() >= 0 and not weights[outside].any()
+
+
+def test_no_seam_where_tiles_disagree():
+    net = lambda x, t, y, cond: x.mean((2, 3), keepdim=True).expand(-1, -1, *x.shape[2:])  # noqa: E731
+    x = torch.zeros(1, 1, 32, 128)
+    x[..., 64:] = 1
+    out = sample.Tiled(net, (32, 128), 32, 16, 1, 64)(x, torch.zeros(1))
+    assert out[..., 0, 0].item() == 0 and out[..., -1].mean() == 1  # tiles differ by up to 0.5 ...
+    assert out.diff(dim=3).abs().max() < 0.5 * 1.6 / 8  # ... and a smooth step over 8 pixels is at most 1.5/8 steep
+
+
+def test_large_images_go_in_tiles_at_no_more_nfe(tmp_path, capsys):
+    path = make_run(tmp_path / "run", method="i2sb", i2sb=I2SB(n=4), task="jpeg")
+    put(tmp_path / "in.png", photo(45, 37))
+    made = {}
+    for name, more in dict(tiles=(), whole=("--tile", 0), few=("--batch-size", 1)).items():
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / name, *more) == 0
+        assert ": 4 NFE" in capsys.readouterr().out
+        made[name] = get(tmp_path / name / "in.png").astype(int)
+        assert made[name].shape == (37, 45, 3)
+    assert abs(made["tiles"] - made["few"]).max() <= 1 < abs(made["tiles"] - made["whole"]).max()
+    model = sample.Model(sample.Options(path, input="in"))
+    assert (model.tile, model.overlap, model.align) == (16, 4, 16)  # of JPEG's blocks
+
+
+@pytest.mark.parametrize("width, height", [(13, 21), (7, 70), (1, 1)])
+def test_udpm_takes_any_sides(tmp_path, width, height):
+    path = make_run(tmp_path / "run", method="udpm", task="blur", **METHODS["udpm"])
+    put(tmp_path / "in.png", photo(width, height))
+    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
+    assert get(tmp_path / "out/in.png").shape == (height, width, 3)
+
+
+# generation ----------------------------------------------------------------------------------------------------------
+
+def test_generation_by_label(tmp_path, capsys):
+    path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
+    made = {}
+    for name, more in dict(all=("--label", "all"), two=("--label", "T-shirt/top, 0"), one=("--label", 2), none=(), half=("--label", 2, "--guidance", 0),
+                           strong=("--label", 2, "--guidance", 3)).items():
+        assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
+        assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
+        made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
+    assert list(made["all"]) == ["T-shirt-top_0001.png", "T-shirt-top_0002.png", "cat_0001.png", "cat_0002.png", "dog_0001.png", "dog_0002.png"]
+    assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
+    shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
+    for name in ("all", "two"):
+        assert abs(made[name]["T-shirt-top_0001.png"] - shirt).max() <= 1
+        assert abs(made[name]["cat_0001.png"] - shirt).max() > 1
+    assert abs(other - shirt).mean() > 2
+    assert abs(made["half"]["T-shirt-top_0001.png"] - made["none"]["image_0001.png"]).max() <= 1
+    half, strong = made["half"]["T-shirt-top_0001.png"], made["strong"]["T-shirt-top_0001.png"]
+    assert abs(strong - half).mean() > 1.5 * abs(shirt - half).mean()
+    assert get(tmp_path / "all/grid.png").shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4; a row a label
+    grid = get(tmp_path / "all/grid.png").astype(int)[2::66][:3]
+    for row, name in zip(get(tmp_path / "all/grid.png")[4::66], ("cat", "dog", "T-shirt-top")):
+        np.testing.assert_array_equal(row[4], made["all"][f"{name}_0001.png"][0, 0])
+    assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
+
+
+def test_the_way_between_two_seeds(tmp_path):
+    path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
+    for out, more in dict(a=("--seed", 5), b=("--seed", 8), way=("--interpolate", 5, 8)).items():
+        assert run(path, "--count", 3, "--label", "dog", "--output", tmp_path / out, *more) == 0
+    way = [get(tmp_path / f"way/dog_000{i}.png").astype(int) for i in (1, 2, 3)]
+    for end, seed in ((way[0], "a"), (way[2], "b")):
+        assert abs(end - get(tmp_path / seed / "dog_0001.png")).max() <= 1
+    ends = abs(way[0] - way[2]).mean()
+    assert 0 < abs(way[1] - way[0]).mean() < ends and 0 < abs(way[1] - way[2]).mean() < ends
+
+
+def test_the_way_of_a_restored_image(tmp_path):
+    path = make_run(tmp_path / "run", method="udpm", task="blur", **METHODS["udpm"])
+    put(tmp_path / "in.png", photo(16, 16))
+    for out, more in dict(b=("--seed", 8), way=("--interpolate", 5, 8)).items():
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / out, *more) == 0
+    assert abs(get(tmp_path / "way/in_9.png").astype(int) - get(tmp_path / "b/in.png")).max() <= 1
+    assert get(tmp_path / "way/in_interpolation.png").shape == (68, 9 * 66 + 2, 3)
+
+
+# sampler, weights, pictures ------------------------------------------------------------------------------------------
+
+def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
+    path = make_run(tmp_path / "run", solver="heun", sample_steps=3)
+    put(tmp_path / "in.png", photo(8, 8))
+    for more, nfe in ((), 7), (("--steps", 5), 11), (("--solver", "rk4", "--steps", 2), 9), (("--solver", "euler"), 51):
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
+        assert f": {nfe} NFE" in capsys.readouterr().out, more  # and one more for the clean estimate
+    counts = []
+    for tolerance in (1e-2, 1e-6):
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto", "--atol", tolerance,
+                   "--rtol", tolerance) == 0
+        counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
+    assert counts[0] < counts[1]
+
+
+def test_trace_shows_the_path_and_changes_nothing(tmp_path):
+    path = make_run(tmp_path / "run", method="sr3", sr3=SR3(T=70))
+    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/b.png", photo(5, 6, seed=1))
+    for name, more in ("plain", ()), ("traced", ("--trace",)):
+        assert run(path, "--input", tmp_path / "in", "--output", tmp_path / name, *more) == 0
+    for name in "ab":
+        result = get(tmp_path / f"traced/{name}.png")
+        np.testing.assert_array_equal(result, get(tmp_path / f"plain/{name}.png"))
+        gif, strip = Image.open(tmp_path / f"traced/{name}_trace.gif"), get(tmp_path / f"traced/{name}_trace.png")
+        assert 32 < gif.n_frames <= 65
+        side = 64 // 10  # logs.grid's enlargement
+        for picture, where in ((strip, -8 - 3), (np.asarray(gif_frame(gif, -1)), -8 - 3)):  # inside the last pixel
+            assert abs(picture[-3 - 2, where].astype(int) - result[-1, -1]).max() <= 24, side  # a GIF has 256 colours
+
+
+def gif_frame(gif, index):
+    gif.seek(gif.n_frames + index)
+    return gif.convert("RGB")
+
+
+def test_frames_are_few_and_even():
+    frames = sample.Frames((4, 6), largest=3)
+    picture = torch.arange(48.0).view(1, 1, 6, 8)
+    for i in range(1000):
+        frames.append((float(i), picture, picture))
+    frames.append((1.0, picture, picture), last=True)
+    times = [t for t, _, _ in frames][:-1]
+    assert 32 <= len(times) <= 64 and len(set(np.diff(times))) == 1 and times[0] == 0 and times[-1] > 950
+    torch.testing.assert_close(frames[0][1], F.avg_pool2d(picture[:, :, :4, :6], 2))
+
+
+def test_export_samples_the_same_bits(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
+    for name, more in ("model", ()), ("raw", ("--no-ema",)):
+        assert run(path, "--export", tmp_path / f"{name}.safetensors", *more) == 0
+        assert run(path, "--count", 2, "--label", 1, "--output", tmp_path / name, *more) == 0
+        assert run(tmp_path / f"{name}.safetensors", "--count", 2, "--label", "dog", "--output", tmp_path / f"{name}-again", *more) == (0 if name == "model" else 0)
+        np.testing.assert_array_equal(get(tmp_path / f"{name}-again/grid.png"), get(tmp_path / name / "grid.png"))
+    assert (get(tmp_path / "model/grid.png") != get(tmp_path / "raw/grid.png")).any()
+    capsys.readouterr()
+    assert run(path, "--export", tmp_path / "model.safetensors") == 2 and "exists" in capsys.readouterr().err
+    assert run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2 and "averaged weights only" in capsys.readouterr().err
+
+
+def test_export_without_the_package_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert run(make_run(tmp_path / "run"), "--export", tmp_path / "model.safetensors") == 2
+    assert "pip install safetensors" in capsys.readouterr().err
+
+
+def test_a_run_of_the_trainer(tmp_path, capsys):
+    arguments = "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 --unet-blocks 1 --no-use-wandb"
+    assert trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir", str(tmp_path / "runs")]) == 0
+    folder, = (tmp_path / "runs").iterdir()
+    put(tmp_path / "in.png", photo(8, 8))
+    assert run(folder, "--input", tmp_path / "in.png", "--label", "moon", "--output", tmp_path / "out") == 0
+    assert get(tmp_path / "out/in.png").shape == (16, 16, 3)
+    # the same by hand
+    checkpoint = torch.load(folder / "checkpoints/last.pt", weights_only=True)
+    config = trainer.from_plain(Config, checkpoint["config"])
+    net = trainer.make_unet(config, 10).eval()
+    net.load_state_dict(checkpoint["ema"])
+    zlo = sample.enlarge(data.to_float(sample.read(tmp_path / "in.png", 3))[None], 2, "nearest")
+    with sample.noise_of([(0, "in.png", 0)], "cpu"), torch.no_grad():
+        z = zlo + torch.randn_like(zlo)
+        y = torch.tensor([data.SHAPES.index("moon")])
+        v = lambda t, z: net(z, torch.full((1,), t), y, zlo)  # noqa: E731
+        first = v(0.001, z)
+        z = z + 0.998 * (first + v(0.999, z + 0.998 * first)) / 2
+        z = z + 0.001 * v(0.999, z)  # the clean estimate
+    assert abs(data.to_uint8(z)[0].permute(1, 2, 0).numpy().astype(int) - get(tmp_path / "out/in.png")).max() <= 1
+
+
+# wrong values --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, line", [
+    ("", "one of --input"), ("--count 3 --input x", "one of --input"), ("--bogus 1", "bogus"), ("--count many", "count"),
+    ("--count 0", "count = 0"), ("--count 3", "restores damaged images"), ("--input nowhere", "nowhere"), ("--input in --draws 0", "draws = 0"),
+    ("--input in --guidance 2", "needs a --label"), ("--input in --label horse", "label = 'horse': allowed is all, or from cat, dog"),
+    ("--input in --label 3", "label = '3'"), ("--input in --label all", "label = 'all'"), ("--input in --solver rk5", "solver = 'rk5'"),
+    ("--input in --solver dopri5 --steps 5", "steps = 5"), ("--input in --device nowhere", "device = 'nowhere'"),
+    ("--input in --interpolate 1 2", "only udpm"), ("--input in --masks in", "takes none"), ("--input in --overlap 16", "overlap = 16"),
+    ("--input in --output in", "another folder"), ("--input in --output a.png", "a folder"), ("--export model.pt", ".safetensors")])
+def test_wrong_values_are_one_line(tmp_path, monkeypatch, capsys, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "in/a.png", photo(4, 4))
+    assert sample.main([make_run(tmp_path / "run"), *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("sample.py: ") and line in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "run"]  # nothing was written
+
+
+def test_runs_that_are_none_are_refused(tmp_path, capsys):
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+    (tmp_path / "a.pt").write_bytes(b"nothing")
+    for path in ("a.pt", "b.pt", "a.safetensors", "b.safetensors", "."):
+        assert run(tmp_path / path, "--count", 1) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and (path in error or "safetensors" in error)
