@@ -7,13 +7,11 @@ A RUN that is a JSON file of an earlier evaluation joins the table without being
 run, table.md, quality.pdf and quality.png. pip install torchmetrics lpips torch-fidelity matplotlib: for SSIM, LPIPS, FID and the
 plot. All else is measured without them; metrics.py says how.
 """
-import io
 import json
 import math
 import platform
 import subprocess
 import sys
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ import ode_int
 from corruptions import Batch, parts
 from logs import one_line, write_atomically
 from metrics import METRICS, Judge
+from settings import parse
 from trainer import Config, bf16_helps, draw, make_unet, open_checkpoint, pick_device, reseed, run_folder
 from unet import Guided
 
@@ -129,7 +128,7 @@ def training_flops(method, players: list, batch: Batch, autocast) -> float:
 def evaluate(run: str, c: Config, o: Options, judge: Judge, baselines: list[dict]) -> dict:
     """All that the table, the plot and the reader need to know of a run, as plain values. `c`: its settings, with the data where it is now."""
     _, checkpoint = open_checkpoint(run)
-    classes, device, name = checkpoint["num_classes"], judge.device, f"{c.method} {run_folder(run).name}"
+    classes, device, name = checkpoint["num_classes"], judge.device, run_folder(run).name
     if classes and checkpoint["classes"] != judge.images.classes:
         raise ValueError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run} was trained on")
     bf16 = o.precision == "bf16" or o.precision == "auto" and bf16_helps(device)
@@ -163,7 +162,7 @@ def evaluate(run: str, c: Config, o: Options, judge: Judge, baselines: list[dict
             judge(setting, classes > 0, make)
             counted.rows, warm = 0, True
         sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
-        row = dict(name=name, sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None))
+        row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None))
         try:
             row |= judge(setting, classes > 0, make)
             row["nfe"] = counted.rows / judge.count
@@ -236,19 +235,25 @@ def groups(results: list[dict]) -> list[list[dict]]:
     return list(found.values())
 
 
+def title(result: dict, results: list[dict]) -> str:
+    """The method if that says which run it is, else the run's folder."""
+    return result["method"] if [r["method"] for r in results].count(result["method"]) == 1 else result["name"]
+
+
 def differences(results: list[dict]) -> list[str]:
     """What keeps the runs from being one comparison."""
-    found = []
+    found, name = [], partial(title, results=results)
     for kind in ("problem", "training"):
         for key in results[0][kind]:
             values = [result[kind][key] for result in results]
             if any(value != values[0] for value in values):
-                found.append(f"the runs differ in {key.replace('_', ' ')}: " + "; ".join(f"{r['name']} {v}" for r, v in zip(results, values)))
-    return found + [f"{r['name']} was trained on a single batch (overfit)" for r in results if r["training"]["overfit"]]
+                found.append(f"the runs differ in {key.replace('_', ' ')}: " + "; ".join(f"{name(r)} {v}" for r, v in zip(results, values)))
+    return found + [f"{name(r)} was trained on a single batch (overfit)" for r in results if r["training"]["overfit"]]
 
 
 def table(results: list[dict]) -> str:
     """Markdown: for each problem the figures and what is missing; then the runs' sizes and costs."""
+    name = partial(title, results=results)
     lines = ["# Quality against the number of network evaluations (NFE)", "", *(f"**Not one comparison:** {d}.\n" for d in differences(results))]
     for group in groups(results):
         p, record, baselines = group[0]["problem"], group[0]["record"], group[0]["baselines"]
@@ -256,14 +261,14 @@ def table(results: list[dict]) -> str:
         lines += [f"## {p['task']}: {p['dataset']}, {p['image_size']}x{p['image_size']}", "",
                   line("run", "sampler", "NFE", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * (len(columns) + 1)]
         lines += [line(row["name"], "", "", *(cell(row, m) if m != "seconds" else "" for m in columns)) for row in baselines]
-        lines += [line(row["name"], row.get("failed", row["sampler"]) + ", default" * row["default"], f"{row['nfe']:.4g}", *(cell(row, m) for m in columns))
+        lines += [line(name(result), row.get("failed", row["sampler"]) + ", default" * row["default"], f"{row['nfe']:.4g}", *(cell(row, m) for m in columns))
                   for result in group for row in result["rows"]]
         why = {}
         for result in group:
             for metric, reason in result["left_out"].items():
-                why.setdefault(f"{COLUMNS.get(metric, [metric])[0].strip(' ↑↓')} is not measured: {reason}", []).append(result["name"])
+                why.setdefault(f"{COLUMNS.get(metric, [metric])[0].strip(' ↑↓')} is not measured: {reason}", []).append(name(result))
         lines += ["", *(f"- {reason}" + f" ({', '.join(names)})" * (len(names) < len(group)) for reason, names in why.items())]
-        lines += [f"- {r['name']} has no sampler of {', '.join(map(str, r['nfe_left_out']))} NFE" for r in group if r["nfe_left_out"]]
+        lines += [f"- {name(r)} has no sampler of {', '.join(map(str, r['nfe_left_out']))} NFE" for r in group if r["nfe_left_out"]]
         if all(result["method"] != "regression" for result in group):
             lines.append("- a regression network is missing: train one with --method regression and the other runs' settings, and name it too")
         if p["classifier"]:
@@ -273,7 +278,7 @@ def table(results: list[dict]) -> str:
     lines += [line("run", "network", "parameters", "images seen", "global batch", "training FLOPs", "weights", "labels"), "|---|---|" + "---:|" * 4 + "---|---|"]
     for result in results:
         t, costs = result["training"], result["costs"]
-        lines.append(line(result["name"], t["network"], " + ".join(f"{n / 1e6:.2f}M" for n in costs["parameters"]), f"{t['images_seen']:,}",
+        lines.append(line(name(result), t["network"], " + ".join(f"{n / 1e6:.2f}M" for n in costs["parameters"]), f"{t['images_seen']:,}",
                           costs["global_batch"], "–" if costs["training_flops"] is None else f"{costs['training_flops']:.2e}", t["weights"],
                           f"guidance {t['guidance']:g}" if t["labels"] else "none"))
     return "\n".join(lines) + f"\n\n{ABOUT}\n"
@@ -292,7 +297,7 @@ def plot(results: list[dict]):
         for metric, ax in zip(panels, axes):
             ticks = set()
             for number, result in enumerate(group):
-                rows, style = [row for row in result["rows"] if metric in row], dict(color=f"C{number}", label=result["name"], lw=1.4)
+                rows, style = [row for row in result["rows"] if metric in row], dict(color=f"C{number}", label=title(result, results), lw=1.4)
                 if result["method"] == "regression" and rows:
                     ax.axhline(rows[0][metric], ls="-.", **style)
                     continue
@@ -306,7 +311,7 @@ def plot(results: list[dict]):
                 if metric in row:
                     ax.axhline(row[metric], color="0.4", lw=1, ls=dashes, label=row["name"])
             ticks = sorted(ticks & {1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000} or ticks)
-            ax.set(xscale="log", xlabel="network evaluations (NFE)", ylabel=COLUMNS[metric][0])
+            ax.set(xscale="log", yscale="log" if metric in ("frechet", "fid") else "linear", xlabel="network evaluations (NFE)", ylabel=COLUMNS[metric][0])
             ax.set_xticks(ticks, map(str, ticks))
             ax.xaxis.set_minor_locator(NullLocator())
             ax.spines[["top", "right"]].set_visible(False)
@@ -332,20 +337,6 @@ def save(results: list[dict], folder: Path):
 
 # ------------------------------------------------------------------------------------------------------------------- main
 
-def read_command_line(arguments: list[str]) -> Options:
-    """Raises ValueError, exits after --help."""
-    with redirect_stderr(io.StringIO()) as errors:
-        try:
-            o = tyro.cli(Options, args=arguments, description=__doc__)
-        except SystemExit as end:
-            if not end.code:
-                raise
-    if errors.getvalue():  # tyro's box, in one line
-        raise ValueError(" ".join(line.strip("│ ") for line in errors.getvalue().splitlines()[1:] if line.startswith("│")).split(" ───")[0])
-    o.check()
-    return o
-
-
 def open_run(run: str, o: Options) -> Config | dict:
     """A run's settings, with the data where it is now; or what a JSON file says of a run. Raises ValueError."""
     if Path(run).suffix == ".json":
@@ -368,7 +359,8 @@ def open_run(run: str, o: Options) -> Config | dict:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; the runs finished until then keep their JSON files."""
     try:
-        o = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        o.check()
         opened, device, folder = [open_run(run, o) for run in o.runs], pick_device(Config(device=o.device)), Path(o.output)
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -119,9 +119,9 @@ def one_line(failure: BaseException) -> str:
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] -> one picture (3, H', W') uint8, twice as high as wide; small images are enlarged."""
+    """Images (B, C, H, W) in [-1, 1] -> one picture (3, H', W') uint8, up to twice as high as wide; small images are enlarged."""
     images = data.to_uint8(images).cpu().repeat_interleave(scale := max(1, 64 // images.shape[-1]), 2).repeat_interleave(scale, 3)
-    return make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images) / 2)), padding=2, pad_value=255)
+    return make_grid(images, nrow=columns or 2 ** math.ceil(math.log2(len(images) / 2) / 2), padding=2, pad_value=255)
 
 
 def beside(*pictures: Tensor) -> np.ndarray:

@@ -8,9 +8,8 @@ RUN is a run's folder, a checkpoint or an exported file. The task sr takes low-r
 too, files of full size. Restored images keep their names and become PNG; of inputs that differ in nothing but their
 ending (a.jpg, a.tif) each keeps it (a.jpg.png, a.tif.png). Transparency is laid over white; for inpainting without
 --masks it is what is to be made. What could not be restored is listed at the end. An image's noise depends on the seed,
-its name or number and the draw: the rest of its batch changes it by rounding only.
+its name or number and the draw; the rest of its batch changes it by rounding only (dopri5: by its tolerance).
 """
-import io
 import json
 import math
 import random
@@ -19,9 +18,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import dropwhile, product, takewhile
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +37,8 @@ import ode_int
 from corruptions import enlarge, given, parts
 from logs import beside, grid, one_line, strip, write_atomically
 from methods.udpm import interpolate
-from trainer import Config, bf16_helps, draw, from_plain, make_unet, open_checkpoint, pick_device
+from settings import from_plain, parse
+from trainer import Config, bf16_helps, draw, make_unet, open_checkpoint, pick_device
 from unet import Guided
 
 
@@ -67,7 +67,7 @@ class Options:
     masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is to be made
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: int = 1
-    # images above twice this side, pixels, pass the network in tiles of it; None: the side trained on; 0: no tiles
+    # larger images pass the network in tiles of this side, pixels; None: the side trained on; 0: all in one piece
     tile: int | None = None
     overlap: int | None = None  # pixels that neighbouring tiles share and are blended over; None: a quarter of a tile
 
@@ -165,7 +165,7 @@ def parse_labels(text: str | None, classes: list[str]) -> list[int | None]:
     for name in names:
         if name not in classes and not (name.isdecimal() and int(name) < len(classes)):
             raise ValueError(f"label = {text!r}: allowed is all, or from {', '.join(classes)}, 0 to {len(classes) - 1}")
-    return [classes.index(name) if name in classes else int(name) for name in names]
+    return list(dict.fromkeys(classes.index(name) if name in classes else int(name) for name in names))
 
 
 class Model:
@@ -211,7 +211,7 @@ class Model:
         """What an image took. An evaluation in tiles counts as one."""
         self.bar.close()
         n = max(self.images, 1)
-        return f"{self.rows / n:.0f} NFE, {(time.perf_counter() - self.clock) / n:.2g} s an image"
+        return f"{self.rows / n:.0f} NFE, {(time.perf_counter() - self.clock) / n:.3g} s an image"
 
     def at_a_time(self, height: int, width: int) -> int:
         """How many images of these sides make a batch."""
@@ -220,7 +220,7 @@ class Model:
     def __call__(self, zlo: Tensor, hole: Tensor | None, label: list, noise: list) -> Iterator[tuple]:
         """A batch at a time: its rows, a slice; the images (b, C, H, W) uint8 on the CPU; with --trace their Frames.
 
-        zlo (n, C, H, W) on z1's grid, any sides; hole (n, 1, H, W) or None; label: n numbers or None; noise: noise()'s.
+        zlo (n, C, H, W) on z1's grid, any sides; hole (n, 1, H, W) or None; label: n numbers or None; noise: n of noise().
         """
         for rows in torch.arange(len(zlo)).split(self.at_a_time(*zlo.shape[2:])):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -233,7 +233,7 @@ class Model:
     @torch.no_grad()
     def sample(self, zlo, hole, label, noise, frames) -> Tensor:
         c, method, net, (height, width) = self.config, self.config.recipe, self.net, zlo.shape[2:]
-        tiled = self.tile and max(height, width) > 2 * self.tile
+        tiled = 0 < self.tile < max(height, width)
         multiple = self.align if tiled else self.multiple
         margin = (0, -width % multiple, 0, -height % multiple)
         zlo, hole = (None if x is None else F.pad(x.to(self.device), margin, mode="replicate") for x in (zlo, hole))
@@ -587,25 +587,11 @@ def generate(model: Model) -> int:
     return 0
 
 
-def read_command_line(arguments: list[str]) -> Options:
-    """Raises ValueError, exits after --help."""
-    with redirect_stderr(io.StringIO()) as errors:
-        try:
-            options = tyro.cli(Options, args=arguments, description=__doc__)
-        except SystemExit as end:
-            if not end.code:
-                raise
-    if errors.getvalue():  # tyro's box, which is drawn in ASCII where the terminal knows no better: its first paragraph
-        lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
-        raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))
-    options.check()
-    return options
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some images could not be restored or it broke off, 2 bad input, 130 interrupted."""
     try:
-        o = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        o.check()
         return export(o) if o.export else Restorer(Model(o)).run() if o.input else generate(Model(o))
     except (ValueError, data.DatasetError) as failure:
         tqdm.write(f"sample.py: {failure}", sys.stderr)

@@ -81,6 +81,6 @@ def parse(kind, arguments: list[str], description: str, default=None):
         except SystemExit as end:
             if not end.code:
                 raise
-    # tyro's box: its first paragraph, whatever characters draw the frame
-    lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
-    raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, (line if line.strip("─-") else "" for line in lines)))))
+    # the first paragraph of tyro's box, whose frame is drawn in ASCII where the terminal knows no better
+    lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
+    raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))

@@ -5,7 +5,7 @@
 
 Every row starts from the same noise. Distance is the root mean square over pixels, in levels of 255, of what the solver makes
 of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler step is the regression answer, and scores best there. FD
-is evaluate.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
+is metrics.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
 """
 import sys
 import time
@@ -20,9 +20,10 @@ import tyro
 from torch import Tensor
 
 import data
-import evaluate
 import ode_int
 from benchmarks.speed import describe, machine, markdown, save, set_up, trained
+from metrics import Judge
+from settings import parse
 from trainer import Config, bf16_helps, draw, pick_device
 from unet import Guided
 
@@ -125,17 +126,17 @@ def show(report: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the reference can't be had, 2 bad input."""
     started, arguments = time.time(), sys.argv[1:] if arguments is None else arguments
-    o = tyro.cli(Options, args=arguments, description=__doc__)
     try:
+        o = parse(Options, arguments, __doc__)
         o.check()
+        Config(device=o.device).check()
         device = pick_device(Config(device=o.device))
         set_up(device)
         config, net = trained(o.run, device)
         config = replace(config, dataset=o.dataset or config.dataset)
         if not hasattr(config.recipe, "velocity"):
             raise ValueError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
-        wanted = evaluate.Options(runs=(o.run,), count=o.count, batch_size=o.batch_size, metrics=("frechet",) if o.frechet else ())
-        judge = evaluate.Judge(config, wanted, device)
+        judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
         table = measure(o, config, net, judge, device)
     except (ValueError, data.DatasetError) as failure:
         print(f"solvers.py: {failure}", file=sys.stderr)
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     no_frechet = judge.why.get("frechet") if o.frechet else "switched off"
     report = dict(command=" ".join(["python benchmarks/solvers.py", *arguments]), machine=machine(device), run=o.run,
-                  config=asdict(config), count=len(judge.order), table=table, no_frechet=no_frechet)
+                  config=asdict(config), count=judge.count, table=table, no_frechet=no_frechet)
     path = save(report, o.out, "solvers", started)
     print(describe(report))
     print(show(report))

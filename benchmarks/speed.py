@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torchdiffeq
 import torchvision
-import tyro
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +40,7 @@ import data
 import ode_int
 from corruptions import Batch, parts
 from logs import one_line
-from settings import PRESETS
+from settings import PRESETS, parse
 from trainer import Config, Trainer, bf16_helps, draw, make_unet, open_checkpoint, pick_device, reseed
 from unet import Attention, LinearAttention, ResBlock
 
@@ -92,6 +91,7 @@ class Options:
 def settings(o: Options) -> tuple[Config, torch.device]:
     """The training run that is measured, on drawn pictures: no speed depends on what is in them. Raises ValueError."""
     o.check()
+    Config(device=o.device).check()
     device = pick_device(Config(device=o.device))
     name = o.preset if o.preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
     config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False, device=o.device)
@@ -683,10 +683,10 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["--child"]:
         print(json.dumps(child(json.loads(arguments[1]))))
         return 0
-    o = tyro.cli(Options, args=arguments, description=__doc__)
-    if o.quick:
-        o = replace(o, repeats=2, seconds=0.01, workers=1, solver_steps=2)
     try:
+        o = parse(Options, arguments, __doc__)
+        if o.quick:
+            o = replace(o, repeats=2, seconds=0.01, workers=1, solver_steps=2)
         config, device = settings(o)
         if o.run:
             found, net = trained(o.run, torch.device("cpu"))

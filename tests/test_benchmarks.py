@@ -144,6 +144,7 @@ def test_growth_in_a_smoke_run(tmp_path, capsys):
     out = tmp_path / "grow.json"
     assert speed.main("--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths 0".split()) == 2
     assert capsys.readouterr().err == "speed.py: widths = 0: allowed is 1 or more\n"
+    assert speed.main(["--device", "abacus"]) == 2 and "device = 'abacus': allowed is" in capsys.readouterr().err
     arguments = "--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths --out".split()
     assert speed.main([*arguments, str(out)]) == 0
     (row,) = json.loads(out.read_text())["grow"]

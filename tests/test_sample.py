@@ -445,7 +445,7 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
     assert get(tmp_path / "out/in.png").shape == (16, 16, 3)
     # the same by hand
     checkpoint = torch.load(folder / "checkpoints/last.pt", weights_only=True)
-    config = trainer.from_plain(Config, checkpoint["config"])
+    config = sample.from_plain(Config, checkpoint["config"])
     net = trainer.make_unet(config, 10).eval()
     net.load_state_dict(checkpoint["ema"])
     zlo = sample.enlarge(data.to_float(sample.read(tmp_path / "in.png", 3))[None], 2, "nearest")

@@ -661,7 +661,7 @@ def test_wandb_is_online_only_where_an_account_is_configured(tmp_path, monkeypat
 def read_grids(path, count: int, side: int) -> list[np.ndarray]:
     """The four grids of a picture -> each (count, side, side, 3) uint8. Images are enlarged to 64 pixels."""
     picture, scale = np.asarray(Image.open(path)), 64 // side
-    columns = math.ceil(math.sqrt(count / 2))
+    columns = 2 ** math.ceil(math.log2(count / 2) / 2)
     rows = math.ceil(count / columns)
     width, height = 12 + 2 + 66 * columns, 2 + 66 * rows
     assert picture.shape == (height, 4 * width, 3)

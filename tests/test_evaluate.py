@@ -1,0 +1,576 @@
+"""What evaluate.py and metrics.py say is checked against closed forms, other implementations, and the network's own call counter."""
+import json
+import math
+import re
+import socket
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+import metrics
+import trainer
+from corruptions import Batch, Damage
+from logs import psnr
+from methods.edm import EDM
+from methods.i2sb import I2SB
+from methods.interpolant import Interpolant
+from methods.regression import Regression
+from methods.sr3 import SR3
+from ode_int import Counted, SolverError
+from trainer import Config, draw, make_unet
+from unet import Guided
+
+SIDE, TEST = 16, 42
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, dark and bright drawings, with grey levels 20 .. 220, in train/ and test/."""
+    root = tmp_path_factory.mktemp("data") / "drawings"
+    drawings = data.load("shapes", SIDE, limit=TEST + 64).train
+    for i, drawing in enumerate(drawings):
+        label, split = ("dark", "bright")[i % 2], "test" if i < TEST else "train"
+        level = 20 + (drawing.float() * 100 / 255).round() + 100 * (i % 2)
+        path = root / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(level.to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return Config(dataset=str(folder), image_size=SIDE, overfit=False, device="cpu")
+
+
+LOCAL = ("psnr", "consistency", "bias", "accuracy", "frechet")  # need no package and no download
+
+
+@pytest.fixture(scope="module")
+def judge(config):
+    return metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=16, epochs=30)
+
+
+def truth(batch):
+    return batch.z1
+
+
+# --------------------------------------------------------------------------------------------------------------- Frechet
+
+def some_gaussian(d, seed):
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(d, d))
+    return torch.tensor(random.normal(size=d)), torch.tensor(x @ x.T)
+
+
+def test_frechet_of_gaussians_in_one_dimension():
+    one = torch.tensor([2.0]).double(), torch.tensor([[9.0]]).double()
+    other = torch.tensor([-1.0]).double(), torch.tensor([[4.0]]).double()
+    assert metrics.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
+
+
+def test_frechet_against_scipys_matrix_square_root():
+    (m1, c1), (m2, c2) = some_gaussian(6, 0), some_gaussian(6, 1)
+    root = scipy.linalg.sqrtm(c1.numpy() @ c2.numpy()).real
+    expected = ((m1 - m2) ** 2).sum() + np.trace((c1 + c2).numpy() - 2 * root)
+    assert metrics.frechet((m1, c1), (m2, c2)) == pytest.approx(float(expected), rel=1e-9)
+    assert metrics.frechet((m2, c2), (m1, c1)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_with_more_features_than_images():
+    # tr (S1 S2)^(1/2) is the nuclear norm of X1 X2^T, X the centred features over sqrt(n - 1)
+    random = np.random.default_rng(2)
+    x, y = random.normal(size=(7, 30)), random.normal(size=(9, 30)) + 0.1
+    a, b = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y))
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T)[1].sum()
+    one, other = metrics.gaussian(torch.tensor(x)), metrics.gaussian(torch.tensor(y))
+    assert metrics.frechet(one, other) == pytest.approx(expected, rel=1e-7)
+    assert metrics.frechet(one, one) == pytest.approx(0, abs=1e-5)
+
+
+def test_frechet_is_torchmetrics_fid():
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+
+    class Mean(nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    x, y = (torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) ** (1 + seed) * 255 for seed in (0, 1))
+    reference = fid.FrechetInceptionDistance(feature=Mean())
+    reference.update(x, real=True)
+    reference.update(y, real=False)
+    mine = metrics.frechet(*(metrics.gaussian(Mean()(z)) for z in (x, y)))
+    assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
+
+
+# --------------------------------------------------------------------------------------------------------- single metrics
+
+def test_psnr_against_numpy_and_torchmetrics():
+    a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    x, y = (data.to_uint8(image).numpy().astype(float) for image in (a, b))
+    expected = np.mean([10 * np.log10(255**2 / np.mean((p - q) ** 2)) for p, q in zip(x, y)])
+    assert psnr(a, b) == pytest.approx(expected, rel=1e-6)
+    functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
+    library = functional.peak_signal_noise_ratio(torch.tensor(x), torch.tensor(y), data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    assert psnr(a, b) == pytest.approx(library.item(), rel=1e-6)
+
+
+def test_ssim():
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    ssim = metrics.load_ssim()
+    x = (torch.rand(3, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    assert ssim(x, x).item() == pytest.approx(1, abs=1e-6)
+    assert ssim((x * 0.75).to(torch.uint8), x).item() == pytest.approx(0.9219, abs=1e-3)  # torchmetrics' documented example
+    # Wang et al. 2004, eq. 13 for two constant images: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 255)^2
+    a, b, c1 = 100.0, 130.0, (0.01 * 255) ** 2
+    flat = torch.ones(2, 1, 16, 16, dtype=torch.uint8)
+    assert ssim(flat * 100, flat * 130).item() == pytest.approx((2 * a * b + c1) / (a**2 + b**2 + c1), abs=1e-4)
+
+
+def test_a_shift_by_k_levels(judge, config):
+    k = 7
+    score = judge(config, False, lambda batch: batch.z1 + k / 127.5)
+    assert score["bias"] == pytest.approx([k] * 3)
+    assert score["psnr"] == pytest.approx(20 * math.log10(255 / k), rel=1e-5)
+    assert score["consistency"] == pytest.approx(1e5 * (k / 255) ** 2, rel=1e-4)  # the box mean shifts along
+    colour = torch.tensor([3.0, 0.0, -2.0]).view(3, 1, 1) / 127.5
+    assert judge(config, False, lambda batch: batch.z1 + colour)["bias"] == pytest.approx([3, 0, -2])
+
+
+def test_what_the_damage_hides_is_consistent(judge, config):
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5  # of mean 0 in each 2x2 box
+    bicubic = replace(config, damage=Damage(up="bicubic"))
+    for each in (config, bicubic):
+        score = judge(each, False, lambda batch: batch.z1 + checks)
+        assert score["consistency"] == 0 and score["psnr"] == pytest.approx(20 * math.log10(255 / 10), rel=1e-5)
+    # the error counts on the small image, however it is enlarged
+    assert judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)["consistency"] == pytest.approx(1e5 * (7 / 255) ** 2, rel=1e-4)
+
+
+def test_samples_are_rounded_and_clamped(judge, config):
+    assert judge(config, False, lambda batch: batch.z1 + 0.4 / 127.5)["psnr"] > 100  # rounded away
+    bright = judge(config, False, lambda batch: torch.full_like(batch.z1, 5.0))
+    order = torch.cat(judge.batches)
+    assert bright["bias"] == pytest.approx((255 - judge.images.test[order].double().mean((0, 2, 3))).tolist())
+    with pytest.raises(SolverError, match="not finite"):
+        judge(config, False, lambda batch: batch.z1 / 0)
+
+
+def test_the_last_batch_counts_by_its_images(judge, config, folder):
+    # 16 + 16 + 8 images: a mean of batch means would weigh the last twice
+    seen = []
+    score = judge(config, False, lambda batch: seen.append(batch) or batch.zlo)
+    assert [len(batch.zlo) for batch in seen] == [16, 16, 8]
+    expected = sum(psnr(batch.zlo[i:i + 1], batch.z1[i:i + 1]) for batch in seen for i in range(len(batch.zlo))) / 40
+    assert score["psnr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
+    x = torch.randn(4, 3, 15, 12, generator=torch.Generator().manual_seed(0))
+    known = (torch.rand(4, 1, 15, 12, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    filled = metrics.fill(x * known, known)
+    assert torch.equal(filled * known, x * known)
+    assert torch.equal(filled, metrics.fill(torch.where(known > 0, x, 9.0), known))
+    assert torch.allclose(metrics.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3))  # a flat image is a flat image
+
+
+# --------------------------------------------------------------------------------------------- classifier, halves, floor
+
+def test_the_classifier_tells_dark_from_bright(judge, config):
+    assert judge.accuracy == 100 and judge(config, False, truth)["accuracy"] == 100
+    swapped = judge(config, False, lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5)
+    assert swapped["accuracy"] == 0
+
+
+def test_samples_that_are_the_truth_score_the_floor(judge, config):
+    floor = judge.baselines(config)[-1]
+    assert floor["name"] == "floor" and floor["frechet"] > 0.01
+    assert judge(config, False, truth)["frechet"] == pytest.approx(floor["frechet"], rel=1e-6)
+    assert judge(config, False, lambda batch: batch.zlo)["frechet"] > floor["frechet"]
+
+
+def test_each_half_is_held_against_the_other(judge, config):
+    order = torch.cat(judge.batches)
+    other = iter(judge.images.test[order.roll(20)].split(16))  # for the i-th image of a half, the i-th of the other
+    assert judge(config, False, lambda batch: data.to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_fid_flows_through_the_same_halves(config, monkeypatch):
+    def pooled(x):
+        return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    monkeypatch.setattr(metrics, "load_inception", lambda device: pooled)
+    judge = metrics.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
+    score = judge(config, False, lambda batch: 0.5 * batch.z1)
+    z1 = judge.images.test[torch.cat(judge.batches)][:40]
+    x, y = (pooled(z).double().numpy() for z in (data.to_uint8(0.5 * data.to_float(z1)), z1))
+
+    def distance(a, b):
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+
+    assert score.keys() == {"fid", "seconds"}
+    assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
+
+
+def test_baselines_of_sr(judge, config):
+    low, bicubic, floor = judge.baselines(replace(config, damage=Damage(up="bicubic")))
+    assert [low["name"], bicubic["name"], floor["name"]] == ["input", "bicubic", "floor"]
+    assert low["consistency"] == 0 < bicubic["consistency"] and low["psnr"] != bicubic["psnr"]
+    z1 = judge.images.test[torch.cat(judge.batches)]
+    small = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1]
+    for row, how in ((low, Image.Resampling.NEAREST), (bicubic, Image.Resampling.BICUBIC)):
+        images = torch.stack([torch.from_numpy(np.asarray(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small])
+        assert row["psnr"] == pytest.approx(psnr(data.to_float(images), data.to_float(z1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task, names, without", [
+    ("inpaint", ["input", "smooth fill", "floor"], set()), ("jpeg", ["input", "floor"], set()),
+    ("generate", ["floor"], {"psnr", "consistency"}), ("sr,inpaint", ["input", "floor"], set())])
+def test_other_tasks(judge, config, task, names, without):
+    c = replace(config, task=task)
+    rows = judge.baselines(c)
+    assert [row["name"] for row in rows] == names
+    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds"}
+    if task != "generate":  # the very damage of before is done to the sample, random masks included
+        assert judge(c, False, truth)["consistency"] == 0
+    if task == "inpaint":
+        assert rows[1]["psnr"] > rows[0]["psnr"]
+    if task == "generate":
+        assert judge.left_out(c, False).keys() == {"psnr", "consistency", "accuracy"}
+
+
+def test_pairs_can_not_be_damaged_again(config, folder):
+    c = replace(config, task="paired", paired_path=str(folder))
+    judge = metrics.Judge(c, torch.device("cpu"), ("psnr", "consistency"), count=3)
+    assert judge(c, False, lambda batch: batch.zlo)["psnr"] > 100
+    assert judge.left_out(c, False).keys() == {"consistency"}
+
+
+def test_data_without_classes_and_too_few_images(folder, config):
+    c = replace(config, dataset=str(folder / "test" / "dark"))
+    judge = metrics.Judge(c, torch.device("cpu"), LOCAL, count=40)
+    assert "no classes" in judge.why["accuracy"] and judge(c, False, truth).keys() == {"psnr", "consistency", "bias", "seconds"}
+    few = metrics.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
+    assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
+
+
+# ------------------------------------------------------------------------------------------------------------- the cache
+
+def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch, capsys):
+    def files(kind):
+        return set(folder.parent.glob(f"{kind}-drawings-16-*.pt"))
+
+    monkeypatch.setattr(metrics.Classifier, "learn", lambda *_: pytest.fail("the classifier was kept"))
+    before = files("classifier"), files("statistics")
+    again = metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
+    assert again.accuracy == judge.accuracy and (files("classifier"), files("statistics")) == before
+    assert again(config, False, truth)["frechet"] == pytest.approx(judge(config, False, truth)["frechet"], rel=1e-4)
+
+    fewer = metrics.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
+    assert len(files("statistics") - before[1]) == 1 and files("classifier") == before[0]
+    assert fewer.key == judge.key and fewer.digest != judge.digest
+
+    monkeypatch.undo()
+    other = metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
+    assert other.key != judge.key
+    assert len(files("classifier") - before[0]) == 1 and len(files("statistics") - before[1]) == 2
+
+
+def test_kept(tmp_path):
+    calls, path = [], str(tmp_path / "new" / "x.pt")
+
+    def make():
+        calls.append(1)
+        return dict(weights=torch.arange(3), accuracy=50.0)
+
+    for _ in range(2):
+        value = metrics.kept(path, make)
+        assert value["accuracy"] == 50 and value["weights"].tolist() == [0, 1, 2]
+    assert len(calls) == 1
+    (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
+    metrics.kept(path, make)
+    assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
+
+
+def test_digest_sees_every_value():
+    x = torch.zeros(4, 4, dtype=torch.uint8)
+    y = x.clone()
+    y[3, 3] = 1
+    assert len({metrics.digest(x, 1), metrics.digest(y, 1), metrics.digest(x, 2), metrics.digest(x, 1, None)}) == 4
+    assert metrics.digest(x.T, 1) == metrics.digest(x, 1)
+
+
+# ------------------------------------------------------------------------------------------ what can't be had is left out
+
+def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    judge = metrics.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
+    score = judge(config, False, truth)
+    assert score.keys() == {"psnr", "seconds"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
+    for module, metric in (("lpips", "lpips"), ("torch_fidelity", "fid")):
+        try:
+            __import__(module)
+            assert "no route to host" in judge.why[metric] and str(tmp_path) in judge.why[metric]
+        except ImportError:
+            assert module in judge.why[metric]
+    assert socket.getdefaulttimeout() is None
+
+
+def test_packages_that_are_not_there(config, monkeypatch):
+    for name in ("torchmetrics.functional.image", "lpips", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    judge = metrics.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
+    assert judge(config, False, truth).keys() == {"bias", "seconds"}
+    assert "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
+
+
+# ------------------------------------------------------------------------------------------------------- samplers, costs
+
+SMALL = dict(image_size=16, unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, device="cpu")
+
+
+def one_batch(config, classes, n=3):
+    z1 = torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return config.damage(config.task, z1, torch.arange(n) % classes if classes else None, config.condition)
+
+
+@pytest.mark.parametrize("settings, solver, missing, default", [
+    (dict(method="interpolant"), "auto", [1], None),  # the clean estimate at the end is one more
+    (dict(method="interpolant"), "heun", [1, 2, 4, 10], None),
+    (dict(method="interpolant", interpolant=Interpolant(eps0=0.5)), "auto", [1], 101),
+    (dict(method="sr3", sr3=SR3(T=20)), "auto", [], 20),
+    (dict(method="sr3", sr3=SR3(T=4)), "auto", [5, 10], 4),
+    (dict(method="sr3", sr3=SR3(T=20), guidance=2.0), "auto", [1, 3, 5], 40),  # guidance takes two
+    (dict(method="i2sb", i2sb=I2SB(n=8)), "auto", [10], 8),
+    (dict(method="edm"), "auto", [2, 4, 10], 35),
+    (dict(method="edm", edm=EDM(sampler="euler")), "auto", [], 35),
+    (dict(method="edm"), "euler", [1], 35),
+    (dict(method="udpm", image_size=16), "auto", [1, 2, 4, 5, 10], 3),
+])
+def test_nfe_against_the_networks_own_counter(settings, solver, missing, default):
+    config, nfe = Config(**SMALL | settings), (1, 2, 3, 4, 5, 10)
+    classes = 3 if config.guidance != 1 else 0
+    net, batch = make_unet(config, classes).eval(), one_batch(config, classes)
+    found, without = evaluate.samplers(config, nfe, batch, solver)
+    assert without == missing
+    counts = []
+    for setting in found:
+        calls = []
+        hook = net.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+        counted = Counted(net)
+        with torch.no_grad():
+            draw(setting, Guided(counted, config.guidance), batch)
+        hook.remove()
+        assert sum(calls) == counted.rows
+        counts.append(sum(calls) / 3)
+    own = counts.pop() if found[-1].solver == "auto" and found[-1].sample_steps is None and default not in nfe else None
+    assert counts == [n for n in nfe if n not in missing]
+    assert own == default if default and default not in nfe else True
+    assert evaluate.samplers(config, nfe, batch, solver, default=False)[0] == [s for s, n in zip(found, counts)]
+
+
+def test_flops_of_a_step():
+    convolution = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    forward = 2 * 5 * 3 * 9 * 16 * 16  # a multiplication and an addition a tap
+    batch = one_batch(Config(**SMALL), 0)
+    cost = evaluate.training_flops(None, [(convolution, lambda net, b: net(b.z1).square().mean((1, 2, 3)))], batch, fp32)
+    assert cost == 2 * forward  # the image needs no gradient: forward, and the weights'
+    twice = nn.Sequential(convolution, nn.Conv2d(5, 5, 1, bias=False))
+    small = 2 * 5 * 5 * 16 * 16
+    cost = evaluate.training_flops(None, [(twice, lambda net, b: net(b.z1).mean((1, 2, 3)))] * 2, batch, fp32)
+    assert cost == 2 * (2 * forward + 3 * small)  # two players
+
+
+def fp32():
+    return torch.autocast("cpu", enabled=False)
+
+
+def test_flops_are_the_mean_over_levels():
+    @dataclass
+    class Pyramid:
+        levels: int = 3
+
+    def loss(net, batch):
+        return net(batch.z1[:, :, :: 2 ** int(torch.randint(3, ())), :]).mean((1, 2, 3))
+
+    convolution, forward = nn.Conv2d(3, 5, 3, padding=1, bias=False), 2 * 5 * 3 * 9 * 16 * 16
+    cost = evaluate.training_flops(Pyramid(), [(convolution, loss)], one_batch(Config(**SMALL), 0), fp32)
+    assert cost == pytest.approx(2 * forward * (1 + 1 / 2 + 1 / 4) / 3)
+
+
+def test_regression_is_least_squares():
+    batch = one_batch(Config(**SMALL), 0)
+    method = Regression()
+    oracle = lambda x, t, y, cond: batch.z1 - batch.zlo  # noqa: E731
+    assert method.loss(oracle, batch).abs().max() < 1e-10
+    assert torch.allclose(method.sample(oracle, replace_truth(batch)), batch.z1)
+    off = lambda x, t, y, cond: batch.z1 - batch.zlo + 0.5  # noqa: E731
+    assert torch.allclose(method.loss(off, batch), torch.full((3,), 0.25))
+    with pytest.raises(ValueError, match="allows 1"):
+        method.sample(oracle, batch, steps=2)
+    hole = Damage()("inpaint", batch.z1)
+    sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
+    assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(sample * hole.hole, hole.hole.expand_as(sample))
+
+
+def replace_truth(batch: Batch) -> Batch:
+    return replace(batch, z1=None)
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
+    out = tmp_path_factory.mktemp("runs")
+    common = ["--task", "sr", "--dataset", str(folder), "--image-size", "16", "--unet-channels", "8", "--unet-dim-mults", "1", "2",
+              "--unet-blocks", "1", "--no-overfit", "--batch-size", "4", "--no-use-wandb", "--device", "cpu", "--precision", "fp32",
+              "--sample-count", "2", "--preset", "small"]
+    own = {"interpolant": ["--solver", "euler", "--sample-steps", "1"], "udpm": ["--udpm.lpips-weight", "0", "0", "0", "--udpm.disc-channels", "8"]}
+    found = []
+    for method, flags in own.items():
+        assert trainer.main([*common, "--method", method, "--max-steps", "2", "--out-dir", str(out / method), *flags]) == 0
+        found += [str(path) for path in (out / method).iterdir()]
+    return found
+
+
+FLAGS = ["--nfe", "1", "2", "3", "--count", "12", "--batch-size", "5", "--classifier-epochs", "30", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def results(runs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    assert evaluate.main([*runs, *FLAGS, "--metrics", *LOCAL, "--output", str(output)]) == 0
+    return output, [json.loads((output / (run.split("/")[-1] + ".json")).read_text()) for run in runs]
+
+
+def test_the_json_holds_each_figure_with_its_record(results, runs):
+    _, (interpolant, udpm) = results
+    assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("euler", 3)]
+    assert interpolant["rows"][2]["sampler"] == "dopri5" and interpolant["rows"][2]["default"] and interpolant["nfe_left_out"] == [1]
+    assert [(row["nfe"], row["default"]) for row in udpm["rows"]] == [(3, True)] and udpm["nfe_left_out"] == [1, 2]
+    for result in (interpolant, udpm):
+        assert result["problem"]["images"] == 12 and result["problem"]["split"] == "test" and result["problem"]["seed"] == 0
+        assert result["training"]["images_seen"] == 2 * 4 and result["costs"]["global_batch"] == 4 and result["training"]["weights"] == "EMA"
+        assert result["record"]["code"] and result["record"]["quantised"].startswith("uint8") and result["problem"]["classifier_accuracy"] == 100
+        assert all(set(LOCAL) < row.keys() for row in result["rows"])
+        json.dumps(result, allow_nan=False)
+    assert interpolant["baselines"] == udpm["baselines"]
+    net, critic = udpm["costs"]["parameters"]
+    assert net > 1000 and critic > 1000 and len(interpolant["costs"]["parameters"]) == 1
+    assert interpolant["costs"]["training_flops"] > 0 and udpm["costs"]["training_flops"] > 0
+
+
+def test_the_table_says_what_the_json_says(results):
+    output, found = results
+    written = (output / "table.md").read_text()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in written.splitlines() if row.startswith("| ")]
+    header = rows[0]
+    for result in found:
+        for row in result["rows"]:
+            line = next(r for r in rows if r[0] == result["method"] and r[1].startswith(row["sampler"]) and r[2] == f"{row['nfe']:.4g}")
+            assert line[header.index("PSNR, dB ↑")] == f"{row['psnr']:.2f}" and line[header.index("FD ↓")] == f"{row['frechet']:.2f}"
+            assert line[header.index("accuracy, % ↑")] == f"{row['accuracy']:.1f}"
+    assert [r[0] for r in rows[1:4]] == ["input", "bicubic", "floor"]
+    assert "SSIM" not in header and "regression network is missing" in written and "100.0% of all test images" in written
+    assert "udpm has no sampler of 1, 2 NFE" in written and "Not one comparison" not in written
+    assert re.search(r"\| udpm \|.*\| 0\.\d\dM \+ 0\.\d\dM \| 8 \| 4 \|", written)
+
+
+def test_the_plot_says_what_the_json_says(results):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    output, found = results
+    assert (output / "quality.pdf").read_bytes().startswith(b"%PDF") and Image.open(output / "quality.png").width > 1000
+    panels = {ax.get_ylabel(): ax for ax in evaluate.plot(found).axes}
+    assert list(panels) == ["PSNR, dB ↑", "FD ↓", "accuracy, % ↑"]
+    interpolant, udpm = found
+    lines = {drawn.get_label(): drawn.get_xydata() for drawn in panels["PSNR, dB ↑"].lines}
+    assert lines["interpolant"].tolist() == [[row["nfe"], row["psnr"]] for row in interpolant["rows"][:2]]
+    assert lines["udpm"].tolist() == [[3, udpm["rows"][0]["psnr"]]]
+    assert lines["bicubic"][:, 1].tolist() == [interpolant["baselines"][1]["psnr"]] * 2 and "floor" not in lines
+    assert "floor" in {drawn.get_label() for drawn in panels["FD ↓"].lines}
+    regression = interpolant | dict(method="regression", rows=[dict(sampler="own", nfe=1, default=True, psnr=20.0)])
+    drawn = {d.get_label(): d.get_xydata() for d in evaluate.plot([regression, udpm]).axes[0].lines}
+    assert drawn["regression"].tolist() == [[0, 20], [1, 20]]  # a horizontal line, as the baseline that it is
+
+
+def test_a_json_file_is_a_run(results, runs, tmp_path, capsys, monkeypatch):
+    output, found = results
+    monkeypatch.setattr(evaluate, "Judge", lambda *_: pytest.fail("nothing is to be measured"))
+    assert evaluate.main([*(str(output / f"{result['name']}.json") for result in found), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "table.md").read_text() == (output / "table.md").read_text()
+
+
+def test_the_same_again(results, runs, tmp_path):
+    _, (before, _) = results
+    assert evaluate.main([runs[0], *FLAGS[2:], "--nfe", "3", "--no-default", "--metrics", "psnr", "bias", "--output", str(tmp_path)]) == 0
+    again = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert len(again) == 1 and again[0]["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4)
+    assert evaluate.main([runs[0], *FLAGS[2:], "--nfe", "3", "--no-default", "--no-ema", "--metrics", "psnr", "--output", str(tmp_path)]) == 0
+    raw = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert raw["rows"][0]["psnr"] != pytest.approx(before["rows"][1]["psnr"], abs=1e-4) and raw["training"]["weights"] == "raw"
+
+
+def test_what_is_no_comparison_is_said(results):
+    _, (interpolant, udpm) = results
+    assert evaluate.differences([interpolant, udpm]) == []
+    longer = udpm | dict(training=udpm["training"] | dict(images_seen=999, overfit=True))
+    said = " ".join(evaluate.differences([interpolant, longer]))
+    assert "images seen: interpolant 8; udpm 999" in said and "udpm was trained on a single batch" in said
+    blurred = udpm | dict(problem=udpm["problem"] | dict(task="blur (kernel uniform, width 9, sigma 10.0)"))
+    written = evaluate.table([interpolant, blurred])
+    assert "**Not one comparison:** the runs differ in task" in written
+    assert written.count("| bicubic |") == 2  # a table each
+    twin = interpolant | dict(name="twin")
+    assert "| twin | euler |" in evaluate.table([interpolant, twin])
+
+
+def test_how_the_input_is_enlarged_does_not_change_the_task():
+    def task(**knobs):
+        return evaluate.task(Config(damage=Damage(**knobs)))
+
+    assert task(up="nearest") == task(up="bicubic") == "sr (factor 2, down box)"
+    assert len({task(), task(factor=4), task(down="bicubic")}) == 3
+
+
+def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    output = ["--output", str(tmp_path / "out")]
+    cases = [
+        ([], "runs = "), (["nowhere"], "run = 'nowhere'"), ([str(tmp_path / "x.json")], "no result of an evaluation"),
+        ([runs[0], "--nfe", "0"], "nfe = (0,)"), ([runs[0], "--metrics", "speed"], "metrics = ('speed',)"), ([runs[0], "--count", "0"], "count = 0"),
+        ([runs[1], "--solver", "heun"], "has no ODE"), ([runs[0], "--solver", "dopri5"], "solver = 'dopri5'"), ([runs[0], "--device", "cudo"], "device = 'cudo'"),
+        ([runs[0], "--data-path", str(tmp_path / "moved")], "moved"), ([runs[0], "--nfo", "3"], "nfo"),
+        ([runs[0], "--output", str(tmp_path / "file" / "x")], "output = "),
+    ]
+    for arguments, what in cases:
+        assert evaluate.main(output + arguments if "--output" not in arguments else arguments) == 2, arguments
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("evaluate.py: ") and what in said and "\n" not in said, said
+
+
+def test_the_wrong_data_is_refused(runs, tmp_path, folder, capsys):
+    moved = tmp_path / "moved"
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (moved / split / label).mkdir(parents=True)
+            for image in list((folder / split / "dark").iterdir())[:4]:
+                (moved / split / label / image.name).write_bytes(image.read_bytes())
+    flags = ["--data-path", str(moved), "--metrics", "psnr", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert evaluate.main([runs[0], *flags]) == 2
+    assert "has other classes" in capsys.readouterr().err
