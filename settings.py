@@ -14,7 +14,7 @@ from methods.sr3 import SR3
 from methods.udpm import UDPM
 
 # two CPU cores, a few minutes
-SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=32, base_lr=1e-3, max_steps=400, sample_every=200, sample_count=16)
+SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600, sample_every=300, sample_count=16)
 
 # I2SB section 5: ImageNet at 256, ADM's network (the paper starts from its weights), no conditioning on the damaged image
 I2SB_256 = dict(method="i2sb", dataset="data/imagenet", image_size=256, condition=False, overfit=False, batch_size=256, base_lr=5e-5,
