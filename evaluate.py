@@ -111,7 +111,7 @@ def training_flops(method, players: list, batch: Batch, autocast) -> float:
     A method with levels (UDPM) draws one for each step: the mean over levels, which are told apart by what they cost.
     """
     costs, levels = [set() for _ in players], getattr(method, "levels", 1)
-    for number in range(8 * levels if levels > 1 else 1):
+    for number in range(8 * levels):
         reseed("flops", number)
         for cost, (module, loss) in zip(costs, players):
             with FlopCounterMode(display=False) as counter:
@@ -120,6 +120,8 @@ def training_flops(method, players: list, batch: Batch, autocast) -> float:
                 value.backward()
             module.zero_grad()
             cost.add(counter.get_total_flops())
+        if all(len(cost) == levels for cost in costs):
+            break
     return sum(sum(cost) / len(cost) for cost in costs) / len(batch.zlo)
 
 
@@ -149,18 +151,19 @@ def evaluate(run: str, c: Config, o: Options, judge: Judge, baselines: list[dict
         raise ValueError(f"run = {run!r}: its weights are not of the network that its settings describe ({one_line(failure)[:150]})") from None
     net.eval().requires_grad_(False)
 
-    rows, warm = [], False
+    rows = []
     settings, missing = samplers(c, o.nfe, few, o.solver, o.default)
-    for setting in settings:
+    for number, setting in enumerate(settings):
         counted = ode_int.Counted(net)
 
         def make(batch):
             with autocast():
                 return draw(setting, Guided(counted, c.guidance), batch)[0]
 
-        if device.type == "cuda" and not warm:  # the first call chooses kernels, which says nothing of speed
-            judge(setting, classes > 0, make)
-            counted.rows, warm = 0, True
+        if number == 0:  # the first call sets the device up, which says nothing of speed
+            with torch.no_grad():
+                make(few)
+            counted.rows = 0
         sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
         row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None))
         try:

@@ -242,7 +242,7 @@ def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
 def load_ssim():
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    return lambda x, truth: ssim(x.float(), truth.float(), data_range=255.0)
+    return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0)  # it subtracts squares: float32 is not enough
 
 
 def load_lpips(device):

@@ -17,7 +17,7 @@ import data
 import evaluate
 import metrics
 import trainer
-from corruptions import Batch, Damage
+from corruptions import Damage
 from logs import psnr
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -129,7 +129,7 @@ def test_ssim():
     ssim = metrics.load_ssim()
     x = (torch.rand(3, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     assert ssim(x, x).item() == pytest.approx(1, abs=1e-6)
-    assert ssim((x * 0.75).to(torch.uint8), x).item() == pytest.approx(0.9219, abs=1e-3)  # torchmetrics' documented example
+    assert ssim((x * 0.75).round().to(torch.uint8), x).item() == pytest.approx(0.9219, abs=1e-3)  # torchmetrics' documented example
     # Wang et al. 2004, eq. 13 for two constant images: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 255)^2
     a, b, c1 = 100.0, 130.0, (0.01 * 255) ** 2
     flat = torch.ones(2, 1, 16, 16, dtype=torch.uint8)
@@ -165,7 +165,7 @@ def test_samples_are_rounded_and_clamped(judge, config):
         judge(config, False, lambda batch: batch.z1 / 0)
 
 
-def test_the_last_batch_counts_by_its_images(judge, config, folder):
+def test_the_last_batch_counts_by_its_images(judge, config):
     # 16 + 16 + 8 images: a mean of batch means would weigh the last twice
     seen = []
     score = judge(config, False, lambda batch: seen.append(batch) or batch.zlo)
@@ -201,7 +201,7 @@ def test_samples_that_are_the_truth_score_the_floor(judge, config):
 def test_each_half_is_held_against_the_other(judge, config):
     order = torch.cat(judge.batches)
     other = iter(judge.images.test[order.roll(20)].split(16))  # for the i-th image of a half, the i-th of the other
-    assert judge(config, False, lambda batch: data.to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-6)
+    assert judge(config, False, lambda batch: data.to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-4)
 
 
 def test_fid_flows_through_the_same_halves(config, monkeypatch):
@@ -229,7 +229,7 @@ def test_baselines_of_sr(judge, config):
     z1 = judge.images.test[torch.cat(judge.batches)]
     small = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1]
     for row, how in ((low, Image.Resampling.NEAREST), (bicubic, Image.Resampling.BICUBIC)):
-        images = torch.stack([torch.from_numpy(np.asarray(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small])
+        images = torch.stack([torch.from_numpy(np.array(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small])
         assert row["psnr"] == pytest.approx(psnr(data.to_float(images), data.to_float(z1)), rel=1e-5)
 
 
@@ -266,11 +266,11 @@ def test_data_without_classes_and_too_few_images(folder, config):
 
 # ------------------------------------------------------------------------------------------------------------- the cache
 
-def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch, capsys):
+def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch):
     def files(kind):
         return set(folder.parent.glob(f"{kind}-drawings-16-*.pt"))
 
-    monkeypatch.setattr(metrics.Classifier, "learn", lambda *_: pytest.fail("the classifier was kept"))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
     before = files("classifier"), files("statistics")
     again = metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
     assert again.accuracy == judge.accuracy and (files("classifier"), files("statistics")) == before
@@ -417,7 +417,7 @@ def test_regression_is_least_squares():
     method = Regression()
     oracle = lambda x, t, y, cond: batch.z1 - batch.zlo  # noqa: E731
     assert method.loss(oracle, batch).abs().max() < 1e-10
-    assert torch.allclose(method.sample(oracle, replace_truth(batch)), batch.z1)
+    assert torch.allclose(method.sample(oracle, replace(batch, z1=None)), batch.z1)
     off = lambda x, t, y, cond: batch.z1 - batch.zlo + 0.5  # noqa: E731
     assert torch.allclose(method.loss(off, batch), torch.full((3,), 0.25))
     with pytest.raises(ValueError, match="allows 1"):
@@ -425,10 +425,6 @@ def test_regression_is_least_squares():
     hole = Damage()("inpaint", batch.z1)
     sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
     assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(sample * hole.hole, hole.hole.expand_as(sample))
-
-
-def replace_truth(batch: Batch) -> Batch:
-    return replace(batch, z1=None)
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -458,7 +454,7 @@ def results(runs, tmp_path_factory):
     return output, [json.loads((output / (run.split("/")[-1] + ".json")).read_text()) for run in runs]
 
 
-def test_the_json_holds_each_figure_with_its_record(results, runs):
+def test_the_json_holds_each_figure_with_its_record(results):
     _, (interpolant, udpm) = results
     assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("euler", 3)]
     assert interpolant["rows"][2]["sampler"] == "dopri5" and interpolant["rows"][2]["default"] and interpolant["nfe_left_out"] == [1]
@@ -508,7 +504,7 @@ def test_the_plot_says_what_the_json_says(results):
     assert drawn["regression"].tolist() == [[0, 20], [1, 20]]  # a horizontal line, as the baseline that it is
 
 
-def test_a_json_file_is_a_run(results, runs, tmp_path, capsys, monkeypatch):
+def test_a_json_file_is_a_run(results, tmp_path, monkeypatch):
     output, found = results
     monkeypatch.setattr(evaluate, "Judge", lambda *_: pytest.fail("nothing is to be measured"))
     assert evaluate.main([*(str(output / f"{result['name']}.json") for result in found), "--output", str(tmp_path)]) == 0
@@ -517,10 +513,10 @@ def test_a_json_file_is_a_run(results, runs, tmp_path, capsys, monkeypatch):
 
 def test_the_same_again(results, runs, tmp_path):
     _, (before, _) = results
-    assert evaluate.main([runs[0], *FLAGS[2:], "--nfe", "3", "--no-default", "--metrics", "psnr", "bias", "--output", str(tmp_path)]) == 0
+    assert evaluate.main([runs[0], *FLAGS[4:], "--nfe", "3", "--no-default", "--metrics", "psnr", "bias", "--output", str(tmp_path)]) == 0
     again = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
     assert len(again) == 1 and again[0]["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4)
-    assert evaluate.main([runs[0], *FLAGS[2:], "--nfe", "3", "--no-default", "--no-ema", "--metrics", "psnr", "--output", str(tmp_path)]) == 0
+    assert evaluate.main([runs[0], *FLAGS[4:], "--nfe", "3", "--no-default", "--no-ema", "--metrics", "psnr", "--output", str(tmp_path)]) == 0
     raw = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert raw["rows"][0]["psnr"] != pytest.approx(before["rows"][1]["psnr"], abs=1e-4) and raw["training"]["weights"] == "raw"
 
