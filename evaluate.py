@@ -3,15 +3,16 @@
     python evaluate.py RUN [RUN ...]                           runs' folders, or checkpoints
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
 
-A RUN that is a JSON file of an earlier evaluation joins the table without being measured again. Into --output go one JSON file a
-run, table.md, quality.pdf and quality.png. pip install torchmetrics lpips torch-fidelity matplotlib: for SSIM, LPIPS, FID and the
-plot. All else is measured without them; metrics.py says how.
+Into --output go one JSON file a run, written after each figure, table.md, quality.pdf and quality.png. A RUN that is such a JSON
+file joins the table as it is, under the file's name. pip install torchmetrics lpips torch-fidelity matplotlib: for SSIM, LPIPS,
+FID and the plot. All else is measured without them; metrics.py says how.
 """
 import json
 import math
 import platform
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import ode_int
-from corruptions import Batch, parts
+from corruptions import Batch, cond_channels, parts
 from logs import one_line, write_atomically
 from metrics import METRICS, Judge
 from settings import parse
 from trainer import Config, bf16_helps, draw, make_unet, open_checkpoint, pick_device, reseed, run_folder
-from unet import Guided
+from unet import Guided, Unet
 
 
 @dataclass
@@ -36,9 +37,11 @@ class Options:
     """What is measured, on what, and where the results go."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # runs' folders, checkpoints, or JSON files of an earlier evaluation
-    nfe: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100)  # evaluations an image; guidance counts two; what a method can't do is left out
+    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out (EDM's Heun takes odd ones)
+    nfe: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100)
     default: bool = True  # also the method's own sampler with its own count
-    solver: str = "auto"  # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE
+    # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE, if it has one
+    solver: str = "auto"
     count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
     metrics: tuple[str, ...] = METRICS  # the columns
     classifier_epochs: int = 8  # passes over the training images for the classifier behind accuracy and FD, which is trained once
@@ -63,11 +66,7 @@ class Options:
         need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
         for name in ("count", "batch_size", "classifier_epochs"):
             need(name, getattr(self, name) >= 1, "1 or more")
-        if self.device != "auto":
-            try:
-                torch.empty(1, device=self.device)
-            except (RuntimeError, AssertionError):
-                raise ValueError(f"device = {self.device!r}: allowed is auto, cpu, or a CUDA device that is there") from None
+        Config(device=self.device).check()
 
 
 # ------------------------------------------------------------------------------------------------------ samplers and costs
@@ -86,7 +85,7 @@ def evaluations(config: Config, batch: Batch) -> float:
 def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
     """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE for which there is none."""
     own = replace(config, solver="auto", sample_steps=None)
-    few = replace(own, solver=solver)
+    few = replace(own, solver=solver if hasattr(own.recipe, "velocity") else "auto")
     if few.sampler == "dopri5":  # it chooses its own steps
         few = replace(few, solver="euler")
     usual = evaluations(own, batch) if few.sampler == own.sampler else None
@@ -127,67 +126,83 @@ def training_flops(method, players: list, batch: Batch, autocast) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- measuring
 
-def evaluate(run: str, c: Config, o: Options, judge: Judge, baselines: list[dict]) -> dict:
-    """All that the table, the plot and the reader need to know of a run, as plain values. `c`: its settings, with the data where it is now."""
+def describe(run: str, c: Config, o: Options, judge: Judge) -> tuple[dict, Unet]:
+    """All that the table, the plot and the reader need to know of a run but the figures, as plain values; and its network.
+
+    `c`: its settings, with the data where it is now. Raises ValueError for what can't be measured.
+    """
     _, checkpoint = open_checkpoint(run)
-    classes, device, name = checkpoint["num_classes"], judge.device, run_folder(run).name
+    classes, device, seen = checkpoint["num_classes"], judge.device, checkpoint["step"] * c.batch_size
     if classes and checkpoint["classes"] != judge.images.classes:
         raise ValueError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run} was trained on")
-    bf16 = o.precision == "bf16" or o.precision == "auto" and bf16_helps(device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     net = make_unet(c, classes).to(device, memory_format=torch.channels_last)
-    players = c.recipe.players(net, c.channels, classes) if hasattr(c.recipe, "players") else [(net, c.recipe.loss)]
-    players = [(module.to(device), loss) for module, loss in players]
-    z1, y, zlo = judge.images.batch(judge.batches[0][:2], device, "test")
-    few = c.damage(c.task, z1, y if classes else None, c.condition, zlo)
-    left_out, seen = judge.left_out(c, classes > 0), checkpoint["step"] * c.batch_size
+    players = [(net, c.recipe.loss)]
+    if hasattr(c.recipe, "players"):
+        players = c.recipe.players(net, c.channels, classes, cond_channels(c.task, c.channels, c.condition))
     try:
-        flops = seen * training_flops(c.recipe, players, few, autocast)
+        for (module, _), weights in zip(players, checkpoint["players"], strict=True):
+            module.load_state_dict(weights)
+        if o.ema:
+            net.load_state_dict(checkpoint["ema"])
+    except (RuntimeError, ValueError) as failure:
+        raise ValueError(f"run = {run!r}: its weights are not of the network that its settings describe ({one_line(failure)[:150]})") from None
+    left_out = judge.left_out(c, classes > 0)
+    try:
+        flops = seen * training_flops(c.recipe, players, first_images(judge, c, classes, 2), partial(autocast, o, device))
     except ValueError as failure:  # a loss with LPIPS, whose weights are not to be had
         flops, left_out["training FLOPs"] = None, one_line(failure)
-    try:
-        net.load_state_dict(checkpoint["ema"] if o.ema else checkpoint["players"][0])
-    except RuntimeError as failure:
-        raise ValueError(f"run = {run!r}: its weights are not of the network that its settings describe ({one_line(failure)[:150]})") from None
-    net.eval().requires_grad_(False)
-
-    rows = []
-    settings, missing = samplers(c, o.nfe, few, o.solver, o.default)
-    for number, setting in enumerate(settings):
-        counted = ode_int.Counted(net)
-
-        def make(batch):
-            with autocast():
-                return draw(setting, Guided(counted, c.guidance), batch)[0]
-
-        if number == 0:  # the first call sets the device up, which says nothing of speed
-            with torch.no_grad():
-                make(few)
-            counted.rows = 0
-        sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
-        row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None))
-        try:
-            row |= judge(setting, classes > 0, make)
-            row["nfe"] = counted.rows / judge.count
-        except ode_int.SolverError as failure:
-            row |= dict(nfe=counted.rows / judge.count, failed=one_line(failure))
-        rows.append(row)
-        print(f"{name}, {sampler}, {row['nfe']:.4g} NFE:", ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row), row.get("failed", ""))
-
     return dict(
-        name=name, run=str(run), method=c.method,
+        name=called(run), run=run, method=c.method,
         problem=dict(task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count, split=judge.split,
                      test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy, seed=o.seed),
-        training=dict(network=f"{c.unet_channels} x {c.unet_dim_mults}, {c.unet_blocks} blocks", labels=classes > 0, condition=c.condition,
+        training=dict(network=f"{c.unet_channels} x {c.unet_dim_mults}, blocks {c.unet_blocks}", labels=classes > 0, condition=c.condition,
                       images_seen=seen, weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit),
         costs=dict(parameters=[sum(p.numel() for p in module.parameters()) for module, _ in players], training_flops=flops,
                    steps=checkpoint["step"], global_batch=c.batch_size),
         record=dict(reference="the same test images, undamaged; FID and FD: the other half of them", quantised="uint8, clamped",
-                    dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision="bf16" if bf16 else "fp32",
+                    dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
                     device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
                     code=code_version(), python=platform.python_version(), torch=torch.__version__),
-        rows=rows, baselines=baselines, left_out=left_out, nfe_left_out=missing,
-        config=json.loads(json.dumps(asdict(c)), parse_constant=str))  # JSON has no infinity
+        rows=[], baselines=[], left_out=left_out, nfe_left_out=[],
+        config=json.loads(json.dumps(asdict(c)), parse_constant=str)), net.eval().requires_grad_(False)  # JSON has no infinity
+
+
+def measure(result: dict, net, c: Config, o: Options, judge: Judge, file: Path):
+    """Fills in the rows, one a sampler. `file` holds the result as far as it goes."""
+    classes = net.num_classes
+    few = first_images(judge, c, classes, 2)
+    settings, result["nfe_left_out"] = samplers(c, o.nfe, few, o.solver, o.default)
+    for setting in settings:
+        counted = ode_int.Counted(net)
+
+        def make(batch):
+            with autocast(o, judge.device):
+                return draw(setting, Guided(counted, c.guidance), batch)[0]
+
+        if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
+            with torch.no_grad():
+                make(first_images(judge, c, classes, o.batch_size) if o.nfe else few)
+            counted.rows = 0
+        sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
+        row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None), nfe=None)
+        try:
+            row |= judge(setting, classes > 0, make) | dict(nfe=counted.rows / judge.count)
+        except ode_int.SolverError as failure:
+            row["failed"] = one_line(failure)
+        result["rows"].append(row)
+        plain = json.dumps(result, indent=1)
+        write_atomically(file, lambda f: f.write(plain.encode()))
+        figures = ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row)
+        print(f"{result['name']}, {sampler}: {row.get('failed', figures)}", flush=True)
+
+
+def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
+    z1, y, zlo = judge.images.batch(judge.batches[0][:count], judge.device, "test")
+    return c.damage(c.task, z1, y if classes else None, c.condition, zlo)
+
+
+def autocast(o: Options, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16")
 
 
 def task(config: Config) -> str:
@@ -208,16 +223,16 @@ def code_version() -> str:
 # --------------------------------------------------------------------------------------------------------- table and plot
 
 COLUMNS = {  # of a row: title, format
-    "psnr": ("PSNR, dB ↑", "{:.2f}"), "ssim": ("SSIM ↑", "{:.3f}"), "lpips": ("LPIPS ↓", "{:.3f}"), "fid": ("FID ↓", "{:.2f}"),
-    "consistency": ("consistency, 1e-5 ↓", "{:.2f}"), "bias": ("bias by channel", "{:+.1f}"), "accuracy": ("accuracy, % ↑", "{:.1f}"),
-    "frechet": ("FD ↓", "{:.2f}"), "seconds": ("s/image", "{:.2g}")}
-PANELS = ("psnr", "frechet", "fid", "accuracy")
+    "nfe": ("NFE", "{:.4g}"), "psnr": ("PSNR, dB ↑", "{:.2f}"), "ssim": ("SSIM ↑", "{:.3f}"), "lpips": ("LPIPS ↓", "{:.3f}"),
+    "fid": ("FID ↓", "{:.2f}"), "consistency": ("consistency, 1e-5 ↓", "{:.2f}"), "bias": ("bias by channel", "{:+.1f}"),
+    "accuracy": ("accuracy, % ↑", "{:.1f}"), "frechet": ("FD ↓", "{:.2f}"), "seconds": ("s/image", "{:.2g}")}
+PANELS = ("psnr", "lpips", "frechet", "fid", "accuracy")
 ABOUT = """\
 Samples are compared as uint8. Consistency: squared error on [0, 1] of the sample damaged again, against the input. Bias: mean of sample -
 truth, in levels of 255. Accuracy: share of the samples that the classifier puts into their class. FD and FID: Frechet distances on the
 classifier's and on Inception's features, of the samples for half of the images to the truth of the other half, both ways; floor: one half of
-the truth to the other. They depend on the number of images: compare them within this table only. Training FLOPs: forward and backward of all
-networks."""
+the truth to the other. They depend on the number of images: compare them within this table only, and of fewer images than features (at most
+128, and 2,048) they are mostly bias. Training FLOPs: forward and backward of all networks."""
 
 
 def cell(row: dict, column: str) -> str:
@@ -228,6 +243,14 @@ def cell(row: dict, column: str) -> str:
 
 def line(*cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def told(pairs, of: int) -> list[str]:
+    """(text, run) pairs -> each text once, with its runs unless it holds for all `of` them."""
+    runs = {}
+    for text, run in pairs:
+        runs.setdefault(text, []).append(run)
+    return [text + f" ({', '.join(names)})" * (len(names) < of) for text, names in runs.items()]
 
 
 def groups(results: list[dict]) -> list[list[dict]]:
@@ -245,13 +268,12 @@ def title(result: dict, results: list[dict]) -> str:
 
 def differences(results: list[dict]) -> list[str]:
     """What keeps the runs from being one comparison."""
-    found, name = [], partial(title, results=results)
-    for kind in ("problem", "training"):
-        for key in results[0][kind]:
-            values = [result[kind][key] for result in results]
-            if any(value != values[0] for value in values):
-                found.append(f"the runs differ in {key.replace('_', ' ')}: " + "; ".join(f"{name(r)} {v}" for r, v in zip(results, values)))
-    return found + [f"{name(r)} was trained on a single batch (overfit)" for r in results if r["training"]["overfit"]]
+    found, name, n = [], partial(title, results=results), len(results)
+    for kind, key in [(kind, key) for kind in ("problem", "training") for key in results[0][kind]]:
+        values = told([(str(result[kind].get(key)), name(result)) for result in results], n)
+        if len(values) > 1:
+            found.append(f"the runs differ in {key.replace('_', ' ')}: {'; '.join(values)}")
+    return found + told([("trained on a single batch (overfit)", name(r)) for r in results if r["training"]["overfit"]], n)
 
 
 def table(results: list[dict]) -> str:
@@ -259,67 +281,94 @@ def table(results: list[dict]) -> str:
     name = partial(title, results=results)
     lines = ["# Quality against the number of network evaluations (NFE)", "", *(f"**Not one comparison:** {d}.\n" for d in differences(results))]
     for group in groups(results):
-        p, record, baselines = group[0]["problem"], group[0]["record"], group[0]["baselines"]
+        p, baselines, n = group[0]["problem"], group[0]["baselines"], len(group)
         columns = [m for m in COLUMNS if any(m in row for result in group for row in result["rows"])]
         lines += [f"## {p['task']}: {p['dataset']}, {p['image_size']}x{p['image_size']}", "",
-                  line("run", "sampler", "NFE", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * (len(columns) + 1)]
-        lines += [line(row["name"], "", "", *(cell(row, m) if m != "seconds" else "" for m in columns)) for row in baselines]
-        lines += [line(name(result), row.get("failed", row["sampler"]) + ", default" * row["default"], f"{row['nfe']:.4g}", *(cell(row, m) for m in columns))
+                  line("run", "sampler", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * len(columns)]
+        lines += [line(row["name"], "", *(cell(row, m) for m in columns)) for row in baselines]
+        lines += [line(name(result), row.get("failed", row["sampler"]) + ", default" * row["default"], *(cell(row, m) for m in columns))
                   for result in group for row in result["rows"]]
-        why = {}
-        for result in group:
-            for metric, reason in result["left_out"].items():
-                why.setdefault(f"{COLUMNS.get(metric, [metric])[0].strip(' ↑↓')} is not measured: {reason}", []).append(name(result))
-        lines += ["", *(f"- {reason}" + f" ({', '.join(names)})" * (len(names) < len(group)) for reason, names in why.items())]
-        lines += [f"- {name(r)} has no sampler of {', '.join(map(str, r['nfe_left_out']))} NFE" for r in group if r["nfe_left_out"]]
+        notes = told([(f"{COLUMNS.get(metric, [metric])[0].strip(' ↑↓')} is not measured: {reason}", name(r))
+                      for r in group for metric, reason in r["left_out"].items()], n)
+        if missing := [f"{name(r)} {', '.join(map(str, r['nfe_left_out']))}" for r in group if r["nfe_left_out"]]:
+            notes.append(f"NFE left out, since the sampler can't do exactly so many: {'; '.join(missing)}")
         if all(result["method"] != "regression" for result in group):
-            lines.append("- a regression network is missing: train one with --method regression and the other runs' settings, and name it too")
+            notes.append("a regression network is missing: train one with --method regression and the other runs' settings, and name it too")
         if p["classifier"]:
-            lines.append(f"- classifier {p['classifier']}: {p['classifier_accuracy']:.1f}% of all test images right")
-        lines.append(f"- {p['images']:,} images of the {p['split']} split, FD and FID {p['images'] // 2:,} against {p['images'] // 2:,}; seed {p['seed']}, "
-                     f"batches of {record['batch_size']}, {record['device']}, {record['precision']}, code {record['code']}, torch {record['torch']}\n")
-    lines += [line("run", "network", "parameters", "images seen", "global batch", "training FLOPs", "weights", "labels"), "|---|---|" + "---:|" * 4 + "---|---|"]
+            notes.append(f"classifier {p['classifier']}: {p['classifier_accuracy']:.1f}% of all test images right")
+        notes.append(f"{p['images']:,} images of the {p['split']} split, FD and FID {p['images'] // 2:,} against {p['images'] // 2:,}; seed {p['seed']}")
+        how = "measured in batches of {batch_size}, {device}, {precision}, code {code}, torch {torch}"
+        notes += told([(how.format(**r["record"]), name(r)) for r in group], n)
+        lines += ["", *(f"- {note}" for note in notes), ""]
+    lines += [line("run", "network", "parameters", "images seen", "global batch", "training FLOPs", "weights", "class labels"),
+              "|---|---|" + "---:|" * 4 + "---|---|"]
     for result in results:
         t, costs = result["training"], result["costs"]
         lines.append(line(name(result), t["network"], " + ".join(f"{n / 1e6:.2f}M" for n in costs["parameters"]), f"{t['images_seen']:,}",
                           costs["global_batch"], "–" if costs["training_flops"] is None else f"{costs['training_flops']:.2e}", t["weights"],
-                          f"guidance {t['guidance']:g}" if t["labels"] else "none"))
+                          f"seen, guidance {t['guidance']:g}" if t["labels"] else "not seen"))
     return "\n".join(lines) + f"\n\n{ABOUT}\n"
 
 
+PAPER = {"font.size": 8, "legend.fontsize": 7.5, "lines.linewidth": 1.2, "axes.linewidth": 0.6, "pdf.fonttype": 42}  # 42: letters stay letters
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, which the colour-blind can tell apart
+DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "floor": "-"}
+
+
+def few_ticks(axis, low: float, high: float):
+    """Plain numbers on a logarithmic axis: about five, also where it spans less than a decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    decades = math.log10(high / low)
+    axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)) if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    if decades < 2.2:
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter("")
+
+
 def plot(results: list[dict]):
-    """A matplotlib Figure: problems in rows, metrics in columns, a line a run; stars are default samplers, horizontal lines baselines."""
+    """A matplotlib Figure: problems in rows, metrics in columns, a line a run; stars are default samplers, horizontal lines baselines.
+
+    A PSNR more than 2 dB below the best of the worst line is out of view.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.lines import Line2D
 
     panels = [m for m in PANELS if any(m in row for result in results for row in result["rows"])] or ["seconds"]
-    figure = Figure(figsize=(3.6 * len(panels), 3.1 * len(groups(results)) + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups(results)), len(panels), squeeze=False)
     for group, axes in zip(groups(results), grid):
-        axes[0].set_title(f"{group[0]['problem']['task']}: {group[0]['problem']['dataset']}", loc="left", fontsize=9)
+        p, baselines = group[0]["problem"], group[0]["baselines"]
+        axes[0].set_title(f"{p['task']}: {p['dataset']}, {p['image_size']}x{p['image_size']}, {p['images']:,} images", loc="left", fontsize=8)
         for metric, ax in zip(panels, axes):
-            ticks = set()
-            for number, result in enumerate(group):
-                rows, style = [row for row in result["rows"] if metric in row], dict(color=f"C{number}", label=title(result, results), lw=1.4)
-                if result["method"] == "regression" and rows:
-                    ax.axhline(rows[0][metric], ls="-.", **style)
-                    continue
+            for number, result in enumerate(r for r in group if r["method"] != "regression"):
+                rows = [row for row in result["rows"] if metric in row]
+                style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6], ms=3)
                 joined = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
-                ax.plot([row["nfe"] for row in joined], [row[metric] for row in joined], "o-", ms=4, **style)
+                ax.plot([row["nfe"] for row in joined], [row[metric] for row in joined], label=title(result, results), **style)
                 for row in rows:
-                    ticks.add(round(row["nfe"]))
                     if row["default"]:
-                        ax.plot(row["nfe"], row[metric], "*", color=style["color"], ms=12, mec="white", mew=0.7)
-            for row, dashes in zip(group[0]["baselines"][::-1], (":", "--", (0, (6, 2, 1, 2)))):
+                        ax.plot(row["nfe"], row[metric], "*", color=style["color"], ms=9, mec="white", mew=0.5)
+            levels = [(row["name"], row, "0.5", DASHES[row["name"]]) for row in baselines]
+            levels += [(title(r, results), row, "k", (0, (6, 1.5, 1, 1.5))) for r in group if r["method"] == "regression" for row in r["rows"]]
+            for label, row, colour, dashes in levels:
                 if metric in row:
-                    ax.axhline(row[metric], color="0.4", lw=1, ls=dashes, label=row["name"])
-            ticks = sorted(ticks & {1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000} or ticks)
-            ax.set(xscale="log", yscale="log" if metric in ("frechet", "fid") else "linear", xlabel="network evaluations (NFE)", ylabel=COLUMNS[metric][0])
-            ax.set_xticks(ticks, map(str, ticks))
-            ax.xaxis.set_minor_locator(NullLocator())
+                    ax.axhline(row[metric], color=colour, lw=1, ls=dashes, label=label, zorder=1)
+            better = COLUMNS[metric][0].translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
+            ax.set(xscale="log", xlabel="network evaluations (NFE)", ylabel=better)
+            few_ticks(ax.xaxis, *ax.get_xlim())
+            if metric in ("frechet", "fid"):
+                ax.set_yscale("log")
+                few_ticks(ax.yaxis, *ax.get_ylim())
+            if metric == "psnr":  # what is far below everyone's best would hide the differences
+                best = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
+                worst = min([*best, *(row[metric] for row in baselines if metric in row)], default=0)
+                ax.set_ylim(bottom=max(ax.get_ylim()[0], worst - 2))
             ax.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    handles["default sampler"] = Line2D([], [], ls="", marker="*", ms=9, mec="white", mew=0.5, color="0.3")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -332,59 +381,75 @@ def save(results: list[dict], folder: Path):
     except ImportError:
         print("no plot: pip install matplotlib", file=sys.stderr)
     else:
-        with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters stay letters
+        with matplotlib.rc_context(PAPER):
             for ending in ("pdf", "png"):
-                write_atomically(folder / f"quality.{ending}", lambda f: plot(results).savefig(f, format=ending, dpi=200))
+                write_atomically(folder / f"quality.{ending}", lambda f: plot(results).savefig(f, format=ending, dpi=300))
     print(f"in {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
 
-def open_run(run: str, o: Options) -> Config | dict:
-    """A run's settings, with the data where it is now; or what a JSON file says of a run. Raises ValueError."""
-    if Path(run).suffix == ".json":
-        try:
-            result = json.loads(Path(run).read_text())
-            table([result])
-            return result
-        except (OSError, ValueError, KeyError, TypeError) as failure:
-            raise ValueError(f"run = {run!r}: it is no result of an evaluation ({one_line(failure)[:100]})") from None
+def called(run: str) -> str:
+    return Path(run).stem if Path(run).suffix == ".json" else run_folder(run).resolve().name
+
+
+def read_result(path: str) -> dict:
+    """What an earlier evaluation wrote. Raises ValueError."""
+    try:
+        result = json.loads(Path(path).read_text()) | dict(name=called(path))
+        table([result])
+        return result
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise ValueError(f"run = {path!r}: it is no result of an evaluation ({one_line(failure)[:100]})") from None
+
+
+def open_run(run: str, o: Options) -> Config:
+    """A run's settings, with the data where it is now. Raises ValueError."""
     try:
         c, _ = open_checkpoint(run)
     except ValueError as failure:
         raise ValueError(str(failure).replace("resume", "run", 1)) from None
-    if o.solver != "auto" and not hasattr(c.recipe, "velocity"):
-        raise ValueError(f"solver = {o.solver!r}: {run} is of {c.method}, which has no ODE; allowed is auto")
     moved = {} if o.data_path is None else {"data_path" if c.dataset in (*data.DOWNLOADS, "shapes") else "dataset": o.data_path}
     return replace(c, paired_path=o.paired_path or c.paired_path, **moved)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; the runs finished until then keep their JSON files."""
+    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is in the output folder."""
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
-        opened, device, folder = [open_run(run, o) for run in o.runs], pick_device(Config(device=o.device)), Path(o.output)
+        device, folder = pick_device(Config(device=o.device)), Path(o.output)
+        if o.precision == "auto":
+            o = replace(o, precision="bf16" if bf16_helps(device) else "fp32")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        opened = [read_result(run) if Path(run).suffix == ".json" else open_run(run, o) for run in o.runs]
+        if twice := [name for name, times in Counter(map(called, o.runs)).items() if times > 1]:
+            raise ValueError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise ValueError(f"output = {o.output!r}: no folder can be made there ({failure.strerror})") from None
-        judges, baselines, results = {}, {}, []
-        sets = [(c.dataset, c.data_path, c.paired_path, c.image_size, c.channels) if isinstance(c, Config) else None for c in opened]
-        for key, c in zip(sets, opened):  # all the data first: what is missing shows before work is done
-            if key and key not in judges:
-                judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
-        for run, key, c in zip(o.runs, sets, opened):
-            if key:
-                if (key, task(c)) not in baselines:
-                    baselines[key, task(c)] = judges[key].baselines(c)
-                result = evaluate(run, c, o, judges[key], baselines[key, task(c)])
-                plain = json.dumps(result, indent=1)
-                write_atomically(folder / f"{run_folder(run).name}.json", lambda f: f.write(plain.encode()))
-            results.append(result if key else c)
-        save(results, folder)
+        judges, baselines, results, jobs = {}, {}, [], []
+        for run, c in zip(o.runs, opened):  # everything is described before anything is measured: what is wrong shows at once
+            if isinstance(c, Config):
+                key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
+                if key not in judges:
+                    judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
+                result, net = describe(run, c, o, judges[key])
+                jobs.append((result, net, c, judges[key], (key, result["problem"]["task"])))
+            results.append(c if isinstance(c, dict) else result)
+        for difference in differences(results):
+            print(f"not one comparison: {difference}", file=sys.stderr)
+        try:
+            for result, net, c, judge, key in jobs:
+                if key not in baselines:
+                    baselines[key] = judge.baselines(c)
+                result["baselines"] = baselines[key]
+                measure(result, net, c, o, judge, folder / f"{result['name']}.json")
+        finally:
+            if results := [result for result in results if result["rows"]]:
+                save(results, folder)
         return 0
     except (ValueError, data.DatasetError) as failure:
         print(f"evaluate.py: {failure}", file=sys.stderr)

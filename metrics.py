@@ -48,18 +48,22 @@ class Judge:
         self.count, self.half, self.batches = len(order), len(order) // 2, order.split(batch_size)
         self.digest = digest(images.test[order])
 
-        self.ssim, self.lpips, inception = (self.attempt(*x) for x in (
-            ("ssim", load_ssim), ("lpips", partial(load_lpips, device)), ("fid", partial(load_inception, device))))
+        self.ssim = self.attempt("ssim", partial(load_ssim, config.image_size))
+        self.lpips = self.attempt("lpips", partial(load_lpips, device), "alexnet-owt-7be5be79.pth")
+        inception = self.attempt("fid", partial(load_inception, device), "weights-inception-2015-12-05-6726825d.pth")
         self.features, self.classifier, self.accuracy, self.key = {}, None, None, None  # metric -> (uint8 images -> features)
-        folder = Path(config.data_path) if config.dataset in (*data.DOWNLOADS, "shapes") else Path(config.dataset).resolve().parent
-        file = f"{folder}/{{}}-{images.name}-{config.image_size}-{{}}.pt"
+        folder = Path(config.data_path) if config.dataset in (*data.DOWNLOADS, "shapes") else Path(config.dataset).expanduser().resolve().parent
+
+        def file(kind: str, key: str) -> str:
+            return f"{folder}/{kind}-{images.name}-{config.image_size}-{key}.pt"
+
         if not images.classes:
             self.why |= dict.fromkeys(("accuracy", "frechet"), "the data has no classes to train a classifier on")
         elif {"accuracy", "frechet"} & set(metrics):
             reseed("classifier")
             self.classifier = net = Classifier(config.channels, len(images.classes), config.image_size)
             self.key = digest(net, net.learn.__defaults__, epochs, images.train, images.train_y, images.test, images.test_y)
-            trained = kept(file.format("classifier", self.key), partial(net.learn, images, epochs, device))
+            trained = kept(file("classifier", self.key), partial(net.learn, images, epochs, device))
             net.load_state_dict(trained["weights"])
             net.to(device).eval().requires_grad_(False)
             self.accuracy = trained["accuracy"]
@@ -74,10 +78,10 @@ class Judge:
             def make():
                 return self.halves(torch.cat([self.extract(metric, images.test[rows].to(device)) for rows in self.batches]))
             key = digest(metric, self.key if metric == "frechet" else "torch-fidelity", self.digest)
-            self.truth[metric] = kept(file.format("statistics", key), make)
+            self.truth[metric] = kept(file("statistics", key), make)
 
-    def attempt(self, metric: str, load):
-        """load(), or None and the reason in `why`."""
+    def attempt(self, metric: str, load, weights: str | None = None):
+        """load(), or None and the reason in `why`. weights: the file that it downloads unless it is there."""
         if metric not in self.metrics:
             return None
         before = socket.getdefaulttimeout()
@@ -85,8 +89,9 @@ class Judge:
         try:
             return load()
         except Exception as failure:  # no package, no network, a damaged file
-            place = "" if isinstance(failure, ImportError) else f"; the weights may be put into {torch.hub.get_dir()}/checkpoints"
-            self.why[metric] = f"{one_line(failure)[:150]}{place}"
+            self.why[metric] = one_line(getattr(failure, "reason", failure))[:150]
+            if weights and not isinstance(failure, ImportError):
+                self.why[metric] += f"; {weights} may be put into {torch.hub.get_dir()}/checkpoints"
         finally:
             socket.setdefaulttimeout(before)
 
@@ -157,7 +162,7 @@ class Judge:
 
     def now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def baselines(self, config: Config) -> list[dict]:
@@ -170,6 +175,8 @@ class Judge:
         elif parts(config.task) == ["generate"]:
             answers = {}
         rows = [dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make) for name, (knobs, make) in answers.items()]
+        for row in rows:
+            del row["seconds"]  # no network was asked
         truth = self(config, True, lambda batch: batch.z1)
         floor = {metric: frechet(*halves) for metric, halves in self.truth.items()}
         return rows + [dict(name="floor") | {metric: truth[metric] for metric in ("accuracy",) if metric in truth} | floor]
@@ -221,27 +228,27 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- single metrics
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, d) -> their mean (d,) and covariance (d, d), float64."""
+    """Features (N, d) -> their mean (d,) and a factor F (min(N, d), d) of their covariance F'F, float64."""
     features = features.double()
-    return features.mean(0), features.T.cov()
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
 
 
 def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Frechet distance of two Gaussians (mean, covariance) (arXiv:1706.08500, eq. 6).
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Frechet distance of two Gaussians (arXiv:1706.08500, eq. 6).
 
-    S1 S2 has the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: they are real also where there are more features than
-    images, and what rounding makes negative is 0.
+    With S = F'F, the eigenvalues of S1 S2 are the squared singular values of F1 F2': no root of a matrix that may be singular.
     """
-    (mean1, cov1), (mean2, cov2) = one, other
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+    (mean1, f1), (mean2, f2) = one, other
+    return ((mean1 - mean2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * torch.linalg.svdvals(f1 @ f2.T).sum()).item()
 
 
-def load_ssim():
+def load_ssim(side: int):
+    """torchmetrics' SSIM (Wang et al. 2004): a Gaussian window of 11 pixels, images mirrored at their edges."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
+    if side < 6:
+        raise ValueError("it needs sides of 6 pixels or more")
     return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0)  # it subtracts squares: float32 is not enough
 
 
