@@ -405,10 +405,7 @@ def read_result(path: str) -> dict:
 
 def open_run(run: str, o: Options) -> Config:
     """A run's settings, with the data where it is now. Raises ValueError."""
-    try:
-        c, _ = open_checkpoint(run)
-    except ValueError as failure:
-        raise ValueError(str(failure).replace("resume", "run", 1)) from None
+    c, _ = open_checkpoint(run)
     moved = {} if o.data_path is None else {"data_path" if c.dataset in (*data.DOWNLOADS, "shapes") else "dataset": o.data_path}
     return replace(c, paired_path=o.paired_path or c.paired_path, **moved)
 

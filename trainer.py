@@ -65,6 +65,7 @@ class Config:
     unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)  # channels of each level in units of unet_channels; sides halve
     unet_blocks: int = 2  # residual blocks a level
     unet_dropout: float = 0.0  # share of activations dropped in training
+    unet_checkpointing: bool = False  # activation checkpointing: less memory, more time
     unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
 
     sample_every: int = 500  # steps between samplings
@@ -458,7 +459,7 @@ def make_unet(config: Config, num_classes: int) -> Unet:
     """The network that the method and task need; in float32."""
     c, upscale = config, getattr(config.recipe, "upscale", 1)
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
-    return Unet(seen, c.channels, c.unet_channels, c.unet_dim_mults, num_classes, c.unet_blocks, c.unet_dropout, upscale)
+    return Unet(seen, c.channels, c.unet_channels, c.unet_dim_mults, num_classes, c.unet_blocks, c.unet_dropout, upscale, checkpointing=c.unet_checkpointing)
 
 
 def load_images(config: Config) -> data.Images:
@@ -497,12 +498,12 @@ def open_checkpoint(run: str | Path) -> tuple[Config, dict]:
     """A run's folder, or a checkpoint file -> its settings and its contents, on the CPU. Raises ValueError."""
     path = run_folder(run) / "checkpoints" / "last.pt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise ValueError(f"resume = {str(run)!r}: there is no checkpoint {path}")
+        raise ValueError(f"run = {str(run)!r}: there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return from_plain(Config, checkpoint["config"]), checkpoint
     except Exception as failure:  # of many types, on a file that is something else
-        raise ValueError(f"resume = {str(run)!r}: {path} is not a checkpoint of this trainer ({one_line(failure)[:100]})")
+        raise ValueError(f"run = {str(run)!r}: {path} is not a checkpoint of this trainer ({one_line(failure)[:100]})")
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:

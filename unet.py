@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HEAD = 32  # channels of an attention head
 
@@ -123,12 +124,14 @@ class Unet(nn.Module):
     blocks        residual blocks a level
     dropout       share of activations dropped before each block's second convolution
     upscale       the prediction has upscale times x's side (a pixel shuffle at the end)
+    checkpointing blocks keep only their input and compute the rest again in the backward pass: less memory, more time
     """
 
     def __init__(self, in_channels: int, out_channels: int, dim: int = 128, dim_mults: tuple[int, ...] = (1, 2, 2, 2),
-                 num_classes: int = 0, blocks: int = 2, dropout: float = 0.0, upscale: int = 1, dim_time: int = 32):
+                 num_classes: int = 0, blocks: int = 2, dropout: float = 0.0, upscale: int = 1, dim_time: int = 32,
+                 checkpointing: bool = False):
         super().__init__()
-        self.num_classes, self.upscale, self.stride = num_classes, upscale, 2 ** (len(dim_mults) - 1)
+        self.checkpointing, self.num_classes, self.upscale, self.stride = checkpointing, num_classes, upscale, 2 ** (len(dim_mults) - 1)
         dims = [dim, *(dim * m for m in dim_mults)]
         dim_emb, heads = 4 * dim, max(1, dim // HEAD)
 
@@ -154,6 +157,9 @@ class Unet(nn.Module):
         self.last = ResBlock(2 * dim, dim, dim_emb, dropout)
         self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
 
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*inputs)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) any sides, t (B,), y (B,) int64 (None: the null label), cond (B, Cc, H, W) -> (B, out, H * upscale, W * upscale) fp32."""
         if cond is not None:
@@ -169,23 +175,23 @@ class Unet(nn.Module):
             emb = F.silu(emb)
 
         x = self.stem(x)  # channels_last from here on, if the weights are
-        skips = [x]
+        skips, run = [x], self.run
         for level, shrink in zip(self.down, self.shrink):
             for block in level.blocks[:-1]:
-                x = block(x, emb)
+                x = run(block, x, emb)
                 skips.append(x)
-            x = level.attention(level.blocks[-1](x, emb))
+            x = run(level.attention, run(level.blocks[-1], x, emb))
             skips.append(x)
             x = shrink(x)
-        x = self.middle2(self.middle_attention(self.middle1(x, emb)), emb)
+        x = run(self.middle2, run(self.middle_attention, run(self.middle1, x, emb)), emb)
         for i, (level, enlarge) in enumerate(zip(self.up, self.enlarge)):
             for block in level.blocks:
-                x = block(torch.cat([x, skips.pop()], dim=1), emb)
-            x = level.attention(x)
+                x = run(block, torch.cat([x, skips.pop()], dim=1), emb)
+            x = run(level.attention, x)
             if i < len(self.up) - 1:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = enlarge(x)
-        x = self.out(self.last(torch.cat([x, skips.pop()], dim=1), emb))
+        x = self.out(run(self.last, torch.cat([x, skips.pop()], dim=1), emb))
         if self.upscale > 1:
             x = F.pixel_shuffle(x, self.upscale)
         return x[:, :, : height * self.upscale, : width * self.upscale].float()

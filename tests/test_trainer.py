@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_one_line(copy, capsys, damage):
     capsys.readouterr()
     resume(copy, "--max-steps 6", status=2)
     error = one_line(capsys)
-    assert "resume" in error and str(copy) in error
+    assert "run = " in error and str(copy) in error
 
 
 def one_line(capsys) -> str:

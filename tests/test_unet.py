@@ -309,6 +309,18 @@ def test_bf16_agrees_with_float64():
         assert (out - exact_out).square().mean().sqrt() < 2 * math.sqrt(tolerance) * exact_out.std()
 
 
+def test_checkpointing_computes_the_blocks_twice_and_the_same():
+    results, calls = [], []
+    for checkpointing in (False, True):
+        net = make(dropout=0.3, blocks=1, checkpointing=checkpointing).train()
+        net.up[0].blocks[0].register_forward_pre_hook(lambda *_: calls.append(checkpointing))
+        torch.manual_seed(4)
+        net(*inputs()).square().sum().backward()
+        results.append([p.grad for p in net.parameters()])
+    assert calls == [False, True, True]
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
+
+
 @DEVICES
 def test_activations_are_bf16_and_the_embedding_is_not(device):
     net, kinds, embeddings = make().to(device), set(), []
