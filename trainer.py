@@ -86,6 +86,7 @@ class Config:
 
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
+    compile: bool = False  # torch.compile of the network's blocks: minutes at the start, for long runs on a GPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
 
     damage: Damage = field(default_factory=Damage)
@@ -216,6 +217,8 @@ class Trainer:
         reseed("weights", config.seed)
         net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        if config.compile:
+            net.compile_blocks()
         method = config.recipe
         self.players = [(net, method.loss)]
         if hasattr(method, "players"):  # the network and a discriminator

@@ -42,7 +42,6 @@ from corruptions import Batch, parts
 from logs import one_line
 from settings import PRESETS, parse
 from trainer import Config, Trainer, bf16_helps, draw, make_unet, open_checkpoint, pick_device, reseed
-from unet import Attention, LinearAttention, ResBlock
 
 
 @dataclass
@@ -258,10 +257,10 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
 
 
 def compile_in_place(net: torch.nn.Module, what: str):
-    torch._dynamo.config.recompile_limit = 64  # a block meets every resolution and width of the network
-    for module in net.modules():
-        if what == "whole" and module is net or what == "blocks" and isinstance(module, (ResBlock, LinearAttention, Attention)):
-            module.compile(dynamic=False)
+    if what == "blocks":
+        net.compile_blocks()
+    elif what == "whole":
+        net.compile(dynamic=False)
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

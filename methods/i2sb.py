@@ -109,7 +109,7 @@ class I2SB:
         the clean estimate there is the last step of `sample`. ValueError without ot_ode.
         """
         if not self.ot_ode:
-            raise ValueError("velocity: I2SB has an ODE only with ot_ode")
+            raise ValueError("solver: I2SB has an ODE with --i2sb.ot-ode only; allowed is auto")
         table = self.s2.to(batch.zlo)
 
         def clean(t, zt):

@@ -97,17 +97,18 @@ def test_all_variants_train_the_same_network():
     batch, o = speed.one_batch(TINY, CPU), speed.Options()
     todo = [speed.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), speed.Variant("fp32", bf16=False), speed.Variant("bf16")]
     assert speed.variants(o, CPU)[0] == todo[0] and speed.eager(speed.variants(replace(o, compile="on"), CPU)).compile == ""
-    losses = []
-    for variant in todo:
-        step = speed.make_step(replace(TINY, base_lr=1e-2), variant, batch)
-        losses.append([])
-        for number in range(4):
-            reseed(number)
-            losses[-1].append(step().item())
-    plain, last, bf16 = losses
-    assert len({round(loss, 3) for loss in plain}) == 4  # it does learn
-    assert last == pytest.approx(plain, rel=1e-4)
-    assert bf16 == pytest.approx(plain, rel=0.03) and bf16 != pytest.approx(plain, rel=1e-6)
+    curves = []
+    for variant, steps in zip(todo, (300, 30, 300)):
+        step = speed.make_step(replace(TINY, base_lr=1e-3), variant, batch)
+        curves.append([])
+        for number in range(steps):
+            reseed(number)  # the same t and noise for each variant: what can differ is the weights
+            curves[-1].append(step().item())
+    plain, last, bf16 = (torch.tensor(curve).double() for curve in curves)
+    assert plain[-30:].mean() < 0.6 * plain[:30].mean()  # it does learn
+    torch.testing.assert_close(last, plain[:30], rtol=1e-4, atol=0)
+    ratio = bf16.view(10, 30).mean(1) / plain.view(10, 30).mean(1)
+    assert (ratio - 1).abs().max() < 0.03 and not torch.equal(bf16, plain), ratio
 
 
 def test_plain_sampling_solves_the_same_equation():

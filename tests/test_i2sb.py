@@ -336,7 +336,7 @@ def test_clip_denoise_clamps_every_clean_estimate(ot_ode):
 
 def test_what_is_not_allowed_says_so():
     batch = make_batch("restore")
-    with pytest.raises(ValueError, match="velocity: I2SB has an ODE only with ot_ode"):
+    with pytest.raises(ValueError, match="solver: I2SB has an ODE with --i2sb.ot-ode only"):
         I2SB().velocity(wiggly_net, batch)
     for steps in (0, -1, 21):
         with pytest.raises(ValueError, match=f"steps = {steps}: .* 1 to i2sb.n = 20"):

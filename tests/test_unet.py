@@ -321,6 +321,28 @@ def test_checkpointing_computes_the_blocks_twice_and_the_same():
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
 
 
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    """The graphs that torch.compile takes, run without its kernels, which need a compiler."""
+    graphs = []
+
+    def run_as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=run_as_it_is, fullgraph=True, **options))
+    net, compiled, results = make(blocks=1).train(), make(blocks=1).train(), []
+    compiled.compile_blocks()
+    for each in (net, compiled):
+        out = each(*inputs())
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in each.parameters())])
+    torch._dynamo.reset()
+    assert len(graphs) > 5 and compiled.state_dict().keys() == net.state_dict().keys()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @DEVICES
 def test_activations_are_bf16_and_the_embedding_is_not(device):
     net, kinds, embeddings = make().to(device), set(), []
