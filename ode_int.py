@@ -32,6 +32,7 @@ class ODE:
     t1: float
     clean: Callable[[Tensor, Tensor], Tensor]  # (t, z) -> E[z1 | zt], one network evaluation
     view: Callable[[Tensor, Tensor], Tensor] = lambda t, z: z  # (t, z) -> the state, scaled to be looked at
+    rho: float = 1.0  # how much fixed steps shorten towards the data, see grid
 
 
 class Counted:
@@ -64,13 +65,25 @@ def full_precision(device_type: str):
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+def grid(t0: float, t1: float, steps: int, rho: float = 1.0) -> Tensor:
+    """(steps + 1,) float64: times from t0 to t1 <= 1, at which (1 - t)^(1/rho) falls evenly, as sigma does in EDM (arXiv:2206.00364, eq. 5).
+
+    rho = 1: steps all alike. Above 1 they shorten towards the data at t = 1, where an error of z is amplified by 1/(1 - t) in a velocity.
+    """
+    if rho == 1:
+        return torch.linspace(t0, t1, steps + 1, dtype=torch.float64)
+    times = 1 - torch.linspace((1 - t0) ** (1 / rho), (1 - t1) ** (1 / rho), steps + 1, dtype=torch.float64) ** rho
+    times[0], times[-1] = t0, t1
+    return times
+
+
 def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps: int | None = None,
-              atol=1e-5, rtol=1e-5, times: Tensor | None = None) -> Tensor:
+              atol=1e-5, rtol=1e-5, times: Tensor | None = None, rho: float = 1.0) -> Tensor:
     """z(t1) of dz/dt = velocity(t, z), z(t0) = z0; with `times` (T,), increasing from t0 to t1, the states (T, *z0.shape) there.
 
-    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` equal steps under the caller's
-    autocast, with an fp32 state. Where dopri5 fails on a finite field, heun takes over, with a RuntimeWarning.
-    Raises ValueError for an unknown solver, SolverError for a field that is not finite or that heun can't follow either.
+    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` steps on `grid` under the caller's
+    autocast, with an fp32 state. Where dopri5 fails on a finite field, midpoint takes over, with a RuntimeWarning.
+    Raises ValueError for an unknown solver, SolverError for a field that is not finite or that midpoint can't follow either.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}: allowed are {', '.join(SOLVERS)}")
@@ -90,10 +103,10 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
         return next((float(t) for t, finite in calls if not finite), default)
 
     def fixed(name, steps):
-        grid = torch.linspace(t0, t1, steps + 1, dtype=torch.float64, device=z0.device)
+        points = grid(t0, t1, steps, rho).to(z0.device)
         method = "heun2" if name == "heun" else name
         interp = "linear" if times is None else "cubic"  # cubic calls the network once more for each of `times`
-        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: grid, interp=interp))
+        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: points, interp=interp))
 
     if solver == "dopri5":
         # torchdiffeq steps past t1 and interpolates back unless t1 is a point it must step to; v is not defined beyond
@@ -105,8 +118,8 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
             if broken() is not None:
                 raise SolverError(f"dopri5 failed at t = {broken():.4f}: {NOT_FINITE}") from None
             warnings.warn(f"dopri5 failed at t = {float(calls[-1][0]):.4f} ({failure}): the field is stiff; "
-                          f"heun with {DEFAULT_STEPS} steps takes over", RuntimeWarning, stacklevel=2)
-            solver, states = "heun", fixed("heun", DEFAULT_STEPS)
+                          f"midpoint with {DEFAULT_STEPS} steps takes over", RuntimeWarning, stacklevel=2)
+            solver, states = "midpoint", fixed("midpoint", DEFAULT_STEPS)
     else:
         states = fixed(solver, steps or DEFAULT_STEPS)
     if not states[-1].isfinite().all():
@@ -120,9 +133,8 @@ def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1
     if trace is not None:  # on the solver's own grid where it has one
         n = steps or DEFAULT_STEPS
         frames = min(TRACE_FRAMES, n) + 1
-        grid = torch.linspace(ode.t0, ode.t1, n + 1, dtype=torch.float64)
-        times = grid[torch.linspace(0, n, frames).round().long()]
-    z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times)
+        times = grid(ode.t0, ode.t1, n, ode.rho)[torch.linspace(0, n, frames).round().long()]
+    z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times, ode.rho)
 
     def clean(t, z):
         t = torch.tensor(t, dtype=z.dtype, device=z.device)

@@ -145,7 +145,7 @@ class Config:
         if self.solver != "auto" and not hasattr(self.recipe, "velocity"):
             raise ValueError(f"solver = {self.solver!r}: {self.method} has no ODE; allowed is auto")
         if self.sampler == "dopri5" and self.sample_steps is not None:
-            raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver heun, or leave sample_steps out")
+            raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver midpoint, or leave sample_steps out")
         if self.device != "auto":
             try:
                 torch.empty(1, device=self.device)

@@ -62,7 +62,7 @@ class Options:
 
     run: str | None = None  # a trained run whose network samples; None: a network of a few training steps
     sample_count: int | None = None  # images a sampling; None: 32 on a GPU, 4 on a CPU
-    solver_steps: int = 10  # of heun and midpoint; euler gets twice, rk4 half as many: the same number of evaluations
+    solver_steps: int = 10  # of midpoint and heun; euler gets twice, rk4 half as many: the same number of evaluations
 
     grow: bool = False  # measure instead how the following change images/s and memory, one at a time
     batch_sizes: tuple[int, ...] | None = None  # None: a quarter of the preset's to four times it
@@ -556,7 +556,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
             add(f"{solver}, {steps} steps{precision}", ours(solver, steps), net)
         if compiles(o, device):
             compile_in_place(whole := copy.deepcopy(net), "whole")
-            add(f"heun, {n} steps{precision}, compiled", ours("heun", n), whole)
+            add(f"midpoint, {n} steps{precision}, compiled", ours("midpoint", n), whole)
     if replace(config, solver="auto").sampler == "own":
         steps = config.quick.sample_steps or n
         add(f"{config.method}'s own, {steps} steps{precision}", ours("auto", steps), net)

@@ -1,4 +1,5 @@
 """The integrator against initial-value problems whose solution is known, and what it does when a field misbehaves."""
+import math
 import re
 import warnings
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import ode_int
-from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, Counted, SolverError, integrate, solve
+from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, Counted, SolverError, grid, integrate, solve
 from unet import Guided
 
 SHAPE = (3, 2, 4, 4)
@@ -57,6 +58,24 @@ def test_order_of_convergence(solver, order, t1, steps):
     assert errors[-1] > 1e-5  # far above the rounding of an fp32 state
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope + order) < 0.1
+
+
+def test_steps_that_shorten_towards_the_data():
+    """Of a velocity that pulls back to the data as 1/(1 - t), as an interpolant's does; z = 1 + (1 - t) g has g' = 1/(1 - t)."""
+    def exact(t, z0):
+        return 1 + (z0.double() - 1) * (1 - t) - (1 - t) * math.log(1 - t)
+
+    def error(rho, steps):
+        z = solve(ODE(lambda t, z: (1 - z) / (1 - t) + 1, start(), 0.0, 0.999, lambda t, z: z, rho=rho), "midpoint", steps)
+        return (z - exact(0.999, start())).square().mean().sqrt().item()
+
+    for rho in (1.5, 3.0):
+        times = grid(0.1, 0.999, 7, rho)
+        assert (times[0], times[-1]) == (0.1, 0.999)
+        np.testing.assert_allclose(np.diff((1 - times) ** (1 / rho)), (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9)
+    assert error(3.0, 10) < error(1.0, 10) / 3
+    slope = math.log2(error(3.0, 40) / error(3.0, 80))
+    assert abs(slope - 2) < 0.2  # midpoint's order
 
 
 @pytest.mark.parametrize("solver", FIXED_STEP)
@@ -223,10 +242,10 @@ def test_a_rough_field_falls_back_to_heun(monkeypatch):
     def v(t, z):
         return 3 * (1e6 * z + 1e5 * t).sin()
 
-    with pytest.warns(RuntimeWarning, match=r"dopri5 failed at t = 0\.\d+ .*heun with 50 steps"):
+    with pytest.warns(RuntimeWarning, match=r"dopri5 failed at t = 0\.\d+ .*midpoint with 50 steps"):
         fallen = integrate(v, start(), 0.0, 1.0)
     assert fallen.isfinite().all()
-    assert torch.equal(fallen, integrate(v, start(), 0.0, 1.0, "heun", 50))
+    assert torch.equal(fallen, integrate(v, start(), 0.0, 1.0, "midpoint", 50))
     times = torch.tensor([0.0, 0.35, 1.0])
     with pytest.warns(RuntimeWarning):
         states = integrate(v, start(), 0.0, 1.0, times=times)
@@ -235,7 +254,7 @@ def test_a_rough_field_falls_back_to_heun(monkeypatch):
 
 def test_a_field_too_stiff_for_the_fallback_is_an_error(monkeypatch):
     monkeypatch.setattr(ode_int, "MAX_ADAPTIVE_STEPS", 100)
-    with pytest.warns(RuntimeWarning, match="stiff"), pytest.raises(SolverError, match="heun failed.*too stiff"):
+    with pytest.warns(RuntimeWarning, match="stiff"), pytest.raises(SolverError, match="midpoint failed.*too stiff"):
         integrate(lambda t, z: -1e6 * z, start(), 0.0, 1.0)
 
 

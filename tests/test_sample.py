@@ -384,6 +384,15 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
     assert counts[0] < counts[1]
 
 
+def test_an_interpolant_is_sampled_in_a_few_steps_unless_its_run_or_the_user_says_otherwise(tmp_path, capsys):
+    path, named = make_run(tmp_path / "run", solver="auto"), make_run(tmp_path / "named", solver="dopri5")
+    put(tmp_path / "in.png", photo(16, 16))
+    for each, more, midpoint in ((path, (), 11), (path, ("--steps", 3), 7), (path, ("--tolerance", 1e-3), None), (named, (), None)):
+        assert run(each, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
+        nfe = int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1])
+        assert nfe == midpoint if midpoint else nfe > 11 and nfe % 6 == 3  # dopri5: 2 to start with, 6 a step, the clean estimate
+
+
 def test_trace_shows_the_path_and_changes_nothing(tmp_path):
     path = make_run(tmp_path / "run", method="sr3", sr3=SR3(T=6))
     put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/b.png", photo(5, 6, seed=1))
