@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from benchmarks import solvers, speed
+from benchmarks import memory, solvers, speed
 from corruptions import Damage
 from trainer import Config, Trainer, reseed
 
@@ -244,3 +244,26 @@ def test_solvers_says_what_is_wrong(tmp_path, capsys):
     assert "steps = (0,): allowed are numbers from 1" in capsys.readouterr().err
     assert solvers.main([str(tmp_path)]) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_memory_counts_what_the_backward_pass_is_kept_for():
+    config = replace(TINY, batch_size=8)
+    net, batch, kept = speed.unet(config), speed.one_batch(config, CPU), {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        loss = config.recipe.loss(net, batch)
+    saved = sum(kept.values()) - sum(kept.get(p.untyped_storage().data_ptr(), 0) for p in net.parameters())
+    assert loss.requires_grad
+    parameters, activations = memory.count(config)
+    assert parameters == sum(p.numel() for p in net.parameters())
+    assert saved < activations < 1.6 * saved  # what is alive for a moment only comes on top
+    assert abs(memory.count(replace(config, batch_size=16))[1] / activations - 2) < 0.1
+    assert memory.count(replace(config, unet_checkpointing=True))[1] < 0.7 * activations
+
+
+def test_memory_refuses_other_presets(capsys):
+    assert memory.main(["small-udpm"]) == 2 and "small-udpm" in capsys.readouterr().err
