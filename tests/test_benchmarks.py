@@ -224,7 +224,7 @@ def test_solvers_on_a_run(tmp_path, capsys):
     trainer = Trainer(replace(TINY, dataset=str(tmp_path / "pictures"), out_dir=str(tmp_path)))
     trainer.save()
     out = tmp_path / "solvers.json"
-    arguments = "--device cpu --count 8 --batch-size 4 --steps 4 8 --tolerances 1e-2 --precisions fp32".split()
+    arguments = "--device cpu --count 8 --batch-size 4 --steps 8 16 --tolerances 1e-2 --precisions fp32".split()
     assert solvers.main([str(trainer.folder), *arguments, "--out", str(out)]) == 0
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     table = {row["name"]: row for row in report["table"]}
@@ -232,8 +232,8 @@ def test_solvers_on_a_run(tmp_path, capsys):
     assert reference["rms"] == 0 and 0 < loose["rms"] and loose["nfe"] < reference["nfe"]
     evaluations = dict(euler=1, midpoint=2, heun=2, rk4=4)
     for solver, order in dict(euler=1, midpoint=2, heun=2).items():
-        coarse, fine = (table[f"{solver}, {n} steps"] for n in (4, 8))
-        assert (coarse["nfe"], fine["nfe"]) == (4 * evaluations[solver] + 1, 8 * evaluations[solver] + 1)
+        coarse, fine = (table[f"{solver}, {n} steps"] for n in (8, 16))
+        assert (coarse["nfe"], fine["nfe"]) == (8 * evaluations[solver] + 1, 16 * evaluations[solver] + 1)
         assert 2**order * 0.7 < coarse["rms"] / fine["rms"] < 2**order * 1.7  # as the same noise must give
     assert all(row["frechet"] > 0 and row["rms_worst"] >= row["rms"] for row in report["table"])
     assert "Fewest evaluations within one level and 2% of FD" in printed
