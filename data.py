@@ -57,15 +57,17 @@ class Images:
         """Rows `index` (B,) of "train" or "test", on `device`: x (B, C, H, W) in [-1, 1], y (B,), damaged x or None."""
 
         def rows(t: Tensor | None) -> Tensor | None:
-            if t is None:
-                return None
-            t = t[index.to(t.device)]
-            if torch.device(device).type == "cuda" and not t.is_cuda:
-                t = t.pin_memory()  # only the batch: the copy then overlaps the computation
-            return t.to(device, non_blocking=True)
+            return None if t is None else move(t[move(index, t.device)], device)
 
         x, y, lo = (rows(getattr(self, split + end)) for end in ("", "_y", "_lo"))
         return to_float(x), y, None if lo is None else to_float(lo)
+
+
+def move(t: Tensor, device) -> Tensor:
+    """t on `device`. From pinned memory, or the host would wait until a GPU has done all that it was given before."""
+    if torch.device(device).type == "cuda" and not t.is_cuda:
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 def to_float(u8: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Every method on every task goes through the whole trainer: two steps, pictures, checkpoints, and a resume that is bit for bit."""
+import contextlib
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import trainer
 from corruptions import TASKS
+from methods.udpm import UDPM
 from test_trainer import as_found, checkpoint, finite, leaves, metrics, resume, same  # noqa: F401 (as_found is a fixture)
 from trainer import Trainer
 
@@ -101,3 +105,40 @@ def test_so_do_their_options(tmp_path, monkeypatch, pictures, method, more):
 def test_every_ode_is_sampled_by_a_solver_of_the_users_choice(tmp_path, monkeypatch, pictures, method, more):
     run, _ = two_steps(tmp_path, monkeypatch, pictures, method, "inpaint", f"{more} --solver rk4 --sample-steps 2")
     assert metrics(run)[-1]["nfe"] == 9  # four a step, and the clean estimate
+
+
+class Copies(TorchDispatchMode):
+    """The operations that take a tensor of the host and one of the device, but for copies that nobody waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.found.append(str(operation))
+        return result
+
+
+@pytest.mark.parametrize("task", [",".join(t for t in TASKS if t not in ("paired", "generate")), "paired", "generate"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypatch, pictures, method, task):
+    """The meta device stands in for a GPU: it computes nothing, so that whoever reads a value from it breaks."""
+    monkeypatch.setattr(Trainer, "rehearse", lambda self: None)  # dopri5 reads its error
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm, foreach: clip(parameters, norm))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.found_inf)
+    config = trainer.Config(method=method, task=task, overfit=False, image_size=16, batch_size=4, unet_channels=8, unet_dim_mults=(1,), device="meta",
+                            dataset=str(pictures / "clean"), paired_path=str(pictures / "damaged") if task == "paired" else None,
+                            use_wandb=False, out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
+    run = Trainer(config)
+    run.train_step()  # makes tables that stay on the device
+    with Copies() as copies:
+        loss = run.train_step()
+    assert loss.is_meta and not copies.found
+    with Copies() as copies:
+        torch.tensor([0]).to(loss.device)
+    assert len(copies.found) == 1
