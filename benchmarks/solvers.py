@@ -21,7 +21,8 @@ from torch import Tensor
 
 import data
 import ode_int
-from benchmarks.speed import describe, machine, markdown, save, set_up, trained
+from benchmarks.speed import trained
+from benchmarks.timing import describe, machine, markdown, save, set_up
 from metrics import Judge
 from settings import parse
 from trainer import Config, bf16_helps, draw, pick_device

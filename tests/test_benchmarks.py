@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data
-from benchmarks import memory, solvers, speed
+from benchmarks import growth, memory, plain, solvers, speed, step, timing
 from corruptions import Damage
 from trainer import Config, Trainer, reseed
 from unet import Unet
@@ -29,35 +29,35 @@ def test_turns_go_round_and_what_fails_drops_out():
             return n * seconds
         return turn
 
-    times = speed.in_turns(dict(a=work("a", 0.25), b=work("b", 2.0), c=work("c", 0.25, fails_at=3)), repeats=3, seconds=1.0)
+    times = timing.in_turns(dict(a=work("a", 0.25), b=work("b", 2.0), c=work("c", 0.25, fails_at=3)), repeats=3, seconds=1.0)
     assert "".join(calls) == "aabcc" + "abc" + "ab" + "ab"  # warm-up: what takes longer than a turn is called once
     assert times == dict(a=[0.25] * 3, b=[2.0] * 3, c="RuntimeError: no memory")
     counts = []
-    speed.in_turns(dict(a=lambda n: counts.append(n) or n * 0.01), repeats=2, seconds=1.0)
+    timing.in_turns(dict(a=lambda n: counts.append(n) or n * 0.01), repeats=2, seconds=1.0)
     assert counts == [1, 1, 100, 100]  # a turn is filled
 
 
 def test_a_machine_that_slows_down_changes_no_ratio():
     drift = [1.0, 1.7, 5.0]
-    plain, ours = speed.rows(dict(plain=[0.6 * d for d in drift], ours=[0.2 * d for d in drift]), "plain", images=12)
+    plain, ours = timing.rows(dict(plain=[0.6 * d for d in drift], ours=[0.2 * d for d in drift]), "plain", images=12)
     assert ours["ratio"] == pytest.approx(3) and plain["ratio"] == 1
     assert ours["seconds"] == pytest.approx(0.34) and ours["images_per_second"] == pytest.approx(12 / 0.34)
-    assert speed.rows(dict(plain="out of memory", ours=[0.2]), "plain", 1)[0] == dict(name="plain", error="out of memory")
+    assert timing.rows(dict(plain="out of memory", ours=[0.2]), "plain", 1)[0] == dict(name="plain", error="out of memory")
 
 
 def test_compiling_pays_when_its_seconds_are_saved():
-    assert speed.pays_after(30, 0.10, 0.04) == pytest.approx(500)
-    assert speed.pays_after(30, 0.04, 0.04) is None and speed.pays_after(30, 0.04, None) is None
+    assert step.pays_after(30, 0.10, 0.04) == pytest.approx(500)
+    assert step.pays_after(30, 0.04, 0.04) is None and step.pays_after(30, 0.04, None) is None
 
 
 def test_exponent_of_a_power_law():
     x = [1, 2, 4, 10]
-    assert speed.exponent(x, [3 * v**1.7 for v in x]) == pytest.approx(1.7)
+    assert growth.exponent(x, [3 * v**1.7 for v in x]) == pytest.approx(1.7)
 
 
 def test_arithmetic_of_a_step_grows_with_the_pixels_and_not_with_the_batch():
     one = replace(TINY, unet_channels=32, unet_dim_mults=(1,))
-    small, large, wide = (speed.flop_an_image(replace(one, **sizes), CPU) for sizes in (
+    small, large, wide = (step.flop_an_image(replace(one, **sizes), CPU) for sizes in (
         dict(image_size=8), dict(image_size=8, batch_size=64), dict(image_size=16)))
     assert small == large
     assert 3.9 < wide / small < 4.5  # the embedding does not grow, full attention faster
@@ -66,15 +66,15 @@ def test_arithmetic_of_a_step_grows_with_the_pixels_and_not_with_the_batch():
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_peak_memory_forgets_what_was_freed():
     size = 200 * 2**20
-    speed.forget_peak(CPU)  # the tests before this one have left theirs
+    step.forget_peak(CPU)  # the tests before this one have left theirs
     x = torch.ones(size // 4)
-    high = speed.peak(CPU)
+    high = step.peak(CPU)
     del x
-    speed.forget_peak(CPU)
-    low = speed.peak(CPU)
+    step.forget_peak(CPU)
+    low = step.peak(CPU)
     assert 0.9 * size < high - low < 1.5 * size
     x = torch.ones(size // 4)
-    assert 0.9 * size < speed.peak(CPU) - low < 1.1 * size and x[0] == 1
+    assert 0.9 * size < step.peak(CPU) - low < 1.1 * size and x[0] == 1
 
 
 @pytest.mark.parametrize("knobs", [dict(), dict(down="bicubic", up="bicubic"), dict(factor=4)])
@@ -83,7 +83,7 @@ def test_the_plain_recipe_makes_the_same_pairs(knobs):
     images = data.load("shapes", 16, limit=6)
     z1, y, _ = images.batch(torch.arange(6), CPU)
     zlo = config.damage("sr", z1).zlo
-    pairs, flipped = speed.PlainPairs(images, config), set()
+    pairs, flipped = plain.PlainPairs(images, config), set()
     for i in list(range(6)) * 3:
         clean, low, label = pairs[i]
         flip = bool((clean - z1[i]).abs().amax() > 1e-5)
@@ -95,16 +95,16 @@ def test_the_plain_recipe_makes_the_same_pairs(knobs):
 
 
 def test_all_variants_train_the_same_network():
-    batch, o = speed.one_batch(TINY, CPU), speed.Options()
-    todo = [speed.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), speed.Variant("fp32", bf16=False), speed.Variant("bf16")]
-    assert speed.variants(o, CPU)[0] == todo[0] and speed.eager(speed.variants(replace(o, compile="on"), CPU)).compile == ""
+    batch = step.one_batch(TINY, CPU)
+    todo = [step.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), step.Variant("fp32", bf16=False), step.Variant("bf16")]
+    assert step.variants(CPU, False)[0] == todo[0] and step.eager(step.variants(CPU, True)).compile == ""
     curves = []
     for variant, steps in zip(todo, (300, 30, 300)):
-        step = speed.make_step(replace(TINY, base_lr=1e-3), variant, batch)
+        train = step.make_step(replace(TINY, base_lr=1e-3), variant, batch)
         curves.append([])
         for number in range(steps):
             reseed(number)  # the same t and noise for each variant: what can differ is the weights
-            curves[-1].append(step().item())
+            curves[-1].append(train().item())
     plain, last, bf16 = (torch.tensor(curve).double() for curve in curves)
     assert plain[-30:].mean() < 0.6 * plain[:30].mean()  # it does learn
     torch.testing.assert_close(last, plain[:30], rtol=1e-4, atol=0)
@@ -113,16 +113,16 @@ def test_all_variants_train_the_same_network():
 
 
 def test_plain_sampling_solves_the_same_equation():
-    config, batch = TINY, speed.one_batch(TINY, CPU)
+    config, batch = TINY, step.one_batch(TINY, CPU)
     reseed("weights")
-    net = speed.unet(config).eval().requires_grad_(False)
+    net = step.unet(config).eval().requires_grad_(False)
     reseed("sample")
-    plain = speed.plain_sample(config, net, batch)
+    theirs = plain.plain_sample(config, net, batch)
     reseed("sample")
     ours, z0 = speed.draw(config, net, batch)
-    assert (plain - z0).abs().mean() > 0.1  # it went somewhere
+    assert (theirs - z0).abs().mean() > 0.1  # it went somewhere
     # ours goes on from t = 1 - t_min to the clean estimate: alpha = t_min is left of the way
-    assert (plain - ours).abs().amax() < 3 * config.interpolant.t_min * (plain - z0).abs().amax()
+    assert (theirs - ours).abs().amax() < 3 * config.interpolant.t_min * (theirs - z0).abs().amax()
 
 
 def test_speed_in_a_smoke_run(tmp_path, capsys):
@@ -145,11 +145,11 @@ def test_speed_in_a_smoke_run(tmp_path, capsys):
 
 def test_growth_in_a_smoke_run(tmp_path, capsys):
     out = tmp_path / "grow.json"
-    assert speed.main("--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths 0".split()) == 2
-    assert capsys.readouterr().err == "speed.py: widths = 0: allowed is 1 or more\n"
+    arguments = "--quick --device cpu --batch-sizes 2 --image-sizes --widths".split()
+    assert growth.main([*arguments, "0"]) == 2
+    assert capsys.readouterr().err == "growth.py: widths = 0: allowed is 1 or more\n"
     assert speed.main(["--device", "abacus"]) == 2 and "device = 'abacus': allowed is" in capsys.readouterr().err
-    arguments = "--quick --device cpu --grow --batch-sizes 2 --image-sizes --widths --out".split()
-    assert speed.main([*arguments, str(out)]) == 0
+    assert growth.main([*arguments, "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["grow"]
     assert (row["batch_size"], row["image_size"], row["unet_channels"]) == (2, 16, 8)
     assert row["images_per_second"] == pytest.approx(2 / statistics.median(row["turns"])) and row["first_step_s"] > 0
@@ -161,27 +161,27 @@ def test_growth_in_a_smoke_run(tmp_path, capsys):
     (-9, "", "out of memory"), (-11, "", "exit status -11")])
 def test_a_process_that_breaks_says_why(monkeypatch, status, stderr, why):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, "", stderr))
-    assert speed.in_process(speed.Options(), speed.Variant("x"), 1) == dict(error=why)
+    assert step.in_process(TINY, step.Variant("x"), 1, 0.01) == dict(error=why)
 
 
 def test_start_up_and_compiling_are_counted_from_the_processes(monkeypatch, tmp_path):
     """Compiled: 60 s in the first step where eager needs 2 s, 12 s with a filled cache."""
-    def in_process(o, variant, turns, caches):
+    def in_process(config, variant, turns, seconds, caches):
         seen = caches in asked
         asked.append(caches)
         first = (12.0 if seen else 60.0) if variant.compile else 2.0
         return dict(import_s=3.0, build_s=1.0, first_step_s=first, peak_bytes=2**30, turns=[1.0], flop_an_image=1)
 
     asked = []
-    monkeypatch.setattr(speed, "in_process", in_process)
-    monkeypatch.setattr(speed, "make_step", lambda config, variant, batch: lambda: None)
-    monkeypatch.setattr(speed, "in_turns", lambda work, *_: {name: [0.001 if "blocks" in name else 0.002] for name in work})
+    monkeypatch.setattr(step, "in_process", in_process)
+    monkeypatch.setattr(step, "make_step", lambda config, variant, batch: lambda: None)
+    monkeypatch.setattr(step, "in_turns", lambda work, *_: {name: [0.001 if "blocks" in name else 0.002] for name in work})
     report = dict(config=dict(batch_size=2))
-    speed.measure_steps(speed.Options(compile="on"), TINY, CPU, report, tmp_path)
+    step.measure_steps(speed.Options(compile="on"), TINY, CPU, report, tmp_path)
     blocks, whole = report["step"][-2:]
     assert (blocks["compile_s"], blocks["compile_cached_s"]) == (58, 10) == (whole["compile_s"], whole["compile_cached_s"])
     assert blocks["pays_after_steps"] == pytest.approx(58_000) and whole["pays_after_steps"] is None
-    table = speed.show_steps(report)
+    table = step.show_steps(report)
     assert "| 1.00 GiB | 6.0 |" in table and "| 58.0 (10.0) | 58,000 steps |" in table and "| never |" in table
 
 
@@ -189,7 +189,7 @@ def test_laws_of_growth_are_read_from_the_rows():
     rows = [dict(varies="batch_size", batch_size=b, image_size=32, unet_channels=8, turns=[b**0.5], seconds=b**0.5,
                  images_per_second=b**0.5, flop_an_image=10**9, peak_bytes=2**30 + b * 2**20) for b in (4, 8, 16)]
     rows.append(dict(varies="image_size", batch_size=4, image_size=64, unet_channels=8, error="out of memory"))
-    text = speed.show_growth(dict(variant="v", grow=rows))
+    text = growth.show_growth(dict(variant="v", grow=rows))
     assert "time grows as batch_size^0.50, its arithmetic as batch_size^1.00" in text
     assert "Memory: 1.00 GiB + 1 MiB an image." in text and "out of memory" in text
 
@@ -249,7 +249,7 @@ def test_solvers_says_what_is_wrong(tmp_path, capsys):
 
 def test_memory_counts_what_the_backward_pass_is_kept_for():
     config = replace(TINY, batch_size=8)
-    net, batch, kept = speed.unet(config), speed.one_batch(config, CPU), {}
+    net, batch, kept = step.unet(config), step.one_batch(config, CPU), {}
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()

@@ -1,0 +1,76 @@
+"""The plain recipe: what one writes first, which everything is compared with."""
+import time
+
+import torch
+import torchdiffeq
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision.transforms.functional import to_tensor
+
+import data
+from benchmarks.step import unet
+from benchmarks.timing import synchronize
+from corruptions import Batch
+from trainer import Config, reseed
+
+
+class PlainPairs(Dataset):
+    """Pairs for super-resolution, made one PIL image at a time: clean, damaged, label."""
+
+    def __init__(self, images: data.Images, config: Config):
+        self.pixels, self.y = images.train.permute(0, 2, 3, 1).squeeze(-1).numpy(), images.train_y.tolist()
+        self.small = (config.image_size // config.damage.factor,) * 2
+        self.down, self.up = (Image.Resampling[name.upper()] for name in (config.damage.down, config.damage.up))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int):
+        clean = Image.fromarray(self.pixels[i])
+        if torch.rand(()) < 0.5:
+            clean = clean.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        low = clean.resize(self.small, self.down).resize(clean.size, self.up)
+        return to_tensor(clean) * 2 - 1, to_tensor(low) * 2 - 1, self.y[i]
+
+
+class PlainLoop:
+    """The plain recipe's data and training: DataLoader and AdamW as they come, clipping, no average of the weights."""
+
+    def __init__(self, config: Config, images: data.Images, device: torch.device, workers: int):
+        self.config, self.device = config, device
+        pairs = PlainPairs(images, config)
+        endless = RandomSampler(pairs, replacement=True, num_samples=2**40)
+        self.loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=device.type == "cuda")
+        self.ahead = workers * self.loader.prefetch_factor  # batches that are ready soon after the workers start
+        reseed("weights", config.seed)
+        self.net = unet(config).to(device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), config.base_lr, weight_decay=0.0)
+
+    def run(self, n: int, train: bool) -> float:
+        """Seconds of n batches, or steps, once the head start of the workers is used up."""
+        batches = iter(self.loader)
+        for _ in range(1 + self.ahead):
+            next(batches)
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(n):
+            z1, zlo, y = (x.to(self.device, non_blocking=True) for x in next(batches))
+            if train:
+                self.step(z1, zlo, y)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def step(self, z1, zlo, y):
+        c, one = self.config, torch.ones_like(z1[:, :1])
+        batch = Batch(z1, zlo, one, 0 * one, zlo if c.condition else None, y if c.unet_use_classes else None)
+        self.optimizer.zero_grad()
+        c.recipe.loss(self.net, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), c.grad_clip)
+        self.optimizer.step()
+
+
+def plain_sample(config: Config, net, batch: Batch) -> torch.Tensor:
+    """torchdiffeq's dopri5 as it comes, at 1e-5."""
+    ode = config.recipe.velocity(net, batch)
+    times = torch.tensor([ode.t0, ode.t1], device=ode.z.device)
+    return torchdiffeq.odeint(ode.velocity, ode.z, times, atol=1e-5, rtol=1e-5, method="dopri5")[-1]

@@ -1,0 +1,253 @@
+"""The training step alone, in each way to run the network: its time, share of the device's rate, start-up, memory."""
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import ode_int
+from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, set_up, size, synchronize, timer
+from corruptions import Batch
+from settings import from_plain
+from trainer import Config, bf16_helps, make_unet, pick_device, reseed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the same network."""
+
+    name: str
+    bf16: bool = True
+    channels_last: bool = True
+    compile: Literal["", "blocks", "whole"] = ""
+    graph: bool = False  # the whole step replayed as one CUDA graph
+
+
+def variants(device: torch.device, compiled: bool) -> list[Variant]:
+    """The plain one first, then what changes, one at a time."""
+    fp32 = full_precision_name(device)
+    result = [Variant(f"{fp32}, NCHW (plain)", bf16=False, channels_last=False), Variant(f"{fp32}, channels_last", bf16=False)]
+    if bf16_helps(device):
+        result += [Variant("bf16, NCHW", channels_last=False), Variant("bf16, channels_last")]
+    last = result[-1]
+    if compiled:
+        result += [replace(last, name=f"{last.name}, {what} compiled", compile=what) for what in ("blocks", "whole")]
+    if device.type == "cuda":
+        result += [replace(v, name=f"{v.name}, CUDA graph", graph=True) for v in result if v == last or v.compile]
+    return result
+
+
+def eager(variants: list[Variant]) -> Variant:
+    """Ours, without what needs time to set up."""
+    return [v for v in variants if not v.compile and not v.graph][-1]
+
+
+def full_precision_name(device: torch.device) -> str:
+    return "TF32" if device.type == "cuda" else "fp32"
+
+
+def unet(config: Config) -> torch.nn.Module:
+    return make_unet(config, len(data.SHAPES) if config.unet_use_classes else 0)
+
+
+def one_batch(config: Config, device: torch.device, count: int | None = None) -> Batch:
+    """`count` images, or as many as the config has in a batch; no more than 64 of them differ."""
+    images = data.load("shapes", config.image_size, config.channels, limit=64)
+    z1, y, _ = images.batch(torch.arange(count or config.batch_size) % len(images.train), device)
+    return config.damage(config.task, z1, y if config.unet_use_classes else None, config.condition)
+
+
+def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], torch.Tensor | None]:
+    """Forward, backward, clipping and AdamW on a batch that stays where it is: nothing but the network's own cost. -> the loss"""
+    device = batch.zlo.device
+    reseed("weights", config.seed)
+    net = unet(config).to(device, memory_format=torch.channels_last if variant.channels_last else torch.contiguous_format)
+    compile_in_place(net, variant.compile)
+    optimizer = torch.optim.AdamW(net.parameters(), config.base_lr, weight_decay=0.0, fused=True, capturable=variant.graph)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=variant.bf16):
+            loss = config.recipe.loss(net, batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip, foreach=True)
+        optimizer.step()
+        return loss
+
+    return captured(step) if variant.graph else step
+
+
+def compile_in_place(net: torch.nn.Module, what: str):
+    if what == "blocks":
+        net.compile_blocks()
+    elif what == "whole":
+        net.compile(dynamic=False)
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph: the host starts one graph instead of thousands of kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def flop_an_image(config: Config, device: torch.device) -> int:
+    """Of the network, forward and backward; a multiplication and an addition count as two."""
+    net, batch = unet(config).to(device), one_batch(config, device, 1)
+    with FlopCounterMode(display=False) as counter:
+        config.recipe.loss(net, batch).mean().backward()
+    return counter.get_total_flops()
+
+
+def matmul(device: torch.device, kind: str, side: int) -> Callable[[], object]:
+    """A product of two square matrices in bf16, fp32 or TF32."""
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    if kind != "fp32":  # TF32 is allowed everywhere else
+        return lambda: a @ b
+
+    def full():
+        with ode_int.full_precision(device.type):
+            return a @ b
+    return full
+
+
+# ------------------------------------------------------------------------------------ start-up and memory, in a process
+
+def in_process(config: Config, variant: Variant, turns: int, seconds: float, caches: Path | None = None) -> dict:
+    """What `child` returns, from a fresh process; {"error": why} if it breaks."""
+    say(f"in a process of its own: {variant.name}")
+    job = dict(config=asdict(config), variant=asdict(variant), turns=turns, seconds=seconds, spawned=time.time())
+    environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": str(caches)} if caches else {})
+    done = subprocess.run([sys.executable, __file__, json.dumps(job)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return dict(error="out of memory" if "OutOfMemory" in last or done.returncode == -9 else last[:150])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def child(job: dict) -> dict:
+    """Seconds of import, construction and first step; peak bytes after that, and seconds a step of each of `turns` turns."""
+    imported = time.time()
+    config, variant = from_plain(Config, job["config"]), Variant(**job["variant"])
+    device = pick_device(config)
+    set_up(device)
+    batch = one_batch(config, device)  # drawing it is not counted
+    start = time.perf_counter()
+    step = make_step(config, variant, batch)
+    synchronize(device)
+    built = time.perf_counter()
+    first = timer(step, device)(1)
+    forget_peak(device)
+    turns = in_turns({"": timer(step, device)}, job["turns"], job["seconds"])[""]
+    if isinstance(turns, str):
+        return dict(error=turns)
+    return dict(import_s=imported - job["spawned"], build_s=built - start, first_step_s=first, peak_bytes=peak(device),
+                turns=turns, flop_an_image=flop_an_image(config, device))
+
+
+def forget_peak(device: torch.device):
+    """The first step compiles, and tries algorithms out: that is not what training needs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int | None:
+    """Peak bytes allocated on the GPU, or resident in this process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # getrusage's peak would be inherited from the parent process
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------- a table
+
+def measure_steps(o, config: Config, device: torch.device, report: dict, caches: Path):
+    """Training steps of each variant, and the matrix products that say what the device can do, in turns. o: speed.py's Options."""
+    todo, fp32 = variants(device, o.compiles(device)), full_precision_name(device)
+    fresh = {}  # what each takes in a process of its own
+    for v in todo if o.startup else []:
+        if not o.quick or v == eager(todo):
+            fresh[v] = in_process(config, v, 0, o.seconds, caches / v.compile)
+            if v.compile and not v.graph:
+                fresh[v]["cached"] = in_process(config, v, 0, o.seconds, caches / v.compile)
+
+    flop, batch = flop_an_image(config, device), one_batch(config, device)
+    side = 128 if o.quick else 8192 if device.type == "cuda" else 2048
+    kinds = dict.fromkeys(["bf16"] * bf16_helps(device) + [fp32, "fp32"])
+    work = {kind: timer(matmul(device, kind, side), device) for kind in kinds}
+    broken = {}
+    for v in todo:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / v.compile)
+        try:
+            step = make_step(config, v, batch)
+            step()  # compiles, from the cache that the processes filled
+            work[v.name] = timer(step, device)
+        except Exception as failure:
+            broken[v.name] = failed(failure)
+    times = in_turns(work, o.repeats, o.seconds) | broken
+
+    report["flop_an_image"] = flop
+    report["matmul_flop_per_second"] = rates = {kind: 2 * side**3 / statistics.median(times[kind]) for kind in kinds}
+    measured = {v.name: times[v.name] for v in todo}
+    table = dict(zip(todo, rows(measured, plain=todo[0].name, images=config.batch_size)))
+    first = fresh.get(eager(todo), {}).get("first_step_s")
+    for v, row in table.items():
+        row |= dict(variant=asdict(v), fresh=fresh.get(v, {}))
+        if "seconds" in row:
+            row["share"] = flop * row["images_per_second"] / rates["bf16" if v.bf16 else fp32]
+        if v.compile and not v.graph and first and "first_step_s" in row["fresh"]:
+            row["compile_s"] = row["fresh"]["first_step_s"] - first
+            row["compile_cached_s"] = row["fresh"]["cached"].get("first_step_s", math.nan) - first
+            row["pays_after_steps"] = pays_after(row["compile_s"], table[eager(todo)].get("seconds"), row.get("seconds"))
+    report["step"] = list(table.values())
+
+
+def pays_after(once: float, before: float | None, after: float | None) -> float | None:
+    """Steps until what is spent once is saved; None: never."""
+    return max(once, 0) / (before - after) if before and after and after < before else None
+
+
+def show_steps(report: dict) -> str:
+    rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in report["matmul_flop_per_second"].items())
+    title = (f"Training step, batch {report['config']['batch_size']}, {report['flop_an_image'] / 1e9:.3g} GFLOP an image forward "
+             f"and backward. Matrix products, TFLOP/s: {rates}.")
+    table = []
+    for row in report["step"]:
+        fresh, compiler = row["fresh"], ["", ""]
+        start = [fresh.get(key, math.nan) for key in ("import_s", "build_s", "first_step_s")]
+        if "compile_s" in row:
+            steps = row["pays_after_steps"]
+            compiler = [f"{row['compile_s']:.1f} ({row['compile_cached_s']:.1f})"]
+            compiler += ["never" if steps is None else f"{steps:,.0f} steps"]
+        start_up = f"{sum(start):.1f}" if "import_s" in fresh else fresh.get("error", "")
+        share = f"{row['share']:.1%}" if "share" in row else ""
+        table.append([row["name"], *cells(row), share, size(fresh.get("peak_bytes")), start_up, *compiler])
+    return markdown(title, ["forward + backward + step", "ms (min-max)", "images/s", "x plain", "share of matmul", "peak memory",
+                            "start-up s", "compile s (cached)", "pays after"], table)
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[1]))))
