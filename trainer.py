@@ -86,7 +86,7 @@ class Config:
 
     seed: int = 0  # of weights, data order and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    compile: bool = False  # torch.compile of the network's blocks: minutes at the start, for long runs on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the network, minutes at the start; auto: from 20,000 steps on
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
 
     damage: Damage = field(default_factory=Damage)
@@ -155,6 +155,7 @@ class Config:
             self.recipe.check()
 
 
+COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
 
 
@@ -217,8 +218,6 @@ class Trainer:
         reseed("weights", config.seed)
         net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        if config.compile:
-            net.compile_blocks()
         method = config.recipe
         self.players = [(net, method.loss)]
         if hasattr(method, "players"):  # the network and a discriminator
@@ -242,6 +241,8 @@ class Trainer:
             write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
             self.announce(bf16)
             self.log = Log(config, self.folder, self.step, wandb_id)
+        if config.compile == "on" or config.compile == "auto" and config.steps >= COMPILE_FROM:
+            self.compile()
 
     @torch.no_grad()
     def rehearse(self):
@@ -249,6 +250,20 @@ class Trainer:
         scale = getattr(self.config.recipe, "upscale", 1)
         one = Batch(*(None if x is None else x[:1] for x in vars(self.held_out()).values()))
         draw(self.config.quick, lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale), one)
+
+    def compile(self):
+        """torch.compile of the network, tried on one batch: where that fails, for want of a C++ compiler say, the run goes on without."""
+        if self.rank == 0:
+            print("compiling the network, which takes minutes (--compile off leaves it out)")
+        net, loss = self.players[0]
+        net.compile(dynamic=False)
+        try:
+            with self.autocast():
+                loss(net, self.batch(self.step)).mean().backward()
+        except Exception as failure:  # of many types
+            net._compiled_call_impl = None
+            warnings.warn(f"the network is not compiled ({one_line(failure)[:200]})")
+        net.zero_grad()
 
     def announce(self, bf16: bool):
         c, n = self.config, self.images

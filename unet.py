@@ -157,13 +157,6 @@ class Unet(nn.Module):
         self.last = ResBlock(2 * dim, dim, dim_emb, dropout)
         self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
 
-    def compile_blocks(self):
-        """torch.compile of every block, in place: blocks of one shape share their kernels, which compiles faster than the whole network."""
-        torch._dynamo.config.recompile_limit = 64  # a block meets every resolution and width of the network
-        for module in self.modules():
-            if isinstance(module, (ResBlock, LinearAttention, Attention)):
-                module.compile(dynamic=False)
-
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*inputs)
 

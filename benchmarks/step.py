@@ -23,6 +23,7 @@ from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, set_
 from corruptions import Batch
 from settings import from_plain
 from trainer import Config, bf16_helps, make_unet, pick_device, reseed
+from unet import Attention, LinearAttention, ResBlock
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
 
 
 def compile_in_place(net: torch.nn.Module, what: str):
-    if what == "blocks":
-        net.compile_blocks()
+    if what == "blocks":  # those of one shape share their kernels
+        torch._dynamo.config.recompile_limit = 64  # a block meets every resolution and width of the network
+        for module in net.modules():
+            if isinstance(module, (ResBlock, LinearAttention, Attention)):
+                module.compile(dynamic=False)
     elif what == "whole":
         net.compile(dynamic=False)
 

@@ -12,7 +12,6 @@ import data
 from benchmarks import growth, memory, plain, solvers, speed, step, timing
 from corruptions import Damage
 from trainer import Config, Trainer, reseed
-from unet import Unet
 
 CPU = torch.device("cpu")
 TINY = Config(unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2, dataset="shapes", use_wandb=False)
@@ -268,12 +267,3 @@ def test_memory_counts_what_the_backward_pass_is_kept_for():
 
 def test_memory_refuses_other_presets(capsys):
     assert memory.main(["small-udpm"]) == 2 and "small-udpm" in capsys.readouterr().err
-
-
-def test_a_run_compiles_what_it_trains_if_asked(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(Unet, "compile_blocks", lambda net: compiled.append(net))
-    Trainer(replace(TINY, out_dir=str(tmp_path)))
-    assert compiled == []
-    trainer = Trainer(replace(TINY, out_dir=str(tmp_path), compile=True))
-    assert compiled == [trainer.net]

@@ -740,6 +740,29 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
         assert not list(run.rglob("*.png"))
 
 
+@pytest.mark.parametrize("flags, compiled", [("--max-steps 20000", True), ("--max-steps 19999", False), ("--max-steps 20000 --compile off", False),
+                                             ("--max-steps 4 --compile on", True)])
+def test_long_runs_compile_their_network(tmp_path, monkeypatch, flags, compiled):
+    graphs = []
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options))
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run = start(tmp_path, flags, 130)
+    torch._dynamo.reset()
+    assert checkpoint(run)["step"] == 2 and len(graphs) == compiled
+
+
+def test_where_nothing_can_be_compiled_the_run_goes_on(tmp_path, monkeypatch, finished):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=broken, **options))
+    with pytest.warns(UserWarning, match="the network is not compiled .*no C\\+\\+ compiler"):
+        run = start(tmp_path, f"{FINISHED} --compile on")
+    same(checkpoint(run), checkpoint(finished))
+
+
 def test_dopri5_samples_by_default(tmp_path):
     run = start(tmp_path, "--max-steps 2 --solver auto --sample-steps None")
     logged = next(m for m in metrics(run) if "psnr" in m)
