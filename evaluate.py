@@ -28,7 +28,7 @@ from corruptions import Batch, cond_channels, parts
 from logs import one_line, write_atomically
 from metrics import METRICS, Judge
 from settings import parse
-from trainer import Config, bf16_helps, draw, make_unet, open_checkpoint, pick_device, reseed, run_folder
+from trainer import Config, draw, make_unet, open_checkpoint, pick_device, reseed, run_folder, set_up
 from unet import Guided, Unet
 
 
@@ -416,10 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
         device, folder = pick_device(Config(device=o.device)), Path(o.output)
-        if o.precision == "auto":
-            o = replace(o, precision="bf16" if bf16_helps(device) else "fp32")
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        o = replace(o, precision=set_up(device, o.precision))
         opened = [read_result(run) if Path(run).suffix == ".json" else open_run(run, o) for run in o.runs]
         if twice := [name for name, times in Counter(map(called, o.runs)).items() if times > 1]:
             raise ValueError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")

@@ -38,7 +38,7 @@ import ode_int
 from corruptions import enlarge, given, parts
 from logs import beside, grid, one_line, strip, write_atomically
 from settings import from_plain, parse
-from trainer import Config, bf16_helps, draw, make_unet, open_checkpoint, pick_device
+from trainer import Config, draw, make_unet, open_checkpoint, pick_device, set_up
 from unet import Guided
 
 
@@ -186,10 +186,8 @@ class Model:
             raise ValueError(f"run = {o.run!r}: its weights do not fit its settings ({reason} ...)") from None
         self.device = pick_device(c)
         self.net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        bf16 = c.precision == "bf16" or c.precision == "auto" and bf16_helps(self.device)
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        precision = set_up(self.device, c.precision)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.images, self.rows, self.clock = 0, 0, time.perf_counter()
         self.bar = tqdm(disable=None, dynamic_ncols=True, unit="image", miniters=0)
 

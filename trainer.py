@@ -148,7 +148,7 @@ class Config:
             raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver midpoint, or leave sample_steps out")
         if self.device != "auto":
             try:
-                torch.empty(1, device=self.device)
+                torch.empty(1, device=pick_device(self))
             except (RuntimeError, AssertionError):
                 raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{', cuda' if torch.cuda.is_available() else '; no CUDA device is to be seen'}")
         if hasattr(self.recipe, "check"):
@@ -190,6 +190,14 @@ def bf16_helps(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def set_up(device: torch.device, precision: str = "auto") -> str:
+    """Makes `device` the current GPU, with TF32 for what remains float32; -> the precision of the activations, bf16 or fp32."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return precision if precision != "auto" else "bf16" if bf16_helps(device) else "fp32"
+
+
 class Trainer:
     """A run: data, network, averaged network, optimizers, log and checkpoints. Raises ValueError or DatasetError before the first step."""
 
@@ -197,22 +205,22 @@ class Trainer:
         self.config, self.step, self.signal, self.showing, self.saved = config, 0, 0, False, True
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config)
+        precision = set_up(self.device, config.precision)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if config.batch_size % self.world:
             raise ValueError(f"batch_size = {config.batch_size}: allowed are multiples of the {self.world} processes it is shared by")
-        bf16 = config.precision == "bf16" or config.precision == "auto" and bf16_helps(self.device)
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            torch.backends.cudnn.benchmark = True
 
         if self.rank:
             dist.barrier()  # one process downloads, the others find it done
         self.images = load_images(config).to(self.device)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        self.config = config = replace(config, dataset=config.dataset or self.images.name)  # a resumed run takes the same
+        compiled = ("on" if config.steps >= COMPILE_FROM else "off") if config.compile == "auto" else config.compile
+        # chosen once: a resumed run takes the same
+        self.config = config = replace(config, dataset=config.dataset or self.images.name, compile=compiled)
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         self.rehearse()
         reseed("weights", config.seed)
@@ -239,9 +247,9 @@ class Trainer:
             self.folder = self.folder or new_folder(config)
             plain = json.dumps(asdict(config), indent=1)
             write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
-            self.announce(bf16)
+            self.announce(precision)
             self.log = Log(config, self.folder, self.step, wandb_id)
-        if config.compile == "on" or config.compile == "auto" and config.steps >= COMPILE_FROM:
+        if config.compile == "on":
             self.compile()
 
     @torch.no_grad()
@@ -265,13 +273,13 @@ class Trainer:
             warnings.warn(f"the network is not compiled ({one_line(failure)[:200]})")
         net.zero_grad()
 
-    def announce(self, bf16: bool):
+    def announce(self, precision: str):
         c, n = self.config, self.images
         millions = [f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" for module, _ in self.players]
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
-        print(f"{' + '.join(millions)} parameters, {'bf16' if bf16 else 'fp32'}, {chip}" + f" x {self.world}" * (self.world > 1))
+        print(f"{' + '.join(millions)} parameters, {precision}, {chip}" + f" x {self.world}" * (self.world > 1))
         what = f"overfitting one batch of {c.batch_size}" if c.overfit else f"training on batches of {c.batch_size}"
         print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder}")
 
@@ -468,9 +476,9 @@ def average(tensors: list[Tensor]):
 
 
 def pick_device(config: Config) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    """The device that was named; of several GPUs this process's own."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def make_unet(config: Config, num_classes: int) -> Unet:

@@ -22,10 +22,10 @@ from torch import Tensor
 import data
 import ode_int
 from benchmarks.speed import trained
-from benchmarks.timing import describe, machine, markdown, save, set_up
+from benchmarks.timing import describe, machine, markdown, save
 from metrics import Judge
 from settings import parse
-from trainer import Config, bf16_helps, draw, pick_device
+from trainer import Config, bf16_helps, draw, pick_device, set_up
 from unet import Guided
 
 

@@ -27,10 +27,10 @@ import data
 import ode_int
 from benchmarks.plain import PlainLoop, plain_sample
 from benchmarks.step import compile_in_place, measure_steps, one_batch, show_steps, unet
-from benchmarks.timing import Common, cells, describe, in_turns, machine, markdown, rows, save, set_up, timer
+from benchmarks.timing import Common, cells, describe, in_turns, machine, markdown, rows, save, timer
 from corruptions import Batch, parts
 from settings import parse
-from trainer import Config, Trainer, bf16_helps, draw, make_unet, open_checkpoint, reseed
+from trainer import Config, Trainer, bf16_helps, draw, make_unet, open_checkpoint, reseed, set_up
 
 
 @dataclass
@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"speed.py: {failure}", file=sys.stderr)
         return 2
     set_up(device)
+    torch.backends.cudnn.benchmark = True
     parameters = sum(p.numel() for p in unet(config).parameters())
     report = dict(command=" ".join(["python benchmarks/speed.py", *arguments]), machine=machine(device), config=asdict(config),
                   parameters=parameters)

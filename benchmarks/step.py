@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import ode_int
-from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, set_up, size, synchronize, timer
+from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, size, synchronize, timer
 from corruptions import Batch
 from settings import from_plain
-from trainer import Config, bf16_helps, make_unet, pick_device, reseed
+from trainer import Config, bf16_helps, make_unet, pick_device, reseed, set_up
 from unet import Attention, LinearAttention, ResBlock
 
 
@@ -155,6 +155,7 @@ def child(job: dict) -> dict:
     config, variant = from_plain(Config, job["config"]), Variant(**job["variant"])
     device = pick_device(config)
     set_up(device)
+    torch.backends.cudnn.benchmark = True
     batch = one_batch(config, device)  # drawing it is not counted
     start = time.perf_counter()
     step = make_step(config, variant, batch)

@@ -58,14 +58,6 @@ class Common:
         return config, device
 
 
-def set_up(device: torch.device):
-    """The same for all that is compared."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
-
 def timer(call: Callable[[], object], device: torch.device) -> Callable[[int], float]:
     """n -> the seconds that n calls take, until the device has done them."""
     def turn(n: int) -> float:

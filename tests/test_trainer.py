@@ -181,7 +181,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode
     """With everything that draws random numbers switched on: dropout, labels dropped, flips, shuffled epochs."""
     flags = (f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 --print-loss-every 2 "
              "--checkpoint-every 1")
-    victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 100000".split())
+    victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 10000".split())
     until(lambda: list(tmp_path.glob("killed/*/checkpoints/last.pt")), victim)
     time.sleep(random.Random().uniform(0, 0.5))  # an arbitrary moment: half of the time it is writing
     os.kill(victim.pid, signal.SIGKILL)
@@ -340,7 +340,7 @@ def program(arguments, where):
 
 def test_the_program_stopped_from_outside(tmp_path, process):
     """As a scheduler stops it, in the default folders."""
-    run = process(program, f"{TINY} --checkpoint-every 1 --max-steps 100000".split(), tmp_path)
+    run = process(program, f"{TINY} --checkpoint-every 1 --max-steps 10000".split(), tmp_path)
     until(lambda: list(tmp_path.glob("runs/*/checkpoints/last.pt")), run)
     os.kill(run.pid, signal.SIGTERM)
     run.join(60)
@@ -740,6 +740,14 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
         assert not list(run.rglob("*.png"))
 
 
+@pytest.mark.parametrize("there, named, expected", [(True, "auto", "cuda:2"), (True, "cuda", "cuda:2"), (True, "cuda:1", "cuda:1"), (True, "cpu", "cpu"),
+                                                    (False, "auto", "cpu")])
+def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert str(trainer.pick_device(Config(device=named))) == expected
+
+
 @pytest.mark.parametrize("flags, compiled", [("--max-steps 20000", True), ("--max-steps 19999", False), ("--max-steps 20000 --compile off", False),
                                              ("--max-steps 4 --compile on", True)])
 def test_long_runs_compile_their_network(tmp_path, monkeypatch, flags, compiled):
@@ -750,6 +758,10 @@ def test_long_runs_compile_their_network(tmp_path, monkeypatch, flags, compiled)
     run = start(tmp_path, flags, 130)
     torch._dynamo.reset()
     assert checkpoint(run)["step"] == 2 and len(graphs) == compiled
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "compile", lambda self: graphs.append("again"))
+    resume(run, "--max-steps 3")
+    assert (graphs[-1:] == ["again"]) == compiled  # as before, whatever the new length
 
 
 def test_where_nothing_can_be_compiled_the_run_goes_on(tmp_path, monkeypatch, finished):
