@@ -197,10 +197,10 @@ class Model:
         self.net.register_forward_pre_hook(tick)
 
     def cost(self) -> str:
-        """What an image took. An evaluation in tiles counts as one."""
+        """What an image took, --trace's own evaluations included. An evaluation in tiles counts as one."""
         self.bar.close()
         n = max(self.images, 1)
-        return f"{self.rows / n:.0f} NFE, {(time.perf_counter() - self.clock) / n:.3g} s an image"
+        return f"{self.rows / n:.0f} NFE{' with the trace' * self.options.trace}, {(time.perf_counter() - self.clock) / n:.3g} s an image"
 
     def at_a_time(self, height: int, width: int) -> int:
         """How many images of these sides make a batch."""
@@ -494,6 +494,8 @@ def generate(model: Model) -> int:
         raise ValueError(f"count = {count}: the run restores damaged images (task {c.task}); --input FOLDER does")
     folder, made = output_folder(o, "generated"), []
     kinds = ["image" if i is None else re.sub(r"[^\w-]+", "-", model.classes[i]) for i in labels]
+    if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
+        kinds = [f"{kind}-{i}" for kind, i in zip(kinds, labels)]
     paths = [f"{folder}/{kind}_{i + 1:04d}.png" for kind in kinds for i in range(count)]
     refuse_existing([*paths, f"{folder}/grid.png", f"{folder}/grid_trace.png", f"{folder}/grid_trace.gif"], o)
     every = [(label, noise(o, "", i, count)) for label in labels for i in range(count)]

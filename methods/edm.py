@@ -42,8 +42,8 @@ class EDM:
     S_churn: float = 0.0
     # least noise level at which noise is put back (0.01 to 0.05)
     S_min: float = 0.0
-    # largest noise level at which noise is put back (1 to 50)
-    S_max: float = float("inf")
+    # largest noise level at which noise is put back (1 to 50); as it stands, above all of them
+    S_max: float = 1e6
     # standard deviation of the noise put back, 1 being what theory asks for (1.003 to 1.007)
     S_noise: float = 1.0
 

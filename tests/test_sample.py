@@ -352,6 +352,14 @@ def test_generation_by_label(tmp_path, capsys):
     assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
 
 
+def test_classes_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "CLASSES", ["a b", "a/b", "c"])
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    assert run(path, "--count", 1, "--output", tmp_path / "out", "--label", "all", "--trace") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {"grid.png", "grid_trace.png", "grid_trace.gif"} == {f"{n}_0001.png" for n in ("a-b-0", "a-b-1", "c-2")}
+    assert "NFE with the trace" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["udpm", "sr3"])
 def test_the_way_between_two_seeds(tmp_path, method):
     path = make_run(tmp_path / "run", method=method, task="generate,blur", **METHODS[method])
