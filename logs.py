@@ -4,6 +4,7 @@ import math
 import os
 import secrets
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,6 +84,26 @@ class Log:
     def close(self):
         if self.wandb:
             self.guarded("wandb", self.wandb.finish)
+
+
+def new_folder(config) -> Path:
+    """Makes the run's folder, named by its method, task and the time. Raises ValueError."""
+    name = f"{config.method}-{config.task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(100):
+        folder = Path(config.out_dir) / (name + f"-{attempt}" * bool(attempt))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as failure:
+            raise ValueError(f"out_dir = {config.out_dir!r}: no folder can be made there ({failure.strerror})")
+    raise ValueError(f"out_dir = {config.out_dir!r}: it holds 100 runs of this second")
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run that was named by it or by its checkpoint file."""
+    return Path(run) if Path(run).is_dir() else Path(run).resolve().parent.parent
 
 
 def wandb_mode() -> str:

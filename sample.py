@@ -21,7 +21,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, islice, product
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ from corruptions import enlarge, given, parts
 from logs import beside, grid, one_line, strip, write_atomically
 from settings import from_plain, parse
 from trainer import Config, draw, make_unet, open_checkpoint, pick_device, set_up
-from unet import Guided
+from unet import Guided, Tiled
 
 
 @dataclass
@@ -281,55 +281,6 @@ class Frames(list):
         t, *pictures = frame
         pictures = (p[:, :, :self.sides[0], :self.sides[1]].float() for p in pictures)
         return t, *(F.avg_pool2d(p, self.shrink, ceil_mode=True).cpu() for p in pictures)
-
-
-# --------------------------------------------------------------------------------------------------------------- tiles
-
-class Tiled:
-    """net(x, t, y, cond) on images of any size, in overlapping tiles whose predictions are blended.
-
-    The sampler sees one field over the whole image, so no seam survives a step; noise and known pixels are the image's.
-    """
-
-    def __init__(self, net, height: int, tile: int, align: int, rows: int):
-        """z1's height; the side of a tile, from 2 align; tiles begin at multiples of align. rows: tiles at a time."""
-        self.net, self.height, self.tile, self.align, self.rows = net, height, tile, align, rows
-        self.num_classes = getattr(net, "num_classes", 0)
-
-    def __call__(self, x, t, y=None, cond=None):
-        scale = getattr(self.net, "upscale", 1)
-        out = x.new_zeros(*x.shape[:2], scale * x.shape[2], scale * x.shape[3])
-        shrunk = self.height // out.shape[2]  # UDPM makes smaller images on the way to z1
-        axes = (windows(side, self.tile // shrunk, self.align // shrunk, x.device) for side in out.shape[2:])
-        tiles, most = list(product(*axes)), max(1, self.rows // len(x))
-
-        def cut(z, some):
-            at = [[slice(s.start // scale, s.stop // scale) for s, _ in tile] for tile in some]
-            return None if z is None else torch.cat([z[:, :, down, across] for down, across in at])
-
-        for some in (tiles[k:k + most] for k in range(0, len(tiles), most)):
-            labels = None if y is None else y.repeat(len(some))
-            made = self.net(cut(x, some), t.repeat(len(some)), labels, cut(cond, some)).chunk(len(some))
-            for ((down, v), (across, w)), tile in zip(some, made):
-                out[:, :, down, across] += v[:, None] * w * tile
-        return out
-
-
-def windows(side: int, tile: int, align: int, device=None) -> list[tuple[slice, Tensor]]:
-    """The tiles that cover `side`: where each lies, and how much its pixels count, (tile,); a pixel's sum is 1.
-
-    Neighbours share three eighths of a tile or more. From a tile's edge inwards pixels count 0 over an eighth of it,
-    where its edge disturbs the network, then smoothly more over an eighth, then fully. At the image's edges all do.
-    """
-    tile, step = min(tile, side), 5 * tile // 8 // align * align
-    starts = [*range(0, side - tile, step), side - tile]
-    first, at = torch.tensor(starts, device=device)[:, None], torch.arange(side, device=device) + 0.5
-    inside = torch.minimum(
-        torch.where(first == 0, math.inf, at - first), torch.where(first == side - tile, math.inf, first + tile - at))
-    rise = (8 * inside / tile - 1).clamp(0, 1)
-    weights = rise * rise * (3 - 2 * rise)
-    weights = weights / weights.sum(0)
-    return [(slice(start, start + tile), row[start:start + tile]) for start, row in zip(starts, weights)]
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 import ode_int
 from corruptions import Batch, Damage, cond_channels, parts
-from logs import Log, beside, grid, one_line, psnr, strip, write_atomically
+from logs import Log, beside, grid, new_folder, one_line, psnr, run_folder, strip, write_atomically
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
@@ -499,25 +499,6 @@ def load_images(config: Config) -> data.Images:
             raise
         print("*" * 100 + f"\n  No CIFAR-10: {failure}\n  This demo runs on drawn shapes instead; --dataset FOLDER takes your own images.\n" + "*" * 100)
         return data.load("shapes", *arguments)
-
-
-def new_folder(config: Config) -> Path:
-    name = f"{config.method}-{config.task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(100):
-        folder = Path(config.out_dir) / (name + f"-{attempt}" * bool(attempt))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as failure:
-            raise ValueError(f"out_dir = {config.out_dir!r}: no folder can be made there ({failure.strerror})")
-    raise ValueError(f"out_dir = {config.out_dir!r}: it holds 100 runs of this second")
-
-
-def run_folder(run: str | Path) -> Path:
-    """The folder of a run that was named by it or by its checkpoint file."""
-    return Path(run) if Path(run).is_dir() else Path(run).resolve().parent.parent
 
 
 def open_checkpoint(run: str | Path) -> tuple[Config, dict]:

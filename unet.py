@@ -3,8 +3,10 @@
 A 7x7 stem; levels of residual blocks (GroupNorm, SiLU, scale-shift from the time and class embedding) each followed by linear
 attention; full attention in the middle; skip connections into the way up. Activations live in channels_last, so that attention's
 (B, HW, C) view costs nothing, and in bf16 under autocast; the embedding, norm statistics and the output are fp32.
+Guided and Tiled go around it in sampling.
 """
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -216,3 +218,50 @@ class Guided:
         both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]), None if cond is None else torch.cat([cond, cond]))
         without, labelled = both.chunk(2)
         return without + self.scale * (labelled - without)
+
+
+class Tiled:
+    """net(x, t, y, cond) on images of any size, in overlapping tiles whose predictions are blended.
+
+    The sampler sees one field over the whole image, so no seam survives a step; noise and known pixels are the image's.
+    """
+
+    def __init__(self, net, height: int, tile: int, align: int, rows: int):
+        """z1's height; the side of a tile, from 2 align; tiles begin at multiples of align. rows: tiles at a time."""
+        self.net, self.height, self.tile, self.align, self.rows = net, height, tile, align, rows
+        self.num_classes = getattr(net, "num_classes", 0)
+
+    def __call__(self, x, t, y=None, cond=None):
+        scale = getattr(self.net, "upscale", 1)
+        out = x.new_zeros(*x.shape[:2], scale * x.shape[2], scale * x.shape[3])
+        shrunk = self.height // out.shape[2]  # UDPM makes smaller images on the way to z1
+        axes = (windows(side, self.tile // shrunk, self.align // shrunk, x.device) for side in out.shape[2:])
+        tiles, most = list(product(*axes)), max(1, self.rows // len(x))
+
+        def cut(z, some):
+            at = [[slice(s.start // scale, s.stop // scale) for s, _ in tile] for tile in some]
+            return None if z is None else torch.cat([z[:, :, down, across] for down, across in at])
+
+        for some in (tiles[k:k + most] for k in range(0, len(tiles), most)):
+            labels = None if y is None else y.repeat(len(some))
+            made = self.net(cut(x, some), t.repeat(len(some)), labels, cut(cond, some)).chunk(len(some))
+            for ((down, v), (across, w)), tile in zip(some, made):
+                out[:, :, down, across] += v[:, None] * w * tile
+        return out
+
+
+def windows(side: int, tile: int, align: int, device=None) -> list[tuple[slice, Tensor]]:
+    """The tiles that cover `side`: where each lies, and how much its pixels count, (tile,); a pixel's sum is 1.
+
+    Neighbours share three eighths of a tile or more. From a tile's edge inwards pixels count 0 over an eighth of it,
+    where its edge disturbs the network, then smoothly more over an eighth, then fully. At the image's edges all do.
+    """
+    tile, step = min(tile, side), 5 * tile // 8 // align * align
+    starts = [*range(0, side - tile, step), side - tile]
+    first, at = torch.tensor(starts, device=device)[:, None], torch.arange(side, device=device) + 0.5
+    inside = torch.minimum(
+        torch.where(first == 0, math.inf, at - first), torch.where(first == side - tile, math.inf, first + tile - at))
+    rise = (8 * inside / tile - 1).clamp(0, 1)
+    weights = rise * rise * (3 - 2 * rise)
+    weights = weights / weights.sum(0)
+    return [(slice(start, start + tile), row[start:start + tile]) for start, row in zip(starts, weights)]

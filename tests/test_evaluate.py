@@ -16,6 +16,7 @@ from torch import nn
 import data
 import evaluate
 import metrics
+import report
 import trainer
 from corruptions import Damage
 from logs import psnr
@@ -490,7 +491,7 @@ def test_the_plot_says_what_the_json_says(results):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     output, found = results
     assert (output / "quality.pdf").read_bytes().startswith(b"%PDF") and Image.open(output / "quality.png").width > 1000
-    panels = {ax.get_ylabel(): ax for ax in evaluate.plot(found).axes}
+    panels = {ax.get_ylabel(): ax for ax in report.plot(found).axes}
     assert list(panels) == ["PSNR, dB →", "FD ←", "accuracy, % →"]  # to be read upwards
     interpolant, udpm = found
     lines = {drawn.get_label(): drawn.get_xydata() for drawn in panels["PSNR, dB →"].lines}
@@ -499,7 +500,7 @@ def test_the_plot_says_what_the_json_says(results):
     assert lines["bicubic"][:, 1].tolist() == [interpolant["baselines"][1]["psnr"]] * 2 and "floor" not in lines
     assert "floor" in {drawn.get_label() for drawn in panels["FD ←"].lines}
     regression = interpolant | dict(method="regression", rows=[dict(sampler="own", nfe=1, default=True, psnr=20.0)])
-    drawn = {d.get_label(): d.get_xydata() for d in evaluate.plot([regression, udpm]).axes[0].lines}
+    drawn = {d.get_label(): d.get_xydata() for d in report.plot([regression, udpm]).axes[0].lines}
     assert drawn["regression"].tolist() == [[0, 20], [1, 20]]  # a horizontal line, as the baseline that it is
 
 
@@ -547,16 +548,16 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
 
 def test_what_is_no_comparison_is_said(results):
     _, (interpolant, udpm) = results
-    assert evaluate.differences([interpolant, udpm]) == []
+    assert report.differences([interpolant, udpm]) == []
     longer = udpm | dict(training=udpm["training"] | dict(images_seen=999, overfit=True))
-    said = " ".join(evaluate.differences([interpolant, longer]))
+    said = " ".join(report.differences([interpolant, longer]))
     assert "images seen: 8 (interpolant); 999 (udpm)" in said and "trained on a single batch (overfit) (udpm)" in said
     blurred = udpm | dict(problem=udpm["problem"] | dict(task="blur (kernel uniform, width 9, sigma 10.0)"))
-    written = evaluate.table([interpolant, blurred])
+    written = report.table([interpolant, blurred])
     assert "**Not one comparison:** the runs differ in task" in written
     assert written.count("| bicubic |") == 2  # a table each
     twin = interpolant | dict(name="twin")
-    assert "| twin | euler |" in evaluate.table([interpolant, twin])
+    assert "| twin | euler |" in report.table([interpolant, twin])
 
 
 def test_how_the_input_is_enlarged_does_not_change_the_task():

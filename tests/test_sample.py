@@ -19,6 +19,7 @@ from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from trainer import Config
+from unet import Tiled, windows
 
 CLASSES = ["cat", "dog", "T-shirt/top"]
 METHODS = dict(
@@ -267,7 +268,7 @@ def test_tiles_give_what_one_piece_gives(sides, shrunk, upscale, reach):
     x, cond = torch.randn(2, 3, height, width), torch.randn(2, 1, height, width)
     t, y = torch.tensor([0.2, 0.7]), torch.tensor([3, 1])
     with torch.no_grad():
-        whole, tiled = net(x, t, y, cond), sample.Tiled(net, sides[0], 32, 8, 4)
+        whole, tiled = net(x, t, y, cond), Tiled(net, sides[0], 32, 8, 4)
         net.most = 0
         torch.testing.assert_close(tiled(x, t, y, cond), whole, atol=1e-5, rtol=1e-5)
     assert net.most == 4  # tiles at a time, and not one piece
@@ -276,7 +277,7 @@ def test_tiles_give_what_one_piece_gives(sides, shrunk, upscale, reach):
 @pytest.mark.parametrize("side, tile, align", [(100, 20, 1), (160, 32, 16), (72, 32, 8), (24, 32, 8), (65, 32, 1), (16, 4, 2)])
 def test_tiles_cover_the_image_and_count_one_in_all(side, tile, align):
     total, full = torch.zeros(side), min(tile, side)
-    tiles = sample.windows(side, tile, align)
+    tiles = windows(side, tile, align)
     for where, weights in tiles:
         assert where.start % align == 0 and where.stop - where.start == len(weights) == full and weights.min() >= 0
         total[where] += weights
@@ -291,7 +292,7 @@ def test_no_seam_where_tiles_disagree():
 
     x = torch.zeros(1, 1, 64, 256)
     x[..., 128:] = 1
-    out = sample.Tiled(net, 64, 64, 1, 64)(x, torch.zeros(1))
+    out = Tiled(net, 64, 64, 1, 64)(x, torch.zeros(1))
     assert out[..., 0, 0].item() == 0 and out[..., -1].mean() == 1  # tiles differ by up to 40/64 ...
     assert out.diff(dim=3).abs().max() < 40 / 64 * 1.6 / 8  # ... and a smooth step over 8 pixels is at most 1.5/8 steep
 
