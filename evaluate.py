@@ -12,6 +12,7 @@ import math
 import platform
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # runs' folders, checkpoints, or JSON files of an earlier evaluation
     # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out (EDM's Heun takes odd ones)
-    nfe: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100)
+    nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
     default: bool = True  # also the method's own sampler with its own count
     # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE, if it has one
     solver: str = "auto"
@@ -49,7 +50,7 @@ class Options:
     ema: bool = True  # the averaged weights; --no-ema: the raw ones
     data_path: str | None = None  # where the data set is now, if it moved: the folder itself, or that of a downloaded set
     paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
-    output: str = "runs/evaluation"  # folder of the results
+    output: str | None = None  # folder of the results; None: a new one in runs/
     batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
     seed: int = 0  # of damage and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
@@ -83,10 +84,18 @@ def evaluations(config: Config, batch: Batch) -> float:
     return counted.rows / len(batch.zlo)
 
 
+def has_ode(config: Config, batch: Batch) -> bool:
+    try:
+        config.recipe.velocity(None, batch)
+    except (AttributeError, ValueError):  # I2SB has one under ot_ode only
+        return False
+    return True
+
+
 def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
     """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE for which there is none."""
     own = replace(config, solver="auto", sample_steps=None)
-    few = replace(own, solver=solver if hasattr(own.recipe, "velocity") else "auto")
+    few = replace(own, solver=solver if has_ode(own, batch) else "auto")
     if few.sampler == "dopri5":  # it chooses its own steps
         few = replace(few, solver="euler")
     usual = evaluations(own, batch) if few.sampler == own.sampler else None
@@ -133,7 +142,7 @@ def describe(run: str, c: Config, o: Options, judge: Judge) -> tuple[dict, Unet]
     `c`: its settings, with the data where it is now. Raises ValueError for what can't be measured.
     """
     _, checkpoint = open_checkpoint(run)
-    classes, device, seen = checkpoint["num_classes"], judge.device, checkpoint["step"] * c.batch_size
+    classes, device, seen = checkpoint["num_classes"], judge.device, checkpoint.get("images_seen", checkpoint["step"] * c.batch_size)
     if classes and checkpoint["classes"] != judge.images.classes:
         raise ValueError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run} was trained on")
     net = make_unet(c, classes).to(device, memory_format=torch.channels_last)
@@ -168,11 +177,9 @@ def describe(run: str, c: Config, o: Options, judge: Judge) -> tuple[dict, Unet]
         config=asdict(c)), net.eval().requires_grad_(False)
 
 
-def measure(result: dict, net, c: Config, o: Options, judge: Judge, file: Path):
-    """Fills in the rows, one a sampler. `file` holds the result as far as it goes."""
+def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: list[Config], file: Path):
+    """Fills in the rows, one for each sampler of `settings`. `file` holds the result as far as it goes."""
     classes = net.num_classes
-    few = first_images(judge, c, classes, 2)
-    settings, result["nfe_left_out"] = samplers(c, o.nfe, few, o.solver, o.default)
     for setting in settings:
         counted = ode_int.Counted(net)
 
@@ -180,13 +187,13 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, file: Path):
             with autocast(o, judge.device):
                 return draw(setting, Guided(counted, c.guidance), batch)[0]
 
-        if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
-            with torch.no_grad():
-                make(first_images(judge, c, classes, o.batch_size) if o.nfe else few)
-            counted.rows = 0
         sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
         row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None), nfe=None)
         try:
+            if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
+                with torch.no_grad():
+                    make(first_images(judge, c, classes, o.batch_size if o.nfe else 2))
+                counted.rows = 0
             row |= judge(setting, classes > 0, make) | dict(nfe=counted.rows / judge.count)
         except ode_int.SolverError as failure:
             row["failed"] = one_line(failure)
@@ -249,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
-        device, folder = pick_device(Config(device=o.device)), Path(o.output)
+        device, folder = pick_device(Config(device=o.device)), Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
         o = replace(o, precision=set_up(device, o.precision))
         opened = [read_result(run) if Path(run).suffix == ".json" else open_run(run, o) for run in o.runs]
         if twice := [name for name, times in Counter(map(called, o.runs)).items() if times > 1]:
@@ -257,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            raise ValueError(f"output = {o.output!r}: no folder can be made there ({failure.strerror})") from None
+            raise ValueError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
         judges, baselines, results, jobs = {}, {}, [], []
         for run, c in zip(o.runs, opened):  # everything is described before anything is measured: what is wrong shows at once
             if isinstance(c, Config):
@@ -265,16 +272,20 @@ def main(arguments: list[str] | None = None) -> int:
                 if key not in judges:
                     judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
                 result, net = describe(run, c, o, judges[key])
-                jobs.append((result, net, c, judges[key], (key, result["problem"]["task"])))
+                few = first_images(judges[key], c, net.num_classes, 2)
+                settings, result["nfe_left_out"] = samplers(c, o.nfe, few, o.solver, o.default)
+                if not settings:
+                    raise ValueError(f"nfe = {o.nfe}: the {c.method} sampler of {run} can do none of them exactly; leave --no-default out")
+                jobs.append((result, net, c, judges[key], settings, (key, result["problem"]["task"])))
             results.append(c if isinstance(c, dict) else result)
         for difference in differences(results):
             print(f"not one comparison: {difference}", file=sys.stderr)
         try:
-            for result, net, c, judge, key in jobs:
+            for result, net, c, judge, settings, key in jobs:
                 if key not in baselines:
                     baselines[key] = judge.baselines(c)
                 result["baselines"] = baselines[key]
-                measure(result, net, c, o, judge, folder / f"{result['name']}.json")
+                measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
         finally:
             if results := [result for result in results if result["rows"]]:
                 save(results, folder)

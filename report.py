@@ -131,7 +131,7 @@ def plot(results: list[dict]):
             for number, result in enumerate(r for r in group if r["method"] != "regression"):
                 rows = [row for row in result["rows"] if metric in row]
                 style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6], ms=3)
-                joined = [row for row in rows if row["sampler"] == rows[0]["sampler"]]
+                joined = sorted((row for row in rows if row["sampler"] == rows[0]["sampler"]), key=lambda row: row["nfe"])
                 ax.plot([row["nfe"] for row in joined], [row[metric] for row in joined], label=title(result, results), **style)
                 for row in rows:
                     if row["default"]:

@@ -119,6 +119,8 @@ def open_model(run: str, ema: bool) -> tuple[Config, dict[str, Tensor], int, lis
 def export(o: Options) -> int:
     """The weights; in the file's header, as JSON, the rest of what open_model gives."""
     import safetensors.torch
+    if Path(o.run).suffix == ".safetensors":
+        raise ValueError(f"run = {o.run!r}: allowed is a run or a checkpoint, for this is an exported file already")
     refuse_existing([o.export], o)
     config, weights, num_classes, classes = open_model(o.run, o.ema)
     about = json.dumps(dict(config=asdict(config), num_classes=num_classes, classes=classes, ema=o.ema))
@@ -361,13 +363,15 @@ class Restorer:
 
     def run(self) -> int:
         self.model.bar.reset(self.options.draws * len(self.names))
-        for ((_, height, width), _), group in groupby(self.draws(), lambda draw: (draw[2].shape, draw[3] is None)):
-            while some := list(islice(group, self.model.at_a_time(self.factor * height, self.factor * width))):
-                self.restore(*zip(*some))
-        done = f"{len(self.names) - len(self.failures)} of {len(self.names)} images restored"
-        print(f"{done}, in {self.folder}: {self.model.cost()}")
-        for failure in self.failures.values():
-            print(f"not restored: {failure}", file=sys.stderr)
+        try:
+            for ((_, height, width), _), group in groupby(self.draws(), lambda draw: (draw[2].shape, draw[3] is None)):
+                while some := list(islice(group, self.model.at_a_time(self.factor * height, self.factor * width))):
+                    self.restore(*zip(*some))
+            done = f"{len(self.names) - len(self.failures)} of {len(self.names)} images restored"
+            print(f"{done}, in {self.folder}: {self.model.cost()}")
+        finally:  # also when it is interrupted
+            for failure in self.failures.values():
+                print(f"not restored: {failure}", file=sys.stderr)
         return int(bool(self.failures))
 
     def draws(self):
@@ -418,9 +422,9 @@ class Restorer:
         streams = [noise(o, name, i, o.draws) for name, i in zip(names, numbers)]
         try:
             sample, frames = self.model.sample(zlo, hole, self.model.labels * len(zlo), streams)
-        except torch.OutOfMemoryError:
-            for name in names:
-                self.failures[name] = f"{self.root / name}: out of GPU memory; lower --batch-size or --tile"
+        except (torch.OutOfMemoryError, ode_int.SolverError) as failure:
+            reason = failure if isinstance(failure, ode_int.SolverError) else "out of GPU memory; lower --batch-size or --tile"
+            self.failures |= {name: f"{self.root / name}: {reason}" for name in names}
             return
         for row, (name, i, picture) in enumerate(zip(names, numbers, sample)):
             paths = self.outputs(name)

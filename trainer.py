@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -146,11 +147,14 @@ class Config:
             raise ValueError(f"solver = {self.solver!r}: {self.method} has no ODE; allowed is auto")
         if self.sampler == "dopri5" and self.sample_steps is not None:
             raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver midpoint, or leave sample_steps out")
-        if self.device != "auto":
-            try:
-                torch.empty(1, device=pick_device(self))
-            except (RuntimeError, AssertionError):
-                raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{', cuda' if torch.cuda.is_available() else '; no CUDA device is to be seen'}")
+        try:
+            device = pick_device(self)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError):
+            there = f", or one of {torch.cuda.device_count()} GPUs for each process" if torch.cuda.is_available() else "; no CUDA device is to be seen"
+            raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{there}")
+        if device.index is not None and self.device != "auto" and ":" in self.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"device = {self.device!r}: allowed is auto or cuda where several processes train, each on a GPU of its own")
         if hasattr(self.recipe, "check"):
             self.recipe.check()
 
@@ -202,14 +206,17 @@ class Trainer:
     """A run: data, network, averaged network, optimizers, log and checkpoints. Raises ValueError or DatasetError before the first step."""
 
     def __init__(self, config: Config, checkpoint: dict | None = None):
-        self.config, self.step, self.signal, self.showing, self.saved = config, 0, 0, False, True
+        self.config, self.step, self.images_seen, self.saved = config, 0, 0, True
+        self.signal, self.signalled, self.showing = 0, None, False  # the last signal, when it came, whether samples are being made
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config)
         precision = set_up(self.device, config.precision)
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # the others wait for the first one while it reads the data set, and while it samples
+            gpu = self.device if self.device.type == "cuda" else None
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1), device_id=gpu)
         if config.batch_size % self.world:
             raise ValueError(f"batch_size = {config.batch_size}: allowed are multiples of the {self.world} processes it is shared by")
 
@@ -322,9 +329,10 @@ class Trainer:
             losses.append(value.detach())
         skip = torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax()
         self.skipped = torch.stack([self.skipped[0], self.skipped[1] * skip]) + skip
-        self.step += 1
+        self.step, self.images_seen = self.step + 1, self.images_seen + c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+        with torch.no_grad():  # or the average would keep a graph of all its steps
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
         return losses[0]
 
     def run(self) -> int:
@@ -341,7 +349,7 @@ class Trainer:
             self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
             bar.update()
             if self.step % c.print_loss_every == 0 or self.step == c.steps:
-                self.report(bar, c.batch_size * (self.step - counted) / (time.perf_counter() - clock))
+                self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
             if self.step % c.sample_every == 0 or self.step == c.steps:
                 paused = time.perf_counter()
@@ -356,31 +364,39 @@ class Trainer:
         for number, handler in before.items():
             signal.signal(number, handler)
         if self.world > 1:
+            dist.barrier()  # nobody leaves while the first process writes
             dist.destroy_process_group()
         return stop
 
     def on_signal(self, number, frame):
-        """The first signal ends the run after this step, or cuts a sampling short; a second one ends it at once."""
-        again, self.signal = self.signal, number
+        """The first signal ends the run after this step, or cuts a sampling short; a second one ends it at once.
+
+        What comes within a second counts as one: a scheduler may signal each process, and torchrun then does so again.
+        """
+        now, again, self.signal = time.monotonic(), self.signalled is not None, number
+        if again and now - self.signalled < 1:
+            return
+        self.signalled = now
         if again or self.showing:
             raise KeyboardInterrupt
         tqdm.write(f"{signal.Signals(number).name}: saving and leaving after this step")
 
     def asked_to_stop(self) -> int:
-        """The signal that ends the run now, or 0. Several processes, which it reaches in different steps, agree on it at each report."""
+        """The signal that ends the run now, or 0. Several processes, which it reaches in different steps, agree on it every few steps."""
         if self.world == 1:
             return self.signal
-        if self.step % self.config.print_loss_every:
+        if self.step % min(self.config.print_loss_every, 10):
             return 0
         asked = torch.tensor(self.signal, device=self.device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return int(asked)
 
-    def report(self, bar, images_per_second: float):
-        """The mean loss since the last report: the only look the host takes at a training step."""
+    def report(self, bar, steps: int, clock: float):
+        """The mean loss of the last `steps` steps, and their speed since `clock`: the only look the host takes at training."""
         if self.world > 1:
             average([self.loss])
         (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
+        images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)  # the device has done them by now
         loss = loss / count if count else None
         self.loss.zero_()
         if self.rank == 0:
@@ -427,8 +443,9 @@ class Trainer:
             decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), " if "psnr" in numbers else ""
             tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for {len(sample)} images, "
                        f"{self.folder}/samples/step_{self.step:06d}.png")
-        except ode_int.SolverError as failure:
-            tqdm.write(f"warning: no samples at step {self.step:,}: {failure}", file=sys.stderr)
+        except (ode_int.SolverError, torch.OutOfMemoryError) as failure:
+            reason = failure if isinstance(failure, ode_int.SolverError) else "out of GPU memory; lower sample_count"
+            tqdm.write(f"warning: no samples at step {self.step:,}: {reason}", file=sys.stderr)
         except KeyboardInterrupt:
             tqdm.write(f"{signal.Signals(self.signal).name}: the sampling is cut short; saving and leaving")
         finally:
@@ -444,7 +461,7 @@ class Trainer:
         if self.rank:
             return
         checkpoint = dict(
-            step=self.step, config=asdict(self.config), classes=self.images.classes, num_classes=self.num_classes, wandb_id=self.log.id,
+            step=self.step, images_seen=self.images_seen, config=asdict(self.config), classes=self.images.classes, num_classes=self.num_classes, wandb_id=self.log.id,
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers], loss=self.loss, skipped=self.skipped)
         path = self.folder / "checkpoints" / "last.pt"
@@ -465,6 +482,7 @@ class Trainer:
         except (RuntimeError, ValueError) as failure:
             raise ValueError(f"resume = {self.config.resume!r}: its network is not the one these settings describe ({one_line(failure)[:200]} ...)")
         self.step = checkpoint["step"]
+        self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
         self.loss, self.skipped = checkpoint["loss"].to(self.device), checkpoint["skipped"].to(self.device)
 
 
@@ -516,8 +534,8 @@ def open_checkpoint(run: str | Path) -> tuple[Config, dict]:
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
     """The run's Config, and the checkpoint to go on from if --resume names one. Raises ValueError, exits after --help."""
     def given(flag):
-        values = [b for a, b in zip(arguments, [*arguments[1:], ""]) if a == flag] + [a.split("=", 1)[1] for a in arguments if a.startswith(flag + "=")]
-        return values[-1] if values else None
+        pairs = (a.split("=", 1) if "=" in a else (a, b) for a, b in zip(arguments, [*arguments[1:], ""]))
+        return dict((a.replace("_", "-"), b) for a, b in pairs).get(flag)
 
     checkpoint, preset = None, given("--preset") or "auto"
     if run := given("--resume"):
@@ -534,8 +552,9 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
             print(f"preset {name}: " + ("no GPU here, so a small network; --preset cifar10-sr is the full one" if name == "small" else "the full network"))
     default = config
     config = parse(Config, arguments, __doc__, default)
-    if config.overfit and not default.overfit and given("--max-steps") is None:  # a paper's step count is no demo
-        config = replace(config, max_steps=None)
+    if config.overfit != default.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
+        config = replace(config, max_steps=config.max_steps if given("--max-steps") else None,
+                         warmup_steps=config.warmup_steps if given("--warmup-steps") or not config.overfit else 0)
     config.check()
     return config, checkpoint
 
@@ -543,19 +562,21 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal and saved."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    trainer = None
     try:
-        trainer = Trainer(*read_command_line(sys.argv[1:] if arguments is None else arguments))
-    except (ValueError, data.DatasetError) as failure:
-        print(f"trainer.py: {failure}", file=sys.stderr)
-        return 2
-    try:
+        try:
+            trainer = Trainer(*read_command_line(sys.argv[1:] if arguments is None else arguments))
+        except (ValueError, data.DatasetError) as failure:
+            print(f"trainer.py: {failure}", file=sys.stderr)
+            return 2
         stopped = trainer.run()
     except FloatingPointError as failure:
-        print(f"trainer.py: {failure}", file=sys.stderr)
+        if trainer.rank == 0:
+            print(f"trainer.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 128 + trainer.signal
-    except torch.cuda.OutOfMemoryError:
+        return 128 + (trainer.signal if trainer else signal.SIGINT)
+    except torch.OutOfMemoryError:
         print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
         return 1
     if trainer.rank == 0:

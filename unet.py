@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
         h = self.norm1(self.conv1(x))
         h = F.silu(torch.addcmul(shift.to(h.dtype), h, (1 + scale).to(h.dtype)))
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
-        return h + self.skip(x)
+        return self.skip(x) + h  # in this order, for the sum takes its first term's memory format; before torch 2.15 CUDA's group norm is NCHW
 
 
 class LinearAttention(nn.Module):
@@ -83,8 +83,9 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(self.norm(rearrange(x, "b c h w -> b (h w) c"))).chunk(3, dim=-1)
-        q = q.unflatten(-1, (self.heads, HEAD)).softmax(dim=-1).flatten(-2)  # over a head's channels
-        k = k.softmax(dim=1)  # over pixels
+        # over a head's channels, and over pixels; summed in fp32, kept in bf16: CUDA's autocast alone would return fp32
+        q = q.unflatten(-1, (self.heads, HEAD)).softmax(dim=-1, dtype=q.dtype).flatten(-2)
+        k = k.softmax(dim=1, dtype=k.dtype)
         context = k.transpose(1, 2) @ v * self.blocks.to(v.dtype)
         out = self.to_out(q @ context)
         return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])

@@ -47,6 +47,9 @@ def count(config: Config) -> tuple[int, int]:
 
 def main(names: list[str]) -> int:
     """Exit status: 0 done, 2 bad input."""
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return 0
     one_network = [name for name, preset in PRESETS.items() if not hasattr(Config(**preset).recipe, "players")]
     if unknown := [name for name in names if name not in one_network]:
         print(f"memory.py: preset = {unknown[0]!r}: allowed are {', '.join(one_network)}", file=sys.stderr)

@@ -41,24 +41,31 @@ class PlainLoop:
         pairs = PlainPairs(images, config)
         endless = RandomSampler(pairs, replacement=True, num_samples=2**40)
         self.loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=device.type == "cuda")
+        self.batches = None
         self.ahead = workers * self.loader.prefetch_factor  # batches that are ready soon after the workers start
         reseed("weights", config.seed)
         self.net = unet(config).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), config.base_lr, weight_decay=0.0)
 
     def run(self, n: int, train: bool) -> float:
-        """Seconds of n batches, or steps, once the head start of the workers is used up."""
-        batches = iter(self.loader)
+        """Seconds of n batches, or steps, once the head start of the workers is used up.
+
+        The workers stay for the next call: a step after a fork would be slow, for it writes to pages that it shares with them.
+        """
+        self.batches = self.batches or iter(self.loader)
         for _ in range(1 + self.ahead):
-            next(batches)
+            self.take(train=False)
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(n):
-            z1, zlo, y = (x.to(self.device, non_blocking=True) for x in next(batches))
-            if train:
-                self.step(z1, zlo, y)
+            self.take(train)
         synchronize(self.device)
         return time.perf_counter() - start
+
+    def take(self, train: bool):
+        z1, zlo, y = (x.to(self.device, non_blocking=True) for x in next(self.batches))
+        if train:
+            self.step(z1, zlo, y)
 
     def step(self, z1, zlo, y):
         c, one = self.config, torch.ones_like(z1[:, :1])

@@ -55,10 +55,10 @@ class Options(Common):
         return self.compile == "on" or self.compile == "auto" and device.type == "cuda"
 
 
-def a_trainer(config: Config, folder: Path) -> Trainer:
+def a_trainer(config: Config, folder: Path, compiled: bool) -> Trainer:
     """A trainer as `python trainer.py --no-overfit` makes it, but with few images."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(replace(config, overfit=True, out_dir=str(folder)))  # overfit: draws a batch of images, not 10,000
+    with contextlib.redirect_stdout(io.StringIO()):  # overfit: draws a batch of images, not 10,000
+        trainer = Trainer(replace(config, overfit=True, out_dir=str(folder), compile="on" if compiled else "off"))
     trainer.config = replace(trainer.config, overfit=False)
     return trainer
 
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             measure_steps(o, config, device, report, Path(folder))
             done(show_steps(report))
         if {"loop", "data", "sample"} & set(o.parts):
-            trainer = a_trainer(config, Path(folder))
+            trainer = a_trainer(config, Path(folder), o.compiles(device))
             for part in ("loop", "data"):
                 if part in o.parts and parts(config.task) == ["sr"]:  # the plain recipe is for that task
                     measure_loop(o, config, device, report, part, trainer)

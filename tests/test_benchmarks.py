@@ -266,4 +266,5 @@ def test_memory_counts_what_the_backward_pass_is_kept_for():
 
 
 def test_memory_refuses_other_presets(capsys):
+    assert memory.main(["--help"]) == 0 and "activation checkpointing" in capsys.readouterr().out
     assert memory.main(["small-udpm"]) == 2 and "small-udpm" in capsys.readouterr().err

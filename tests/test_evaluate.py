@@ -30,6 +30,7 @@ from trainer import Config, draw, make_unet
 from unet import Guided
 
 SIDE, TEST = 16, 42
+EXACT = 10 * math.log10(255**2 * 3 * SIDE**2)  # the PSNR of an image without an error: as if one value were off by a level
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_what_the_damage_hides_is_consistent(judge, config):
 
 
 def test_samples_are_rounded_and_clamped(judge, config):
-    assert judge(config, False, lambda batch: batch.z1 + 0.4 / 127.5)["psnr"] > 100  # rounded away
+    assert judge(config, False, lambda batch: batch.z1 + 0.4 / 127.5)["psnr"] == pytest.approx(EXACT)  # rounded away
     bright = judge(config, False, lambda batch: torch.full_like(batch.z1, 5.0))
     order = torch.cat(judge.batches)
     assert bright["bias"] == pytest.approx((255 - judge.images.test[order].double().mean((0, 2, 3))).tolist())
@@ -250,7 +251,7 @@ def test_other_tasks(judge, config, task, names, without):
 def test_pairs_can_not_be_damaged_again(config, folder):
     c = replace(config, task="paired", paired_path=str(folder))
     judge = metrics.Judge(c, torch.device("cpu"), ("psnr", "consistency"), count=3)
-    assert judge(c, False, lambda batch: batch.zlo)["psnr"] > 100
+    assert judge(c, False, lambda batch: batch.zlo)["psnr"] == pytest.approx(EXACT)
     assert judge.left_out(c, False).keys() == {"consistency"}
 
 
@@ -358,6 +359,7 @@ def one_batch(config, classes, n=3):
     (dict(method="edm", edm=EDM(sampler="euler")), "auto", [], 35),
     (dict(method="edm"), "euler", [1], 35),
     (dict(method="udpm"), "heun", [1, 2, 4, 5, 10], 3),  # no ODE: its own sampler
+    (dict(method="i2sb", i2sb=I2SB(n=8)), "midpoint", [10], 8),  # nor without ot_ode
     (dict(method="regression"), "auto", [2, 3, 4, 5, 10], 1),
 ])
 def test_nfe_against_the_networks_own_counter(settings, solver, missing, default):
@@ -544,6 +546,32 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
     kept, = tmp_path.glob("*.json")
     row, = json.loads(kept.read_text())["rows"]
     assert f"| interpolant | euler | 2 | {row['psnr']:.2f} |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatch):
+    def broken(config, net, batch):
+        if config.method == "interpolant" and isinstance(net.net.net, nn.Module):
+            raise SolverError("not finite")
+        return trainer.draw(config, net, batch)
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(evaluate, "draw", broken)
+    assert evaluate.main([*runs, *FLAGS, "--metrics", "psnr", "--output", str(tmp_path)]) == 0
+    rows = {path.name[:4]: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
+    assert {row.get("failed") for row in rows["inte"]} == {"not finite"} and all("psnr" in row for row in rows["udpm"])
+    assert "| not finite |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_run_without_rows_is_refused(runs, tmp_path, capsys):
+    assert evaluate.main([runs[1], "--nfe", "5", "--no-default", "--metrics", "psnr", "--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert "can do none of them exactly" in capsys.readouterr().err
+
+
+def test_results_go_to_a_folder_of_their_own(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert evaluate.main([runs[1], "--metrics", "psnr", "--nfe", "3", "--count", "4", "--device", "cpu"]) == 0
+    assert len(list(tmp_path.glob("runs/evaluation-*/table.md"))) == 1
 
 
 def test_what_is_no_comparison_is_said(results):

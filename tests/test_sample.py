@@ -18,6 +18,7 @@ from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
+from ode_int import SolverError
 from trainer import Config
 from unet import Tiled, windows
 
@@ -139,13 +140,14 @@ def test_without_output_the_run_gets_a_new_folder(tmp_path):
     assert {p.parent.parent for p in tmp_path.rglob("restored-*/in.png")} == {tmp_path / "run"}
 
 
-def test_out_of_memory_costs_the_image_only(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("failure, reason", [(torch.OutOfMemoryError(), "out of GPU memory"), (SolverError("not finite"), "not finite")])
+def test_what_breaks_off_costs_the_image_only(tmp_path, capsys, monkeypatch, failure, reason):
     identity, whole, calls = make_run(tmp_path / "run", identity=True), sample.Model.sample, []
 
     def small(self, zlo, *rest):
         calls.append(len(zlo))
         if zlo.shape[2] > 20 and len(calls) % 2:
-            raise torch.OutOfMemoryError
+            raise failure
         return whole(self, zlo, *rest)
 
     monkeypatch.setattr(sample.Model, "sample", small)
@@ -153,8 +155,21 @@ def test_out_of_memory_costs_the_image_only(tmp_path, capsys, monkeypatch):
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out", "--draws", 3, "--batch-size", 8) == 1
     assert calls == [1, 1, 1, 3]
     captured = capsys.readouterr()
-    assert "1 of 2 images restored" in captured.out and captured.err.count("big.png: out of GPU memory") == 1
+    assert "1 of 2 images restored" in captured.out and captured.err.count(f"big.png: {reason}") == 1
     assert {p.name for p in (tmp_path / "out").glob("*_mean.png")} == {"small_mean.png"}
+
+
+def test_an_interrupt_still_tells_what_was_not_restored(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    identity = make_run(tmp_path / "run", identity=True)
+    monkeypatch.setattr(sample.Model, "sample", interrupted)
+    put(tmp_path / "in/b.png", photo(5, 5))
+    (tmp_path / "in/a.png").write_bytes(b"no image")
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 130
+    error = capsys.readouterr().err
+    assert "not restored: " in error and "a.png can't be read" in error and "interrupted" in error
 
 
 # inpainting ----------------------------------------------------------------------------------------------------------
@@ -449,6 +464,14 @@ def test_export_samples_the_same_bits(tmp_path, capsys):
     capsys.readouterr()
     assert run(path, "--export", tmp_path / "model.safetensors") == 2 and "exists" in capsys.readouterr().err
     assert run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2 and "averaged weights only" in capsys.readouterr().err
+
+
+def test_an_exported_file_is_not_exported_again(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    path = make_run(tmp_path / "run")
+    assert run(path, "--export", tmp_path / "raw.safetensors", "--no-ema") == 0
+    assert run(tmp_path / "raw.safetensors", "--export", tmp_path / "again.safetensors") == 2
+    assert "exported file already" in capsys.readouterr().err and not (tmp_path / "again.safetensors").exists()
 
 
 def test_export_without_the_package_says_so(tmp_path, capsys, monkeypatch):

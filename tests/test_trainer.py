@@ -26,6 +26,7 @@ import methods.udpm
 import trainer
 from corruptions import Damage
 from trainer import PRESETS, Config, Interpolant, Trainer, from_plain
+from unet import Guided
 
 TINY = ("--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 "
         "--sample-count 2 --solver euler --sample-steps 2 --no-use-wandb")
@@ -325,10 +326,11 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4
 
 
-def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
-    at_step(monkeypatch, 3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+@pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
+def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
+    at_step(monkeypatch, 3, lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
-    assert checkpoint(run)["step"] == 2
+    assert checkpoint(run)["step"] == saved
 
 
 def program(arguments, where):
@@ -716,7 +718,7 @@ def test_psnr_against_numpy():
     x = truth + torch.randn_like(truth) * torch.tensor([0.02, 0.1, 0.3, 1, 3])[:, None, None, None]  # far out of range too
     levels = [np.clip(np.floor((z.double().numpy() + 1) * 127.5 + 0.5), 0, 255) for z in (x, truth)]
     assert logs.psnr(x, truth) == pytest.approx(decibels(*levels), abs=0.01)
-    assert math.isfinite(logs.psnr(truth, truth))
+    assert logs.psnr(truth, truth) == pytest.approx(10 * math.log10(255**2 * 3 * 6 * 7))  # as if one value were off by a level
 
 
 def test_the_strip_has_a_column_a_time_and_clean_estimates_below_states():
@@ -773,6 +775,20 @@ def test_where_nothing_can_be_compiled_the_run_goes_on(tmp_path, monkeypatch, fi
     with pytest.warns(UserWarning, match="the network is not compiled .*no C\\+\\+ compiler"):
         run = start(tmp_path, f"{FINISHED} --compile on")
     same(checkpoint(run), checkpoint(finished))
+
+
+def test_no_memory_for_samples_ends_no_training(tmp_path, monkeypatch, finished, capsys):
+    draw = trainer.draw
+
+    def full(config, net, batch, trace=None):
+        if isinstance(net, Guided):
+            raise torch.OutOfMemoryError
+        return draw(config, net, batch, trace)
+
+    monkeypatch.setattr(trainer, "draw", full)
+    run = start(tmp_path, FINISHED)
+    assert "no samples at step 2: out of GPU memory" in capsys.readouterr().err
+    same(checkpoint(run), checkpoint(finished), ("ema", "players", "optimizers"))
 
 
 def test_dopri5_samples_by_default(tmp_path):
@@ -873,6 +889,21 @@ def test_flags_override_their_preset(preset):
     config, _ = trainer.read_command_line(["--batch-size", "6", "--device", "cpu", f"--preset={preset}", "--damage.factor", "4"])
     expected = replace(Config(**PRESETS[preset]), preset=preset, device="cpu", batch_size=6)
     assert config == replace(expected, damage=replace(expected.damage, factor=4))
+
+
+@pytest.mark.parametrize("flags, steps, warmup", [
+    ("--preset sr3-faces128", 1_000_000, 50_000), ("--preset sr3-faces128 --overfit", 1000, 0), ("--preset=sr3-faces128 --overfit --max_steps 7", 7, 0),
+    ("--preset sr3-faces128 --overfit --warmup-steps=3", 1000, 3), ("--preset small", 600, 0), ("--preset small --no-overfit", 100_000, 0)])
+def test_a_presets_step_count_is_for_its_own_mode(flags, steps, warmup):
+    config, _ = trainer.read_command_line([*flags.split(), "--device", "cpu"])
+    assert (config.steps, config.warmup_steps) == (steps, warmup)
+
+
+def test_the_average_of_the_weights_is_no_part_of_a_graph(tmp_path):
+    run = make(f"--out-dir {tmp_path}")
+    before = [p.clone() for p in run.ema.parameters()]
+    run.train_step()
+    assert not any(p.requires_grad for p in run.ema.parameters()) and not all(map(torch.equal, before, run.ema.parameters()))
 
 
 @pytest.fixture
