@@ -147,14 +147,7 @@ class Config:
             raise ValueError(f"solver = {self.solver!r}: {self.method} has no ODE; allowed is auto")
         if self.sampler == "dopri5" and self.sample_steps is not None:
             raise ValueError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver midpoint, or leave sample_steps out")
-        try:
-            device = pick_device(self)
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError):
-            there = f", or one of {torch.cuda.device_count()} GPUs for each process" if torch.cuda.is_available() else "; no CUDA device is to be seen"
-            raise ValueError(f"device = {self.device!r}: allowed is auto, cpu{there}")
-        if device.index is not None and self.device != "auto" and ":" in self.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(f"device = {self.device!r}: allowed is auto or cuda where several processes train, each on a GPU of its own")
+        pick_device(self)
         if hasattr(self.recipe, "check"):
             self.recipe.check()
 
@@ -494,9 +487,17 @@ def average(tensors: list[Tensor]):
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device that was named; of several GPUs this process's own."""
+    """The device that was named; of several GPUs this process's own. Raises ValueError."""
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, each on a GPU of its own")
+    try:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        there = f", and {torch.cuda.device_count()} GPUs, one for each process" if torch.cuda.is_available() else "; no CUDA device is to be seen"
+        raise ValueError(f"device = {config.device!r}: allowed is auto, cpu{there}") from None
+    return device
 
 
 def make_unet(config: Config, num_classes: int) -> Unet:

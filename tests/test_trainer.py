@@ -746,8 +746,21 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
                                                     (False, "auto", "cpu")])
 def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert str(trainer.pick_device(Config(device=named))) == expected
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if ":" in named:
+        with pytest.raises(ValueError, match="each on a GPU of its own"):
+            trainer.pick_device(Config(device=named))
+
+
+def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: as if this process were one too many
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(ValueError, match="device = 'auto': .* 2 GPUs"):
+        Config().check()
 
 
 @pytest.mark.parametrize("flags, compiled", [("--max-steps 20000", True), ("--max-steps 19999", False), ("--max-steps 20000 --compile off", False),
