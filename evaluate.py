@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         if twice := [name for name, times in Counter(map(called, o.runs)).items() if times > 1]:
             raise ValueError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder if o.output else folder.parent).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise ValueError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
         judges, baselines, results, jobs = {}, {}, [], []
@@ -278,6 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
                     raise ValueError(f"nfe = {o.nfe}: the {c.method} sampler of {run} can do none of them exactly; leave --no-default out")
                 jobs.append((result, net, c, judges[key], settings, (key, result["problem"]["task"])))
             results.append(c if isinstance(c, dict) else result)
+        folder.mkdir(exist_ok=True)
         for difference in differences(results):
             print(f"not one comparison: {difference}", file=sys.stderr)
         try:

@@ -105,6 +105,8 @@ def few_ticks(axis, low: float, high: float):
     """Plain numbers on a logarithmic axis: about five, also where it spans less than a decade."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+    if not 0 < low < high:  # nothing is drawn there
+        return
     decades = math.log10(high / low)
     axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)) if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
     axis.set_major_formatter("{x:g}")

@@ -209,7 +209,7 @@ class Trainer:
         if self.world > 1 and not dist.is_initialized():
             # the others wait for the first one while it reads the data set, and while it samples
             gpu = self.device if self.device.type == "cuda" else None
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1), device_id=gpu)
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6), device_id=gpu)
         if config.batch_size % self.world:
             raise ValueError(f"batch_size = {config.batch_size}: allowed are multiples of the {self.world} processes it is shared by")
 
@@ -218,7 +218,9 @@ class Trainer:
         self.images = load_images(config).to(self.device)
         if self.world > 1 and self.rank == 0:
             dist.barrier()
-        compiled = ("on" if config.steps >= COMPILE_FROM else "off") if config.compile == "auto" else config.compile
+        compiled = config.compile
+        if compiled == "auto":  # a method with levels, and a second network, would compile a graph for each
+            compiled = "on" if config.steps >= COMPILE_FROM and not hasattr(config.recipe, "players") else "off"
         # chosen once: a resumed run takes the same
         self.config = config = replace(config, dataset=config.dataset or self.images.name, compile=compiled)
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
@@ -268,6 +270,8 @@ class Trainer:
         try:
             with self.autocast():
                 loss(net, self.batch(self.step)).mean().backward()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as failure:  # of many types
             net._compiled_call_impl = None
             warnings.warn(f"the network is not compiled ({one_line(failure)[:200]})")
@@ -344,7 +348,7 @@ class Trainer:
             if self.step % c.print_loss_every == 0 or self.step == c.steps:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
-            if self.step % c.sample_every == 0 or self.step == c.steps:
+            if self.step == c.steps or self.step % c.sample_every == 0 and not self.signal:  # who is to leave draws on resume
                 paused = time.perf_counter()
                 self.show(bar)
                 clock += time.perf_counter() - paused
@@ -354,11 +358,11 @@ class Trainer:
         bar.close()
         if self.rank == 0:
             self.log.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if self.world > 1:
             dist.barrier()  # nobody leaves while the first process writes
             dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return stop
 
     def on_signal(self, number, frame):
@@ -385,7 +389,7 @@ class Trainer:
         return int(asked)
 
     def report(self, bar, steps: int, clock: float):
-        """The mean loss of the last `steps` steps, and their speed since `clock`: the only look the host takes at training."""
+        """The mean loss of the last `steps` steps, and their speed since `clock`: all that the host looks at, but for signals."""
         if self.world > 1:
             average([self.loss])
         (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
@@ -494,9 +498,9 @@ def pick_device(config: Config) -> torch.device:
     try:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as failure:
         there = f", and {torch.cuda.device_count()} GPUs, one for each process" if torch.cuda.is_available() else "; no CUDA device is to be seen"
-        raise ValueError(f"device = {config.device!r}: allowed is auto, cpu{there}") from None
+        raise ValueError(f"device = {config.device!r}: allowed is auto, cpu{there} ({one_line(failure)[:100]})") from None
     return device
 
 
@@ -561,7 +565,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal and saved."""
+    """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:
@@ -576,7 +580,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"trainer.py: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 128 + (trainer.signal if trainer else signal.SIGINT)
+        return 128 + (trainer and trainer.signal or signal.SIGINT)
     except torch.OutOfMemoryError:
         print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
         return 1

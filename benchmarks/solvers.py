@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = replace(config, dataset=o.dataset or config.dataset)
         if not hasattr(config.recipe, "velocity"):
             raise ValueError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
+        about = machine(device)
         judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
         table = measure(o, config, net, judge, device)
     except (ValueError, data.DatasetError) as failure:
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"solvers.py: {failure}", file=sys.stderr)
         return 1
     no_frechet = judge.why.get("frechet") if o.frechet else "switched off"
-    report = dict(command=" ".join(["python benchmarks/solvers.py", *arguments]), machine=machine(device), run=o.run,
+    report = dict(command=" ".join(["python benchmarks/solvers.py", *arguments]), machine=about, run=o.run,
                   config=asdict(config), count=judge.count, table=table, no_frechet=no_frechet)
     path = save(report, o.out, "solvers", started)
     print(describe(report))

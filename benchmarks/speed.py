@@ -56,7 +56,7 @@ class Options(Common):
 
 
 def a_trainer(config: Config, folder: Path, compiled: bool) -> Trainer:
-    """A trainer as `python trainer.py --no-overfit` makes it, but with few images."""
+    """A trainer as `python trainer.py --no-overfit` makes it, but with few images; compiled or not."""
     with contextlib.redirect_stdout(io.StringIO()):  # overfit: draws a batch of images, not 10,000
         trainer = Trainer(replace(config, overfit=True, out_dir=str(folder), compile="on" if compiled else "off"))
     trainer.config = replace(trainer.config, overfit=False)

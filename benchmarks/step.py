@@ -209,10 +209,10 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
     work = {kind: timer(matmul(device, kind, side), device) for kind in kinds}
     broken = {}
     for v in todo:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(caches / v.compile)
         try:
-            step = make_step(config, v, batch)
-            step()  # compiles, from the cache that the processes filled
+            with cached_in(caches / v.compile):
+                step = make_step(config, v, batch)
+                step()  # compiles, from the cache that the processes filled
             work[v.name] = timer(step, device)
         except Exception as failure:
             broken[v.name] = failed(failure)
@@ -232,6 +232,17 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
             row["compile_cached_s"] = row["fresh"]["cached"].get("first_step_s", math.nan) - first
             row["pays_after_steps"] = pays_after(row["compile_s"], table[eager(todo)].get("seconds"), row.get("seconds"))
     report["step"] = list(table.values())
+
+
+@contextlib.contextmanager
+def cached_in(folder: Path):
+    """Within it, torch.compile keeps its kernels in `folder`."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before, os.environ[name] = os.environ.get(name), str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def pays_after(once: float, before: float | None, after: float | None) -> float | None:

@@ -506,6 +506,13 @@ def test_the_plot_says_what_the_json_says(results):
     assert drawn["regression"].tolist() == [[0, 20], [1, 20]]  # a horizontal line, as the baseline that it is
 
 
+def test_a_problem_without_figures_has_an_empty_panel(results):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    _, (interpolant, udpm) = results
+    failed = udpm | dict(problem=udpm["problem"] | dict(task="blur"), baselines=[], rows=[dict(sampler="own", default=True, steps=None, failed="not finite")])
+    assert len(report.plot([interpolant, failed]).axes) == 2 * len(report.plot([interpolant]).axes)
+
+
 def test_a_json_file_is_a_run(results, tmp_path, monkeypatch):
     output, found = results
     monkeypatch.setattr(evaluate, "Judge", lambda *_: pytest.fail("nothing is to be measured"))

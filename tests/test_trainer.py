@@ -109,6 +109,7 @@ def as_found():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch._dynamo.reset()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -302,6 +303,15 @@ def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, finished, number, stat
     assert f"--resume {run}" in capsys.readouterr().out
     resume(run)
     same(checkpoint(run), checkpoint(finished))
+
+
+def test_a_signal_does_not_wait_for_samples(tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the step after which samples are due
+        run = start(tmp_path, FINISHED, 143)
+    assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))
+    resume(run)
+    assert metrics(run) == metrics(finished)
 
 
 def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
@@ -745,6 +755,7 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
 @pytest.mark.parametrize("there, named, expected", [(True, "auto", "cuda:2"), (True, "cuda", "cuda:2"), (True, "cuda:1", "cuda:1"), (True, "cpu", "cpu"),
                                                     (False, "auto", "cpu")])
 def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -753,6 +764,8 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
     if ":" in named:
         with pytest.raises(ValueError, match="each on a GPU of its own"):
             trainer.pick_device(Config(device=named))
+    else:
+        assert str(trainer.pick_device(Config(device=named))) == expected
 
 
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
@@ -771,7 +784,6 @@ def test_long_runs_compile_their_network(tmp_path, monkeypatch, flags, compiled)
     monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options))
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     run = start(tmp_path, flags, 130)
-    torch._dynamo.reset()
     assert checkpoint(run)["step"] == 2 and len(graphs) == compiled
     monkeypatch.undo()
     monkeypatch.setattr(Trainer, "compile", lambda self: graphs.append("again"))
@@ -1044,13 +1056,13 @@ def interrupted(arguments, rank, moment):
     return trainer.main(arguments)
 
 
-@pytest.mark.parametrize("moment", ["in the step", "between"])
-def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, moment):
-    arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000 --print-loss-every 1".split()
+@pytest.mark.parametrize("moment, every, stops_at", [("in the step", 1, 2), ("between", 1, 3), ("in the step", 50, 10)])
+def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, moment, every, stops_at):
+    arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000 --print-loss-every {every}".split()
     both = [process(interrupted, arguments, rank, moment, env=env) for rank, env in enumerate(ranks(2))]
     for each in both:
         each.join(60)
         assert each.exitcode == 143, each.log.read_text()
     run = next((tmp_path / "out").iterdir())
-    assert checkpoint(run)["step"] == (2 if moment == "in the step" else 3)
-    resume(run, "--max-steps 4")
+    assert checkpoint(run)["step"] == stops_at
+    resume(run, f"--max-steps {stops_at + 1}")

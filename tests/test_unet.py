@@ -334,12 +334,14 @@ def test_the_compiled_network_computes_the_same(monkeypatch, checkpointing):
     monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=run_as_it_is, fullgraph=True, **options))
     net, compiled, results = *(make(dim_mults=(1, 1), checkpointing=checkpointing).train() for _ in range(2)), []
     compiled.compile(dynamic=False)
-    for each in (net, compiled):
-        for _ in range(2):
-            out = each(*inputs(height=16, width=16))
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in each.parameters())])
-    torch._dynamo.reset()
+    try:
+        for each in (net, compiled):
+            for _ in range(2):
+                out = each(*inputs(height=16, width=16))
+            out.square().sum().backward()
+            results.append([out, *(p.grad for p in each.parameters())])
+    finally:
+        torch._dynamo.reset()
     assert len(graphs) == 1 and compiled.state_dict().keys() == net.state_dict().keys()
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
