@@ -1,0 +1,175 @@
+"""Runs of a tiny network for the tests of the trainer, what they leave, and processes that may be killed."""
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import trainer
+from trainer import Trainer
+
+TINY = ("--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 "
+        "--sample-count 2 --solver euler --sample-steps 2 --no-use-wandb")
+FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
+STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
+TRAINER = Path(trainer.__file__)
+
+
+def start(out, flags="", status=0) -> Path | None:
+    """Trains in this process; the run's folder, if there is one."""
+    assert trainer.main(f"{TINY} --out-dir {out} {flags}".split()) == status
+    folders = [path for path in Path(out).iterdir()] if Path(out).is_dir() else []
+    assert len(folders) <= 1
+    return folders[0] if folders else None
+
+
+def make(flags) -> Trainer:
+    return Trainer(*trainer.read_command_line(f"{TINY} {flags}".split()))
+
+
+def one_line(capsys) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("trainer.py: ")
+    return lines[0]
+
+
+def resume(run, flags="", status=0):
+    assert trainer.main(f"--resume {run} {flags}".split()) == status
+
+
+def checkpoint(folder) -> dict:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def leaves(value, name="") -> dict:
+    """Nested dicts and lists -> {path: tensor or value}."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: leaf for key, inner in items for path, leaf in leaves(inner, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def same(a: dict, b: dict, keys=STATE):
+    """Bit for bit: every tensor and number of two checkpoints."""
+    a, b = (leaves({key: x[key] for key in keys}) for x in (a, b))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        equal = torch.equal(value, b[name]) and value.dtype == b[name].dtype if torch.is_tensor(value) else value == b[name]
+        assert equal, name
+
+
+def finite(state: dict) -> bool:
+    return all(leaf.isfinite().all() for leaf in leaves(state).values() if torch.is_tensor(leaf))
+
+
+def metrics(folder) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines]
+
+
+def at_step(monkeypatch, step: int, action):
+    """Calls `action` in the middle of that training step, counted from 1."""
+    original = Trainer.train_step
+
+    def train_step(self):
+        if self.step + 1 == step:
+            action()
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def kept(monkeypatch) -> dict:
+    """{step: checkpoint} of all that are written from now on."""
+    states, original = {}, Trainer.save
+
+    def save(self):
+        original(self)
+        states[self.step] = checkpoint(self.folder)
+
+    monkeypatch.setattr(Trainer, "save", save)
+    return states
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    """One thread, which is fastest for so small a network, and the signal handlers of before."""
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """40 pictures, of which 4 are held out, in the folders of two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(data.load("shapes", 16, limit=40).train):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 4 steps, not to be written to."""
+    torch.set_num_threads(1)
+    return start(tmp_path_factory.mktemp("finished"), FINISHED)
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The finished run in another place."""
+    return shutil.copytree(finished, tmp_path / "elsewhere" / "moved")
+
+
+# Processes that may be killed come from a fork server that has imported the trainer once.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["trainer"])
+
+
+def child(target, log, env, *args):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with open(log, "wb") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    sys.exit(target(*args))
+
+
+@pytest.fixture
+def process(tmp_path):
+    """process(function, *args, env={}): runs it in a new process, which does not outlive the test."""
+    running = []
+
+    def begin(target, *args, env=None):
+        log = tmp_path / f"log-{len(running)}"
+        running.append(SERVER.Process(target=child, args=(target, log, env or {}, *args)))
+        running[-1].log = log
+        running[-1].start()
+        return running[-1]
+
+    yield begin
+    for each in running:
+        each.kill()
+        each.join()
+
+
+def until(ready, *processes, seconds=120):
+    end = time.monotonic() + seconds
+    while not ready():
+        assert all(each.exitcode is None for each in processes) and time.monotonic() < end, [each.log.read_text() for each in processes]
+        time.sleep(0.01)

@@ -1,0 +1,368 @@
+"""The whole run, stopped: nothing is lost, whatever ends it, and a resumed run has the same bits."""
+import errno
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import logs
+import trainer
+from runs import FINISHED, TINY, TRAINER, as_found, at_step, checkpoint, copy, finished, folder, leaves  # noqa: F401 (fixtures)
+from runs import make, metrics, one_line, process, resume, same, start, until  # noqa: F401
+from trainer import Config, Interpolant, Trainer, from_plain
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+@pytest.mark.parametrize("mode", ["--overfit", "--no-overfit"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode):
+    """With everything that draws random numbers switched on: dropout, labels dropped, flips, shuffled epochs."""
+    flags = (f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 --print-loss-every 2 "
+             "--checkpoint-every 1")
+    victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 10000".split())
+    until(lambda: list(tmp_path.glob("killed/*/checkpoints/last.pt")), victim)
+    time.sleep(random.Random().uniform(0, 0.5))  # an arbitrary moment: half of the time it is writing
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+
+    run = next((tmp_path / "killed").iterdir())
+    before = checkpoint(run)
+    steps = before["step"] + 4
+    resume(run, f"--max-steps {steps}")
+    straight = start(tmp_path / "straight", f"{flags} --max-steps {steps}")
+    after = checkpoint(run)
+    same(after, checkpoint(straight))
+    assert after["step"] == steps and not torch.equal(after["players"][0]["stem.weight"], before["players"][0]["stem.weight"])
+    assert metrics(run) == metrics(straight)
+    assert [m["step"] for m in metrics(run) if "loss" in m] == sorted({*range(2, steps + 1, 2), steps})
+    assert [m["step"] for m in metrics(run) if "psnr" in m] == sorted({*range(3, steps + 1, 3), steps})
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_how_often_one_looks_changes_no_training(tmp_path, finished):
+    seldom = start(tmp_path, "--max-steps 4 --sample-every 1000 --print-loss-every 3 --checkpoint-every 1000")
+    same(checkpoint(finished), checkpoint(seldom), ("step", "ema", "players", "optimizers", "skipped"))
+
+
+def test_another_seed_changes_training(tmp_path, finished):
+    other = start(tmp_path, "--max-steps 4 --seed 1")
+    ours, theirs = checkpoint(finished), checkpoint(other)
+    assert all(not torch.equal(p, theirs["ema"][name]) for name, p in ours["ema"].items() if p.ndim > 1)
+
+
+def test_resume_by_folder_or_file_wherever_it_lies(tmp_path, copy, capsys):
+    straight = start(tmp_path / "straight", FINISHED.replace("4", "6"))
+    twin = shutil.copytree(copy, tmp_path / "twin")
+    for run, name in ((copy, copy), (twin, twin / "checkpoints" / "last.pt")):
+        resume(name, "--max-steps 6")
+        assert "steps 4 to 6" in capsys.readouterr().out
+        same(checkpoint(run), checkpoint(straight))
+        assert metrics(run) == metrics(straight)
+
+
+def test_lines_after_the_checkpoint_and_half_lines_are_dropped(copy):
+    before = metrics(copy)
+    with open(copy / "metrics.jsonl", "a") as f:  # died in the middle of step 6's line
+        f.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')
+    resume(copy, "--max-steps 5")
+    after = metrics(copy)
+    assert after[:len(before)] == before and [m["step"] for m in after[len(before):]] == [5, 5] and after[len(before)]["loss"] < 99
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "another object", "another program's"])
+def test_a_damaged_checkpoint_is_one_line(copy, capsys, damage):
+    path = copy / "checkpoints" / "last.pt"
+    if damage == "another object":
+        torch.save([1, 2], path)
+    elif damage == "another program's":
+        torch.save({"model": torch.zeros(2), "step": 7}, path)
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-2000], "empty": b"", "text": b"epoch 3\n"}[damage])
+    capsys.readouterr()
+    resume(copy, "--max-steps 6", status=2)
+    error = one_line(capsys)
+    assert "run = " in error and str(copy) in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("", ["max_steps = 4", "step 4"]),
+    ("--max-steps 3", ["max_steps = 3", "step 4"]),
+    ("--max-steps 6 --unet-channels 16", ["resume", "network"]),
+    ("--max-steps 6 --no-unet-use-classes", ["resume", "network"]),
+    ("--max-steps 6 --no-condition", ["resume", "network"]),
+])
+def test_a_resume_that_cannot_be_changes_nothing(finished, capsys, flags, words):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    resume(finished, flags, status=2)
+    error = one_line(capsys)
+    assert all(word in error for word in words), error
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_no_such_run(tmp_path, capsys):
+    for run in (tmp_path, tmp_path / "nowhere"):
+        resume(run, status=2)
+        assert str(run) in one_line(capsys)
+
+
+def test_settings_of_another_version_are_ignored_with_a_warning(copy):
+    path = copy / "checkpoints" / "last.pt"
+    state = checkpoint(copy)
+    state["config"] |= {"frobnicate": 3, "damage": state["config"]["damage"] | {"rain": 1}}
+    del state["config"]["guidance"]  # and a field that was not there then takes its default
+    torch.save(state, path)
+    with pytest.warns(UserWarning) as caught:
+        resume(copy, "--max-steps 5")
+    assert ["frobnicate" in str(w.message) for w in caught].count(True) == ["rain" in str(w.message) for w in caught].count(True) == 1
+    assert checkpoint(copy)["step"] == 5 and "frobnicate" not in checkpoint(copy)["config"]
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, finished, number, status, capsys):
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        run = start(tmp_path, FINISHED, status)
+    assert checkpoint(run)["step"] == 3 and checkpoint(run)["loss"][1] == 1  # half-way to the next report
+    assert signal.getsignal(number) is handler
+    assert f"--resume {run}" in capsys.readouterr().out
+    resume(run)
+    same(checkpoint(run), checkpoint(finished))
+
+
+def test_a_signal_does_not_wait_for_samples(tmp_path, monkeypatch, finished):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the step after which samples are due
+        run = start(tmp_path, FINISHED, 143)
+    assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))
+    resume(run)
+    assert metrics(run) == metrics(finished)
+
+
+def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
+    original = trainer.draw
+
+    def endless(config, net, batch, trace=None):
+        if not isinstance(net, trainer.Guided):  # the rehearsal before the first step
+            return original(config, net, batch, trace)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "draw", endless)
+        run = start(tmp_path, FINISHED, 130)
+    assert time.monotonic() - began < 15
+    assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))
+    resume(run)
+    same(checkpoint(run), checkpoint(finished))
+    assert metrics(run) == metrics(finished)  # with the sampling that was missed
+    pictures = [{p.name: p.read_bytes() for p in (each / "samples").iterdir()} for each in (run, finished)]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4
+
+
+@pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
+def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
+    at_step(monkeypatch, 3, lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
+    run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
+    assert checkpoint(run)["step"] == saved
+
+
+def program(arguments, where):
+    """python trainer.py, less the seconds of its imports."""
+    os.chdir(where)
+    sys.argv = [str(TRAINER), *arguments]
+    runpy.run_path(str(TRAINER), run_name="__main__")
+
+
+def test_the_program_stopped_from_outside(tmp_path, process):
+    """As a scheduler stops it, in the default folders."""
+    run = process(program, f"{TINY} --checkpoint-every 1 --max-steps 10000".split(), tmp_path)
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/last.pt")), run)
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(60)
+    assert run.exitcode == 143
+    said, folder = run.log.read_text(), next((tmp_path / "runs").iterdir())
+    assert "Traceback" not in said and "SIGTERM" in said
+    assert said.strip().splitlines()[-1] == f"go on with: python trainer.py --resume {folder.relative_to(tmp_path)}"
+    resume(folder, f"--max-steps {checkpoint(folder)['step'] + 1}")
+
+
+# ------------------------------------------------------------------------------------------------- never half a file
+
+def test_a_writer_that_fails_leaves_the_old_content(tmp_path):
+    path = tmp_path / "file"
+    logs.write_atomically(path, lambda f: f.write(b"old"))
+    for failure in (OSError("disk full"), KeyboardInterrupt()):
+        def write(f):
+            f.write(b"half")
+            raise failure
+
+        with pytest.raises(type(failure)):
+            logs.write_atomically(path, write)
+        assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    logs.write_atomically(path, lambda f: f.write(b"new"))
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def write_for_ever(path):
+    for i in range(10**9):
+        logs.write_atomically(path, lambda f: [f.write(bytes([i % 256]) * 2**16) for _ in range(64)])
+
+
+def test_kill_while_writing_leaves_one_whole_content(tmp_path, process):
+    path = tmp_path / "file"
+    for _ in range(3):
+        path.unlink(missing_ok=True)
+        writer = process(write_for_ever, path)
+        until(path.exists, writer)
+        time.sleep(random.Random().uniform(0, 0.1))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        content = path.read_bytes()
+        assert len(content) == 2**22 and len(set(content)) == 1
+
+
+def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, capsys):
+    """Neither pictures nor checkpoints can be written: warnings, training to the end, and then exit status 1."""
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        run = start(tmp_path / "pictures", "--max-steps 2")
+    err = capsys.readouterr().err
+    assert "picture" in err and "No space left" in err
+    assert [m["step"] for m in metrics(run) if "psnr" in m] == [2] and checkpoint(run)["step"] == 2
+    assert not list(run.rglob("*.png")) and not list(run.rglob("*.tmp"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        run = start(tmp_path / "checkpoints", "--max-steps 2", status=1)
+    assert "checkpoint" in capsys.readouterr().err and not list(run.rglob("*.pt*"))
+
+
+def test_the_checkpoint_is_plain_and_its_keys_are_the_networks(finished):
+    state = checkpoint(finished)  # with weights_only=True
+    assert {type(leaf) for leaf in leaves(state).values()} <= {torch.Tensor, int, float, str, bool, type(None)}
+    config = from_plain(Config, state["config"])
+    net = trainer.make_unet(config, state["num_classes"])
+    net.load_state_dict(state["ema"])
+    net.load_state_dict(state["players"][0])
+    assert all(tensor.device.type == "cpu" for tensor in leaves(state["ema"]).values())
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+def without_noise(self, net, batch):
+    """A loss that draws nothing, so that only the sharing of the batch is left to compare."""
+    target = net(batch.zlo, torch.full_like(batch.z1[:, 0, 0, 0], 0.5), batch.y, batch.cond) - batch.z1
+    return target.square().flatten(1).mean(1)
+
+
+def share(arguments, record):
+    """One of several processes; leaves what it was given and what it drew at each step in `record`."""
+    Interpolant.loss, seen, original = without_noise, [], Trainer.batch
+
+    def batch(self, step):
+        result = original(self, step)
+        seen.append((data.to_uint8(result.z1), torch.rand(3)))
+        return result
+
+    Trainer.batch = batch
+    status = trainer.main(arguments)
+    torch.save(seen, record)
+    return status
+
+
+def ranks(count):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+
+
+def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
+    # Adam enlarges the rounding of small gradients, hence the low rate, and groups of two channels: with one, a bias before a norm has none
+    flags = "--precision fp32 --unet-channels 16 --base-lr 5e-5 --grad-clip 1000 --max-steps 3 --print-loss-every 1"
+    arguments = f"{TINY} --out-dir {tmp_path}/two {flags}".split()
+    both = [process(share, arguments, tmp_path / f"seen-{rank}", env=env) for rank, env in enumerate(ranks(2))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Interpolant, "loss", without_noise)
+        one = start(tmp_path / "one", flags)
+        whole = data.to_uint8(make(f"--out-dir {tmp_path}/other {flags}").batch(0).z1)
+    for each in both:
+        each.join(60)
+        assert each.exitcode == 0, each.log.read_text()
+    two = next((tmp_path / "two").iterdir())
+    ours, theirs = checkpoint(two), checkpoint(one)
+    begin = leaves(trainer_weights(one))
+    for name, tensor in leaves(theirs["players"]).items():
+        assert (tensor - leaves(ours["players"])[name]).abs().max() < 1e-6, name
+        assert (tensor - begin[name]).abs().max() > 5e-5, name  # it has moved far more than that
+    for i, moments in theirs["optimizers"][0]["state"].items():  # of the gradient itself: Adam's steps do not show its scale
+        mean = moments["exp_avg"]
+        assert (ours["optimizers"][0]["state"][i]["exp_avg"] - mean).abs().max() < 1e-4 * mean.abs().max()
+    for a, b in zip(metrics(two), metrics(one), strict=True):
+        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
+    seen = [torch.load(tmp_path / f"seen-{rank}") for rank in range(2)]
+    for step in range(3):
+        (z1_0, noise_0), (z1_1, noise_1) = seen[0][step], seen[1][step]
+        assert torch.equal(torch.stack([z1_0, z1_1], 1).flatten(0, 1), whole)  # every image once
+        assert not torch.equal(noise_0, noise_1)
+
+
+def trainer_weights(run) -> list[dict]:
+    """The weights that the run began with."""
+    config = from_plain(Config, checkpoint(run)["config"])
+    trainer.reseed("weights", config.seed)
+    return [trainer.make_unet(config, checkpoint(run)["num_classes"]).state_dict()]
+
+
+def interrupted(arguments, rank, moment):
+    """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears from the other."""
+    def strike(*_):
+        if rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    running, step, reduce = [], Trainer.train_step, torch.distributed.all_reduce
+
+    def train_step(self):
+        running[:] = [self]
+        if moment == "in the step":
+            strike()
+        return step(self)
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
+        reduce(tensor, op)
+        if moment == "between" and op == torch.distributed.ReduceOp.MAX:
+            strike()
+
+    Trainer.train_step, torch.distributed.all_reduce = train_step, all_reduce
+    return trainer.main(arguments)
+
+
+@pytest.mark.parametrize("moment, every, stops_at", [("in the step", 1, 2), ("between", 1, 3), ("in the step", 50, 10)])
+def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, moment, every, stops_at):
+    arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000 --print-loss-every {every}".split()
+    both = [process(interrupted, arguments, rank, moment, env=env) for rank, env in enumerate(ranks(2))]
+    for each in both:
+        each.join(60)
+        assert each.exitcode == 143, each.log.read_text()
+    run = next((tmp_path / "out").iterdir())
+    assert checkpoint(run)["step"] == stops_at
+    resume(run, f"--max-steps {stops_at + 1}")
