@@ -13,6 +13,7 @@ import data
 import logs
 import trainer
 from runs import FINISHED, as_found, at_step, checkpoint, finished, folder, metrics, resume, same, start  # noqa: F401 (fixtures)
+from unet import Guided
 
 
 # -------------------------------------------------------------------------------------------------------------- wandb
