@@ -68,7 +68,6 @@ class Options:
         need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
         for name in ("count", "batch_size", "classifier_epochs"):
             need(name, getattr(self, name) >= 1, "1 or more")
-        Config(device=self.device).check()
 
 
 # ------------------------------------------------------------------------------------------------------ samplers and costs

@@ -142,7 +142,6 @@ def sampling_config(config: Config, o: Options) -> Config:
         raise ValueError(f"solver = {c.solver!r}: {c.method} has no ODE; allowed is auto")
     if c.sampler == "dopri5" and steps is not None:
         raise ValueError(f"steps = {steps}: dopri5 chooses its own; add --solver midpoint, or leave steps out")
-    pick_device(c)
     return c
 
 
@@ -165,6 +164,7 @@ class Model:
     def __init__(self, o: Options):
         config, weights, self.num_classes, self.classes = open_model(o.run, o.ema)
         self.options, self.config = o, (c := sampling_config(config, o))
+        self.device = pick_device(c)
         self.labels = parse_labels(o.label, self.classes if self.num_classes else [])
         self.guidance = 1 if o.label is None else c.guidance if o.guidance is None else o.guidance
         if self.num_classes and (c.overfit or not c.label_drop) and (o.label is None or self.guidance != 1):
@@ -183,7 +183,6 @@ class Model:
         except RuntimeError as failure:
             reason = one_line(failure)[:100]
             raise ValueError(f"run = {o.run!r}: its weights do not fit its settings ({reason} ...)") from None
-        self.device = pick_device(c)
         self.net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         precision = set_up(self.device, c.precision)
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")

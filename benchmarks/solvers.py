@@ -130,7 +130,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         o = parse(Options, arguments, __doc__)
         o.check()
-        Config(device=o.device).check()
         device = pick_device(Config(device=o.device))
         set_up(device)
         config, net = trained(o.run, device)

@@ -45,7 +45,6 @@ class Common:
     def config(self, **sizes: int | None) -> tuple[Config, torch.device]:
         """The training run that is measured, on drawn pictures: no speed depends on what is in them. Raises ValueError."""
         self.check()
-        Config(device=self.device).check()
         device = pick_device(Config(device=self.device))
         name = self.preset if self.preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
         config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False, device=self.device)
