@@ -14,8 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,15 +22,18 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import ode_int
-from corruptions import Batch, cond_channels, parts
-from logs import one_line, run_folder, write_atomically
-from metrics import METRICS, Judge
-from report import COLUMNS, cell, differences, save, table
-from settings import parse
-from trainer import Config, draw, make_unet, open_checkpoint, pick_device, reseed, set_up
-from unet import Guided, Unet
+from evaluation.judge import METRICS, Judge
+from evaluation.report import COLUMNS, cell, differences, table, write_report
+from images import SettingsError, data, one_line
+from images.corruptions import Batch, parts
+from images.files import write_atomically
+from support.checkpoints import Run, open_run
+from support.machine import autocast, chip, pick_device, reseed, set_up
+from support.model import draw, load_network, make_players, silent_net
+from support.settings import parse
+from trainer import Config
+from unet import Counted, Guided, Unet
 
 
 @dataclass
@@ -57,10 +59,10 @@ class Options:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network's activations; auto: bf16 where the chip computes in it
 
     def check(self):
-        """Raises ValueError, one line that names field, value and what is allowed."""
+        """Raises SettingsError, one line that names field, value and what is allowed."""
         def need(name, good, allowed):
             if not good:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
+                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
 
         need("runs", self.runs, "one run or more")
         need("nfe", all(n >= 1 for n in self.nfe) and (self.nfe or self.default), "numbers from 1")
@@ -74,27 +76,18 @@ class Options:
 
 def evaluations(config: Config, batch: Batch) -> float:
     """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
-    scale = getattr(config.recipe, "upscale", 1)
-    counted = ode_int.Counted(lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale))
+    counted = Counted(silent_net(config))
     try:
         draw(config, Guided(counted, config.guidance), batch)
-    except ValueError:
+    except SettingsError:
         return math.inf
     return counted.rows / len(batch.zlo)
-
-
-def has_ode(config: Config, batch: Batch) -> bool:
-    try:
-        config.recipe.velocity(None, batch)
-    except (AttributeError, ValueError):  # I2SB has one under ot_ode only
-        return False
-    return True
 
 
 def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
     """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE for which there is none."""
     own = replace(config, solver="auto", sample_steps=None)
-    few = replace(own, solver=solver if has_ode(own, batch) else "auto")
+    few = replace(own, solver=solver if config.recipe.has_ode else "auto")
     if few.sampler == "dopri5":  # it chooses its own steps
         few = replace(few, solver="euler")
     usual = evaluations(own, batch) if few.sampler == own.sampler else None
@@ -113,17 +106,17 @@ def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> 
     return found + [own] * (default and own not in found), missing
 
 
-def training_flops(method, players: list, batch: Batch, autocast) -> float:
+def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:
     """Floating-point operations of a training step, forward and backward, of every player, an image.
 
-    A method with levels (UDPM) draws one for each step: the mean over levels, which are told apart by what they cost.
+    A method with levels (UDPM; else 0) draws one for each step: the mean over levels, which are told apart by what they cost.
     """
-    costs, levels = [set() for _ in players], getattr(method, "levels", 1)
+    costs, levels = [set() for _ in players], max(levels, 1)
     for number in range(8 * levels):
         reseed("flops", number)
         for cost, (module, loss) in zip(costs, players):
             with FlopCounterMode(display=False) as counter:
-                with autocast():
+                with autocast(batch.zlo.device, precision):
                     value = loss(module, batch).mean()
                 value.backward()
             module.zero_grad()
@@ -135,43 +128,34 @@ def training_flops(method, players: list, batch: Batch, autocast) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- measuring
 
-def describe(run: str, c: Config, o: Options, judge: Judge) -> tuple[dict, Unet]:
+def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
     """All that the table, the plot and the reader need to know of a run but the figures, as plain values; and its network.
 
-    `c`: its settings, with the data where it is now. Raises ValueError for what can't be measured.
+    The run's settings say where the data is now. Raises SettingsError for what can't be measured.
     """
-    _, checkpoint = open_checkpoint(run)
-    classes, device, seen = checkpoint["num_classes"], judge.device, checkpoint.get("images_seen", checkpoint["step"] * c.batch_size)
-    if classes and checkpoint["classes"] != judge.images.classes:
-        raise ValueError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run} was trained on")
-    net = make_unet(c, classes).to(device, memory_format=torch.channels_last)
-    players = [(net, c.recipe.loss)]
-    if hasattr(c.recipe, "players"):
-        players = c.recipe.players(net, c.channels, classes, cond_channels(c.task, c.channels, c.condition))
+    c, device = run.config, judge.device
+    if run.num_classes and run.classes != judge.images.classes:
+        raise SettingsError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run.path} was trained on")
+    net = load_network(run, o.ema).to(device)
+    left_out, flops = judge.left_out(c, run.num_classes > 0), None
+    players = make_players(c, net.requires_grad_(True), run.num_classes)
     try:
-        for (module, _), weights in zip(players, checkpoint["players"], strict=True):
-            module.load_state_dict(weights)
-        if o.ema:
-            net.load_state_dict(checkpoint["ema"])
-    except (RuntimeError, ValueError) as failure:
-        raise ValueError(f"run = {run!r}: its weights are not of the network that its settings describe ({one_line(failure)[:150]})") from None
-    left_out = judge.left_out(c, classes > 0)
-    try:
-        flops = seen * training_flops(c.recipe, players, first_images(judge, c, classes, 2), partial(autocast, o, device))
-    except ValueError as failure:  # a loss with LPIPS, whose weights are not to be had
-        flops, left_out["training FLOPs"] = None, one_line(failure)
+        flops = run.images_seen * training_flops(c.recipe.levels, players, first_images(judge, c, run.num_classes, 2), o.precision)
+    except SettingsError as failure:  # a loss with LPIPS, whose weights are not to be had
+        left_out["training FLOPs"] = one_line(failure)
+    network = {f.name: getattr(c, f.name) for f in fields(c) if f.name.startswith("unet_")}
     return dict(
-        name=called(run), run=run, method=c.method,
-        problem=dict(task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count, split=judge.split,
-                     test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy, seed=o.seed),
-        training=dict(network=f"{c.unet_channels} x {c.unet_dim_mults}, blocks {c.unet_blocks}", labels=classes > 0, condition=c.condition,
-                      images_seen=seen, weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit),
+        name=run.name, run=run.path, method=c.method,
+        problem=dict(task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
+                     split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy, seed=o.seed),
+        training=dict(network=", ".join(f"{name.removeprefix('unet_').replace('_', ' ')} {value}" for name, value in network.items()),
+                      labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
+                      weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit),
         costs=dict(parameters=[sum(p.numel() for p in module.parameters()) for module, _ in players], training_flops=flops,
-                   steps=checkpoint["step"], global_batch=c.batch_size),
+                   steps=run.step, global_batch=c.batch_size),
         record=dict(reference="the same test images, undamaged; FID and FD: the other half of them", quantised="uint8, clamped",
                     dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
-                    device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-                    code=code_version(), python=platform.python_version(), torch=torch.__version__),
+                    device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__),
         rows=[], baselines=[], left_out=left_out, nfe_left_out=[],
         config=asdict(c)), net.eval().requires_grad_(False)
 
@@ -180,10 +164,10 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
     """Fills in the rows, one for each sampler of `settings`. `file` holds the result as far as it goes."""
     classes = net.num_classes
     for setting in settings:
-        counted = ode_int.Counted(net)
+        counted = Counted(net)
 
         def make(batch):
-            with autocast(o, judge.device):
+            with autocast(judge.device, o.precision):
                 return draw(setting, Guided(counted, c.guidance), batch)[0]
 
         sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
@@ -205,11 +189,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
 def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
     z1, y, zlo = judge.images.batch(judge.batches[0][:count], judge.device, "test")
-    return c.damage(c.task, z1, y if classes else None, c.condition, zlo)
-
-
-def autocast(o: Options, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16")
+    return c.damaged(z1, y if classes else None, zlo)
 
 
 def task(config: Config) -> str:
@@ -229,25 +209,23 @@ def code_version() -> str:
 
 # ------------------------------------------------------------------------------------------------------------------- main
 
-def called(run: str) -> str:
-    return Path(run).stem if Path(run).suffix == ".json" else run_folder(run).resolve().name
-
-
 def read_result(path: str) -> dict:
-    """What an earlier evaluation wrote. Raises ValueError."""
+    """What an earlier evaluation wrote. Raises SettingsError."""
     try:
-        result = json.loads(Path(path).read_text()) | dict(name=called(path))
+        result = json.loads(Path(path).read_text()) | dict(name=Path(path).stem)
         table([result])
         return result
     except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise ValueError(f"run = {path!r}: it is no result of an evaluation ({one_line(failure)[:100]})") from None
+        raise SettingsError(f"run = {path!r}: it is no result of an evaluation ({one_line(failure)[:100]})") from None
 
 
-def open_run(run: str, o: Options) -> Config:
-    """A run's settings, with the data where it is now. Raises ValueError."""
-    c, _ = open_checkpoint(run)
-    moved = {} if o.data_path is None else {"data_path" if c.dataset in (*data.DOWNLOADS, "shapes") else "dataset": o.data_path}
-    return replace(c, paired_path=o.paired_path or c.paired_path, **moved)
+def open_where_the_data_is(path: str, o: Options) -> Run:
+    """A run, its settings with the data where it is now. Raises SettingsError."""
+    run = open_run(path, Config)
+    moved = {}
+    if o.data_path is not None:
+        moved["data_path" if run.config.dataset in (*data.DOWNLOADS, "shapes") else "dataset"] = o.data_path
+    return replace(run, config=replace(run.config, paired_path=o.paired_path or run.config.paired_path, **moved))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -255,28 +233,32 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
-        device, folder = pick_device(Config(device=o.device)), Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
+        device, folder = pick_device(o.device), Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
         o = replace(o, precision=set_up(device, o.precision))
-        opened = [read_result(run) if Path(run).suffix == ".json" else open_run(run, o) for run in o.runs]
-        if twice := [name for name, times in Counter(map(called, o.runs)).items() if times > 1]:
-            raise ValueError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")
+        earlier = {path: read_result(path) for path in o.runs if Path(path).suffix == ".json"}
+        runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
+        names = [earlier[path]["name"] if path in earlier else runs[path].name for path in o.runs]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")
         try:
             (folder if o.output else folder.parent).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            raise ValueError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
+            raise SettingsError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
         judges, baselines, results, jobs = {}, {}, [], []
-        for run, c in zip(o.runs, opened):  # everything is described before anything is measured: what is wrong shows at once
-            if isinstance(c, Config):
-                key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
-                if key not in judges:
-                    judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
-                result, net = describe(run, c, o, judges[key])
-                few = first_images(judges[key], c, net.num_classes, 2)
-                settings, result["nfe_left_out"] = samplers(c, o.nfe, few, o.solver, o.default)
-                if not settings:
-                    raise ValueError(f"nfe = {o.nfe}: the {c.method} sampler of {run} can do none of them exactly; leave --no-default out")
-                jobs.append((result, net, c, judges[key], settings, (key, result["problem"]["task"])))
-            results.append(c if isinstance(c, dict) else result)
+        for path in o.runs:  # everything is described before anything is measured: what is wrong shows at once
+            if path in earlier:
+                results.append(earlier[path])
+                continue
+            c = runs[path].config
+            key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
+            if key not in judges:
+                judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
+            result, net = describe(runs[path], o, judges[key])
+            settings, result["nfe_left_out"] = samplers(c, o.nfe, first_images(judges[key], c, net.num_classes, 2), o.solver, o.default)
+            if not settings:
+                raise SettingsError(f"nfe = {o.nfe}: the {c.method} sampler of {path} can do none of them exactly; leave --no-default out")
+            jobs.append((result, net, c, judges[key], settings, (key, result["problem"]["task"])))
+            results.append(result)
         folder.mkdir(exist_ok=True)
         for difference in differences(results):
             print(f"not one comparison: {difference}", file=sys.stderr)
@@ -288,9 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
                 measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
         finally:
             if results := [result for result in results if result["rows"]]:
-                save(results, folder)
+                write_report(results, folder)
         return 0
-    except (ValueError, data.DatasetError) as failure:
+    except SettingsError as failure:
         print(f"evaluate.py: {failure}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""Integrates dz/dt = v(t, z) with torchdiffeq, from where a path starts to the clean image, and counts what it costs."""
+"""Integrates dz/dt = v(t, z) with torchdiffeq, from where a path starts to the clean image."""
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -32,19 +32,7 @@ class ODE:
     t1: float
     clean: Callable[[Tensor, Tensor], Tensor]  # (t, z) -> E[z1 | zt], one network evaluation
     view: Callable[[Tensor, Tensor], Tensor] = lambda t, z: z  # (t, z) -> the state, scaled to be looked at
-    rho: float = 1.0  # how much fixed steps shorten towards the data, see grid
-
-
-class Counted:
-    """net(x, t, y, cond) that counts its rows: NFE = rows / images, so a guided evaluation counts two."""
-
-    def __init__(self, net):
-        self.net, self.rows = net, 0
-        self.num_classes = getattr(net, "num_classes", 0)
-
-    def __call__(self, x, t, y=None, cond=None):
-        self.rows += len(x)
-        return self.net(x, t, y, cond)
+    rho: float = 1.0  # how much fixed steps shorten towards the data, see time_grid
 
 
 def largest_rms(z: Tensor) -> Tensor:
@@ -65,7 +53,7 @@ def full_precision(device_type: str):
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def grid(t0: float, t1: float, steps: int, rho: float = 1.0) -> Tensor:
+def time_grid(t0: float, t1: float, steps: int, rho: float = 1.0) -> Tensor:
     """(steps + 1,) float64: times from t0 to t1 <= 1, at which (1 - t)^(1/rho) falls evenly, as sigma does in EDM (arXiv:2206.00364, eq. 5).
 
     rho = 1: steps all alike. Above 1 they shorten towards the data at t = 1, where an error of z is amplified by 1/(1 - t) in a velocity.
@@ -81,7 +69,7 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
               atol=1e-5, rtol=1e-5, times: Tensor | None = None, rho: float = 1.0) -> Tensor:
     """z(t1) of dz/dt = velocity(t, z), z(t0) = z0; with `times` (T,), increasing from t0 to t1, the states (T, *z0.shape) there.
 
-    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` steps on `grid` under the caller's
+    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` steps on `time_grid` under the caller's
     autocast, with an fp32 state. Where dopri5 fails on a finite field, midpoint takes over, with a RuntimeWarning.
     Raises ValueError for an unknown solver, SolverError for a field that is not finite or that midpoint can't follow either.
     """
@@ -103,7 +91,7 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
         return next((float(t) for t, finite in calls if not finite), default)
 
     def fixed(name, steps):
-        points = grid(t0, t1, steps, rho).to(z0.device)
+        points = time_grid(t0, t1, steps, rho).to(z0.device)
         method = "heun2" if name == "heun" else name
         interp = "linear" if times is None else "cubic"  # cubic calls the network once more for each of `times`
         return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: points, interp=interp))
@@ -133,7 +121,7 @@ def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1
     if trace is not None:  # on the solver's own grid where it has one
         n = steps or DEFAULT_STEPS
         frames = min(TRACE_FRAMES, n) + 1
-        times = grid(ode.t0, ode.t1, n, ode.rho)[torch.linspace(0, n, frames).round().long()]
+        times = time_grid(ode.t0, ode.t1, n, ode.rho)[torch.linspace(0, n, frames).round().long()]
     z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times, ode.rho)
 
     def clean(t, z):

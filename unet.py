@@ -3,7 +3,7 @@
 A 7x7 stem; levels of residual blocks (GroupNorm, SiLU, scale-shift from the time and class embedding) each followed by linear
 attention; full attention in the middle; skip connections into the way up. Activations live in channels_last, so that attention's
 (B, HW, C) view costs nothing, and in bf16 under autocast; the embedding, norm statistics and the output are fp32.
-Guided and Tiled go around it in sampling.
+Counted, Guided and Tiled go around it in sampling.
 """
 import math
 from itertools import product
@@ -111,9 +111,9 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, then linear attention; each block's output is a skip connection on the way down."""
 
-    def __init__(self, dims: list[tuple[int, int]], dim_emb: int, dropout: float, heads: int):
+    def __init__(self, dims: list[tuple[int, int]], block, heads: int):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(i, o, dim_emb, dropout) for i, o in dims)
+        self.blocks = nn.ModuleList(block(dim_in, dim_out) for dim_in, dim_out in dims)
         self.attention = LinearAttention(dims[-1][1], heads)
 
 
@@ -127,14 +127,17 @@ class Unet(nn.Module):
     blocks        residual blocks a level
     dropout       share of activations dropped before each block's second convolution
     upscale       the prediction has upscale times x's side (a pixel shuffle at the end)
+    dim_time      learned frequencies of the time embedding, twice
+    block         the residual block's class: block(dim_in, dim_out, dim_emb, dropout), called with (x, emb)
     checkpointing blocks keep only their input and compute the rest again in the backward pass: less memory, more time
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dim: int = 128, dim_mults: tuple[int, ...] = (1, 2, 2, 2),
+    def __init__(self, in_channels: int, out_channels: int, *, dim: int = 128, dim_mults: tuple[int, ...] = (1, 2, 2, 2),
                  num_classes: int = 0, blocks: int = 2, dropout: float = 0.0, upscale: int = 1, dim_time: int = 32,
-                 checkpointing: bool = False):
+                 checkpointing: bool = False, block: type[nn.Module] = ResBlock):
         super().__init__()
-        self.checkpointing, self.num_classes, self.upscale, self.stride = checkpointing, num_classes, upscale, 2 ** (len(dim_mults) - 1)
+        self.checkpointing, self.num_classes, self.upscale = checkpointing, num_classes, upscale
+        self.stride = 2 ** (len(dim_mults) - 1)
         dims = [dim, *(dim * m for m in dim_mults)]
         dim_emb, heads = 4 * dim, max(1, dim // HEAD)
 
@@ -144,20 +147,23 @@ class Unet(nn.Module):
                 nn.Embedding(num_classes + 1, dim), nn.Linear(dim, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
             dim_emb *= 2
 
+        def residual(dim_in: int, dim_out: int) -> nn.Module:
+            return block(dim_in, dim_out, dim_emb, dropout)
+
         self.stem = nn.Conv2d(in_channels, dim, 7, padding=3)
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
         for i, (before, after) in enumerate(zip(dims, dims[1:])):
             last = i == len(dim_mults) - 1
-            self.down.append(Level([(before, before)] * blocks, dim_emb, dropout, heads))
+            self.down.append(Level([(before, before)] * blocks, residual, heads))
             self.shrink.append(nn.Conv2d(before, after, 3, padding=1) if last else nn.Conv2d(before, after, 4, 2, 1))
-        self.middle1 = ResBlock(dims[-1], dims[-1], dim_emb, dropout)
+        self.middle1 = residual(dims[-1], dims[-1])
         self.middle_attention = Attention(dims[-1])
-        self.middle2 = ResBlock(dims[-1], dims[-1], dim_emb, dropout)
+        self.middle2 = residual(dims[-1], dims[-1])
         for i, (before, after) in reversed(list(enumerate(zip(dims, dims[1:])))):
-            self.up.append(Level([(after + before, after)] * blocks, dim_emb, dropout, heads))
+            self.up.append(Level([(after + before, after)] * blocks, residual, heads))
             self.enlarge.append(nn.Conv2d(after, before, 3, padding=1))
-        self.last = ResBlock(2 * dim, dim, dim_emb, dropout)
+        self.last = residual(2 * dim, dim)
         self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
@@ -198,6 +204,18 @@ class Unet(nn.Module):
         if self.upscale > 1:
             x = F.pixel_shuffle(x, self.upscale)
         return x[:, :, : height * self.upscale, : width * self.upscale].float()
+
+
+class Counted:
+    """net(x, t, y, cond) that counts its rows: NFE = rows / images, so a guided evaluation counts two."""
+
+    def __init__(self, net):
+        self.net, self.rows = net, 0
+        self.num_classes = getattr(net, "num_classes", 0)
+
+    def __call__(self, x, t, y=None, cond=None):
+        self.rows += len(x)
+        return self.net(x, t, y, cond)
 
 
 class Guided:

@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.step import eager, in_process, variants
 from benchmarks.timing import Common, cells, describe, machine, markdown, save, size
-from settings import parse
+from images import SettingsError
+from support.settings import parse
 from trainer import Config
 
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, device = o.config()
         if o.quick:
             o = replace(o, repeats=2, seconds=0.01)
-    except ValueError as failure:
+    except SettingsError as failure:
         print(f"growth.py: {failure}", file=sys.stderr)
         return 2
     report = dict(command=" ".join(["python benchmarks/growth.py", *arguments]), machine=machine(device), config=asdict(config))

@@ -17,9 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from corruptions import parts
-from settings import PRESETS
-from trainer import Config, make_unet
+from images.corruptions import parts
+from support.model import make_unet
+from support.settings import PRESETS
+from trainer import Config
 
 CLASSES = 10
 FIXED = 20  # bytes a parameter: weight, gradient, AdamW's two moments, and the average, float32 each
@@ -30,11 +31,11 @@ def count(config: Config) -> tuple[int, int]:
     c, side = config, config.image_size
     with torch.no_grad():  # methods make their tables once: now, of real numbers
         few = torch.zeros(1, c.channels, side, side)
-        c.recipe.loss(lambda x, *_: torch.zeros_like(x), c.damage(c.task, few, None, c.condition, few if "paired" in parts(c.task) else None))
+        c.recipe.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if "paired" in parts(c.task) else None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         net, tracker = make_unet(c, CLASSES * c.unet_use_classes), MemTracker()
         z1, y = torch.randn(c.batch_size, c.channels, side, side), torch.zeros(c.batch_size, dtype=torch.long)
-        batch = c.damage(c.task, z1, y if c.unet_use_classes else None, c.condition, z1 if "paired" in parts(c.task) else None)
+        batch = c.damaged(z1, y if c.unet_use_classes else None, z1 if "paired" in parts(c.task) else None)
         tracker.track_external(net)
         with tracker:
             with torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +51,7 @@ def main(names: list[str]) -> int:
     if {"-h", "--help"} & set(names):
         print(__doc__)
         return 0
-    one_network = [name for name, preset in PRESETS.items() if not hasattr(Config(**preset).recipe, "players")]
+    one_network = [name for name, preset in PRESETS.items() if not Config(**preset).recipe.levels]
     if unknown := [name for name in names if name not in one_network]:
         print(f"memory.py: preset = {unknown[0]!r}: allowed are {', '.join(one_network)}", file=sys.stderr)
         return 2

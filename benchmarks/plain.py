@@ -7,11 +7,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms.functional import to_tensor
 
-import data
 from benchmarks.step import unet
 from benchmarks.timing import synchronize
-from corruptions import Batch
-from trainer import Config, reseed
+from images import data
+from images.corruptions import Batch
+from support.machine import reseed
+from trainer import Config
 
 
 class PlainPairs(Dataset):

@@ -19,14 +19,16 @@ import torch
 import tyro
 from torch import Tensor
 
-import data
 import ode_int
 from benchmarks.speed import trained
 from benchmarks.timing import describe, machine, markdown, save
-from metrics import Judge
-from settings import parse
-from trainer import Config, bf16_helps, draw, pick_device, set_up
-from unet import Guided
+from evaluation.judge import Judge
+from images import SettingsError
+from support.machine import bf16_helps, pick_device, set_up
+from support.model import draw
+from support.settings import parse
+from trainer import Config
+from unet import Counted, Guided
 
 
 @dataclass
@@ -46,14 +48,14 @@ class Options:
     out: str | None = None  # the JSON file; None: runs/solvers-DATE.json
 
     def check(self):
-        """Raises ValueError, one line that names field, value and what is allowed."""
+        """Raises SettingsError, one line that names field, value and what is allowed."""
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: allowed is 1 or more")
+                raise SettingsError(f"{name} = {getattr(self, name)}: allowed is 1 or more")
         if not all(n >= 1 for n in self.steps):
-            raise ValueError(f"steps = {self.steps}: allowed are numbers from 1")
+            raise SettingsError(f"steps = {self.steps}: allowed are numbers from 1")
         if not all(x > 0 for x in self.tolerances):
-            raise ValueError(f"tolerances = {self.tolerances}: allowed are numbers above 0")
+            raise SettingsError(f"tolerances = {self.tolerances}: allowed are numbers above 0")
 
 
 def levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -76,7 +78,7 @@ def measure(o: Options, config: Config, net, judge, device: torch.device) -> lis
     """A row a candidate: NFE, distance, Frechet distance, seconds."""
     table, reference = [], None
     for name, setting, precision in candidates(o, config, device):
-        counted, samples = ode_int.Counted(net), []
+        counted, samples = Counted(net), []
 
         def make(batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -130,16 +132,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         o = parse(Options, arguments, __doc__)
         o.check()
-        device = pick_device(Config(device=o.device))
+        device = pick_device(o.device)
         set_up(device)
         config, net = trained(o.run, device)
         config = replace(config, dataset=o.dataset or config.dataset)
-        if not hasattr(config.recipe, "velocity"):
-            raise ValueError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
+        if not config.recipe.has_ode:
+            raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
         about = machine(device)
         judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
         table = measure(o, config, net, judge, device)
-    except (ValueError, data.DatasetError) as failure:
+    except SettingsError as failure:
         print(f"solvers.py: {failure}", file=sys.stderr)
         return 2
     except ode_int.SolverError as failure:

@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import data
-import ode_int
 from benchmarks.plain import PlainLoop, plain_sample
 from benchmarks.step import compile_in_place, measure_steps, one_batch, show_steps, unet
 from benchmarks.timing import Common, cells, describe, in_turns, machine, markdown, rows, save, timer
-from corruptions import Batch, parts
-from settings import parse
-from trainer import Config, Trainer, bf16_helps, draw, make_unet, open_checkpoint, reseed, set_up
+from images import SettingsError, data
+from images.corruptions import Batch, parts
+from support.checkpoints import open_run
+from support.machine import bf16_helps, reseed, set_up
+from support.model import draw, load_network
+from support.settings import parse
+from trainer import Config, Trainer
+from unet import Counted
 
 
 @dataclass
@@ -80,19 +83,17 @@ def show_loop(report: dict, part: str) -> str:
                     [[row["name"], *cells(row)] for row in report[part]])
 
 
-def trained(run: str, device: torch.device) -> tuple[Config, torch.nn.Module]:
-    """A run's settings and its averaged network. Raises ValueError."""
-    config, checkpoint = open_checkpoint(run)
-    net = make_unet(config, checkpoint["num_classes"])
-    net.load_state_dict(checkpoint["ema"])
-    return config, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+def trained(path: str, device: torch.device) -> tuple[Config, torch.nn.Module]:
+    """A run's settings and its averaged network. Raises SettingsError."""
+    run = open_run(path, Config)
+    return run.config, load_network(run).to(device)
 
 
 def held_out(config: Config, labels: bool, count: int, device: torch.device) -> Batch:
-    """`count` test images, or as many as there are, damaged. Raises DatasetError."""
+    """`count` test images, or as many as there are, damaged. Raises SettingsError."""
     images = data.load(config.dataset, config.image_size, config.channels, config.data_path, config.paired_path, count)
     z1, y, zlo = images.batch(torch.arange(len(images.test)), device, "test")
-    return config.damage(config.task, z1, y if labels else None, config.condition, zlo)
+    return config.damaged(z1, y if labels else None, zlo)
 
 
 def measure_samplers(o: Options, config: Config, device: torch.device, report: dict, trainer: Trainer | None):
@@ -109,7 +110,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
     evaluations, work = {}, {}
 
     def add(name, sample, net):
-        counted = ode_int.Counted(net)
+        counted = Counted(net)
 
         @torch.no_grad()
         def call():
@@ -124,7 +125,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
         return lambda net: draw(replace(config, solver=solver, sample_steps=steps), net, batch)
 
     plain, n, precision = "dopri5 as it comes, NCHW (plain)", o.solver_steps, ", bf16" * bf16
-    if hasattr(config.recipe, "velocity"):
+    if config.recipe.has_ode:
         add(plain, lambda net: plain_sample(config, net, batch), copy.deepcopy(net).to(memory_format=torch.contiguous_format))
         add("dopri5", ours("dopri5"), net)
         for solver, steps in dict(euler=2 * n, midpoint=n, heun=n, rk4=max(1, n // 2)).items():
@@ -161,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if o.run:
             found, net = trained(o.run, torch.device("cpu"))
             held_out(found, net.num_classes > 0, 1, torch.device("cpu"))
-    except (ValueError, data.DatasetError) as failure:
+    except SettingsError as failure:
         print(f"speed.py: {failure}", file=sys.stderr)
         return 2
     set_up(device)

@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import ode_int
 from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, size, synchronize, timer
-from corruptions import Batch
-from settings import from_plain
-from trainer import Config, bf16_helps, make_unet, pick_device, reseed, set_up
+from images import data
+from images.corruptions import Batch
+from support.machine import bf16_helps, pick_device, reseed, set_up
+from support.model import make_unet
+from support.settings import from_plain
+from trainer import Config
 from unet import Attention, LinearAttention, ResBlock
 
 
@@ -68,7 +70,7 @@ def one_batch(config: Config, device: torch.device, count: int | None = None) ->
     """`count` images, or as many as the config has in a batch; no more than 64 of them differ."""
     images = data.load("shapes", config.image_size, config.channels, limit=64)
     z1, y, _ = images.batch(torch.arange(count or config.batch_size) % len(images.train), device)
-    return config.damage(config.task, z1, y if config.unet_use_classes else None, config.condition)
+    return config.damaged(z1, y if config.unet_use_classes else None)
 
 
 def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], torch.Tensor | None]:
@@ -156,7 +158,7 @@ def child(job: dict) -> dict:
     """Seconds of import, construction and first step; peak bytes after that, and seconds a step of each of `turns` turns."""
     imported = time.time()
     config, variant = from_plain(Config, job["config"]), Variant(**job["variant"])
-    device = pick_device(config)
+    device = pick_device(config.device)
     set_up(device)
     torch.backends.cudnn.benchmark = True
     batch = one_batch(config, device)  # drawing it is not counted

@@ -14,10 +14,11 @@ import torch
 import torchdiffeq
 import torchvision
 
-from corruptions import parts
-from logs import one_line
-from settings import PRESETS
-from trainer import Config, bf16_helps, pick_device
+from images import SettingsError, one_line
+from images.corruptions import parts
+from support.machine import bf16_helps, pick_device
+from support.settings import PRESETS
+from trainer import Config
 
 
 @dataclass
@@ -32,24 +33,24 @@ class Common:
     quick: bool = False  # a tiny network and short turns: shows that the script works, measures nothing
 
     def check(self):
-        """Raises ValueError, one line that names field, value and what is allowed."""
+        """Raises SettingsError, one line that names field, value and what is allowed."""
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                    raise ValueError(f"{name} = {number}: allowed is 1 or more")
+                    raise SettingsError(f"{name} = {number}: allowed is 1 or more")
         if not self.seconds > 0:
-            raise ValueError(f"seconds = {self.seconds}: allowed is a number above 0")
+            raise SettingsError(f"seconds = {self.seconds}: allowed is a number above 0")
         if self.preset != "auto" and self.preset not in PRESETS:
-            raise ValueError(f"preset = {self.preset!r}: allowed are auto, {', '.join(PRESETS)}")
+            raise SettingsError(f"preset = {self.preset!r}: allowed are auto, {', '.join(PRESETS)}")
 
     def config(self, **sizes: int | None) -> tuple[Config, torch.device]:
-        """The training run that is measured, on drawn pictures: no speed depends on what is in them. Raises ValueError."""
+        """The training run that is measured, on drawn pictures: no speed depends on what is in them. Raises SettingsError."""
         self.check()
-        device = pick_device(Config(device=self.device))
+        device = pick_device(self.device)
         name = self.preset if self.preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
         config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False, device=self.device)
-        if hasattr(config.recipe, "players") or "paired" in parts(config.task):
-            raise ValueError(f"preset = {name!r}: allowed are those of one network and of tasks that make their damaged images")
+        if config.recipe.levels or "paired" in parts(config.task):
+            raise SettingsError(f"preset = {name!r}: allowed are those of one network and of tasks that make their damaged images")
         if self.quick:
             config = replace(config, unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2)
         config = replace(config, **{field: size for field, size in sizes.items() if size})

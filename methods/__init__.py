@@ -1,6 +1,43 @@
-"""The five methods, one file a paper, and what they share for inpainting, in the loss and in the sampler."""
-import torch
-from torch import Tensor
+"""The five methods and the baseline, one file a paper; the seam that they share; what they share for inpainting."""
+from torch import Tensor, nn
+
+from images import SettingsError
+from images.corruptions import Batch
+from ode_int import ODE
+
+
+class Method:
+    """A method is its knobs, the fields of a frozen dataclass, and its equations. This is all that anyone asks of it.
+
+    `net` is called as net(x, t, y, cond) -> prediction, with t (B,) float32 of order 1. Guidance, counting and tiling wrap
+    around it, so no method knows of them.
+    """
+
+    solver = "own"  # what samples where the user names nothing: "own", the method's sampler, or a solver of ode_int
+    quick = None  # steps of its own sampler that will do for the pictures in training; None: its usual count
+    has_ode = False  # whether `velocity` gives one
+    no_ode = "has no ODE"  # what to say where it gives none
+    upscale = 1  # sides of the network's output in units of its input's
+    levels = 0  # how often the method halves an image's sides
+
+    def check(self):
+        """Raises SettingsError where this machine lacks what training needs."""
+
+    def loss(self, net, batch: Batch) -> Tensor:
+        """(B,) mean over the pixels to be made; draws its own t and noise."""
+        raise NotImplementedError
+
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W); never reads batch.z1. `trace` receives (t, state, clean estimate) at each step. SettingsError for `steps` it can't do."""
+        raise NotImplementedError
+
+    def velocity(self, net, batch: Batch) -> ODE:
+        """An ODE that ends at a clean image, for any solver of ode_int."""
+        raise SettingsError(f"solver: {type(self).__name__} {self.no_ode}; allowed is auto")
+
+    def players(self, net: nn.Module, channels: int, num_classes: int, cond_channels: int) -> list:
+        """[(module, its loss)], trained in turn: the network, and what else the method trains."""
+        return [(net, self.loss)]
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
@@ -8,6 +45,6 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     return (error.mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
 
 
-def keep_known(x: Tensor, batch) -> Tensor:
+def keep_known(x: Tensor, batch: Batch) -> Tensor:
     """x (B, C, H, W), but zlo in the pixels that are not to be made (mask 0)."""
-    return torch.where(batch.mask > 0, x, batch.zlo)
+    return x.where(batch.mask > 0, batch.zlo)

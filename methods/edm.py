@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from methods import keep_known, masked_mean
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDM(Method):
     # standard deviation of the clean images' values, which are in [-1, 1]
     sigma_data: float = 0.5
     # training: mean of ln sigma; sigma is the noise's standard deviation, in the images' units
@@ -47,17 +48,19 @@ class EDM:
     # standard deviation of the noise put back, 1 being what theory asks for (1.003 to 1.007)
     S_noise: float = 1.0
 
+    has_ode = True
+
     def __post_init__(self):
         for name in ("sigma_data", "P_std", "sigma_min", "rho"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"edm.{name} = {getattr(self, name)}: must be above 0")
+                raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be above 0")
         for name in ("S_churn", "S_min", "S_max", "S_noise"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"edm.{name} = {getattr(self, name)}: must be at least 0")
+                raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be at least 0")
         if not self.sigma_max > self.sigma_min:
-            raise ValueError(f"edm.sigma_max = {self.sigma_max}: must be above edm.sigma_min = {self.sigma_min}")
+            raise SettingsError(f"edm.sigma_max = {self.sigma_max}: must be above edm.sigma_min = {self.sigma_min}")
         if self.sampler not in ("heun", "euler"):
-            raise ValueError(f"edm.sampler = {self.sampler!r}: allowed are heun, euler")
+            raise SettingsError(f"edm.sampler = {self.sampler!r}: allowed are heun, euler")
 
     def D(self, net, x, sigma, y, cond) -> Tensor:
         """E[z1 | x], eq. 7 and table 1: x (B, C, H, W), sigma () or (B,). Affine in the network's output."""
@@ -67,12 +70,12 @@ class EDM:
         c_skip, c_out, c_in = sd**2 / total, s * sd / total.sqrt(), 1 / total.sqrt()
         return c_skip * x + c_out * net(c_in * x, sigma.log() / 4, y, cond)
 
-    def loss(self, net, batch) -> Tensor:
+    def loss(self, net, batch: Batch) -> Tensor:
         """Eq. 2 under the weight and the sigmas of table 1 -> (B,), the mean over the pixels to be made."""
         z1, sd = batch.z1, self.sigma_data
-        sigma = (self.P_mean + self.P_std * torch.randn_like(z1[:, 0, 0, 0])).exp()
+        sigma = (self.P_mean + self.P_std * batch.randn_like(z1[:, 0, 0, 0])).exp()
         s = sigma[:, None, None, None]
-        x = keep_known(z1 + s * torch.randn_like(z1), batch)
+        x = keep_known(z1 + s * batch.randn_like(z1), batch)
         weight = (s**2 + sd**2) / (s * sd) ** 2  # 1 / c_out^2: an equal share for every sigma
         error = self.D(net, x, sigma, batch.y, batch.cond) - z1
         return masked_mean(weight * error.square(), batch.mask)
@@ -86,24 +89,24 @@ class EDM:
         """t in [0, 1], 1 at the data: the angle of tan(pi t/2) = sigma_data/sigma."""
         return math.atan2(self.sigma_data, sigma) / (math.pi / 2)
 
-    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """Algorithm 2, which at S_churn = 0 is algorithm 1 -> (B, C, H, W). The last of the `steps` goes from sigma_min
         to 0: NFE = 2 steps - 1 by heun, steps by euler; None: 18 and 35, an NFE of 35 by both. trace's t is
-        velocity's. ValueError where steps is below 1."""
+        velocity's. SettingsError where steps is below 1."""
         steps = (18 if self.sampler == "heun" else 35) if steps is None else steps
         if steps < 1:
-            raise ValueError(f"sample_steps = {steps}: edm needs at least 1")
+            raise SettingsError(f"sample_steps = {steps}: edm needs at least 1")
 
         def denoise(x, sigma):
             return self.D(net, x, x.new_full((len(x),), sigma), batch.y, batch.cond)
 
         sigmas = self.sigmas(steps)
-        x = keep_known(sigmas[0] * torch.randn_like(batch.zlo), batch)
+        x = keep_known(sigmas[0] * batch.randn_like(batch.zlo), batch)
         for sigma, after in pairwise(sigmas):
             # churn: put noise back, up to a little more than sigma
             if self.S_churn > 0 and self.S_min <= sigma <= self.S_max:
                 more = sigma * (1 + min(self.S_churn / steps, 2**0.5 - 1))
-                x = keep_known(x + (more**2 - sigma**2) ** 0.5 * self.S_noise * torch.randn_like(x), batch)
+                x = keep_known(x + (more**2 - sigma**2) ** 0.5 * self.S_noise * batch.randn_like(x), batch)
                 sigma = more
             # dx/dsigma here, and Euler's step along it
             z1 = denoise(x, sigma)
@@ -119,7 +122,7 @@ class EDM:
             x = end
         return x
 
-    def velocity(self, net, batch) -> ODE:
+    def velocity(self, net, batch: Batch) -> ODE:
         """The probability flow, eq. 1, from sigma_max to sigma_min, whose clean estimate is algorithm 1's last step.
         Its state is z = x / sqrt(sigma^2 + sd^2), its t the angle of sigma = sd / tan(pi t/2), 1 at the data: z is the
         trigonometric interpolant sin(pi t/2) z1/sd + cos(pi t/2) eps, and dz/dt = pi/2 F: the network itself.
@@ -144,5 +147,5 @@ class EDM:
             x, sigma, _ = state(t, z)
             return keep_known(x / (1 + sigma**2).sqrt(), batch)
 
-        z = self.sigma_max * torch.randn_like(batch.zlo) / (self.sigma_max**2 + sd**2) ** 0.5
+        z = self.sigma_max * batch.randn_like(batch.zlo) / (self.sigma_max**2 + sd**2) ** 0.5
         return ODE(velocity, z, self.time(self.sigma_max), self.time(self.sigma_min), clean, view)

@@ -17,27 +17,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from corruptions import Batch
-from methods import keep_known, masked_mean
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
 BETA_MIN = 1e-4  # variance of the first and of the last interval
 
 
 @dataclass(frozen=True)
-class I2SB:
+class I2SB(Method):
     beta_max: float = 0.3  # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
     n: int = 1000  # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
     ot_ode: bool = False  # the limit without noise: straight lines, a deterministic sampler
     clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
 
+    no_ode = "has an ODE with --i2sb.ot-ode only"
     quick = 50  # sampler steps that will do for the pictures in training
 
     def __post_init__(self):
         if not 0 < self.beta_max < float("inf"):
-            raise ValueError(f"i2sb.beta_max = {self.beta_max}: allowed is any finite number above 0")
+            raise SettingsError(f"i2sb.beta_max = {self.beta_max}: allowed is any finite number above 0")
         if self.n < 2:
-            raise ValueError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
+            raise SettingsError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
+
+    @property
+    def has_ode(self) -> bool:
+        return self.ot_ode
 
     @cached_property
     def s2(self) -> Tensor:
@@ -70,9 +76,9 @@ class I2SB:
         """(B,) squared error of eq. 12 over the pixels to be made; k uniform on 1..n."""
         z1 = batch.z1
         k = torch.randint(1, self.n + 1, (len(z1),), device=z1.device)
-        damaged = batch.zlo + batch.hole * torch.randn_like(z1)
+        damaged = batch.zlo + batch.hole * batch.randn_like(z1)
         a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
-        zt = a * z1 + b * damaged + std * torch.randn_like(z1)
+        zt = a * z1 + b * damaged + std * batch.randn_like(z1)
         error = net(zt, k / self.n, batch.y, batch.cond) - (zt - z1) / s
         return masked_mean(error.square(), batch.mask)
 
@@ -82,18 +88,18 @@ class I2SB:
         return keep_known(z1.clamp(-1, 1) if self.clip_denoise else z1, batch)
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W): algorithm 2 on `steps` intervals, even in k; default n. ValueError if steps is not in 1..n."""
+        """(B, C, H, W): algorithm 2 on `steps` intervals, even in k; default n. SettingsError if steps is not in 1..n."""
         steps = self.n if steps is None else steps
         if not 1 <= steps <= self.n:
-            raise ValueError(f"steps = {steps}: I2SB allows 1 to i2sb.n = {self.n}")
+            raise SettingsError(f"steps = {steps}: I2SB allows 1 to i2sb.n = {self.n}")
         s2 = self.s2.tolist()
-        zt = batch.zlo + batch.hole * torch.randn_like(batch.zlo)
+        zt = batch.zlo + batch.hole * batch.randn_like(batch.zlo)
         for k, j in pairwise(self.n * i // steps for i in range(steps, -1, -1)):
             time = torch.full((len(zt),), k / self.n, device=zt.device)
             z1 = self.estimate(net, zt, s2[k] ** 0.5, time, batch)
             if trace is not None:
                 trace.append((1 - s2[k] / self.total, zt, z1))
-            noise = torch.randn_like(zt)
+            noise = batch.randn_like(zt)
             a, b, std = self.posterior(s2[k], s2[j])
             made = a * z1 + b * zt + std * noise  # at j = 0 this is z1
             known = batch.zlo + self.bridge(s2[j])[2] * noise  # where both ends of the bridge are zlo
@@ -106,10 +112,10 @@ class I2SB:
         zt = t z1 + (1 - t) damaged solves it: straight lines at constant speed. An Euler step in t is one of
         `sample`, only that even steps in t are equal shares of the variance, not equal numbers of intervals.
         Between two times of the table, k is linear in s2. It ends at k = 1, the last time the network knows;
-        the clean estimate there is the last step of `sample`. ValueError without ot_ode.
+        the clean estimate there is the last step of `sample`. SettingsError without ot_ode.
         """
         if not self.ot_ode:
-            raise ValueError("solver: I2SB has an ODE with --i2sb.ot-ode only; allowed is auto")
+            raise SettingsError(f"solver: I2SB {self.no_ode}; allowed is auto")
         table = self.s2.to(batch.zlo)
 
         def clean(t, zt):
@@ -118,5 +124,5 @@ class I2SB:
             k = j - (table[j] - s2) / (table[j] - table[j - 1])
             return self.estimate(net, zt, s2.sqrt(), (k / self.n).float().expand(len(zt)), batch)
 
-        start = batch.zlo + batch.hole * torch.randn_like(batch.zlo)
+        start = batch.zlo + batch.hole * batch.randn_like(batch.zlo)
         return ODE(lambda t, zt: (clean(t, zt) - zt) / (1 - t), start, 0.0, 1 - self.s2[1].item() / self.total, clean)

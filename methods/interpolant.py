@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 import ode_int
-from methods import keep_known, masked_mean
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
 
 @dataclass(frozen=True)
-class Interpolant:
+class Interpolant(Method):
     """Path, coupling and sampler of the interpolant."""
 
     # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
@@ -35,15 +37,17 @@ class Interpolant:
 
     def __post_init__(self):
         if self.path not in ("linear", "trigonometric"):
-            raise ValueError(f"interpolant.path = {self.path!r}: allowed are linear, trigonometric")
+            raise SettingsError(f"interpolant.path = {self.path!r}: allowed are linear, trigonometric")
         if self.coupling not in ("dependent", "independent"):
-            raise ValueError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
+            raise SettingsError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
         if not self.sigma > 0:
-            raise ValueError(f"interpolant.sigma = {self.sigma}: must be positive")
+            raise SettingsError(f"interpolant.sigma = {self.sigma}: must be positive")
         if not 0 < self.t_min < 0.5:
-            raise ValueError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
+            raise SettingsError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
         if not self.eps0 >= 0:
-            raise ValueError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
+            raise SettingsError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
+
+    has_ode = True
 
     @property
     def solver(self) -> str:
@@ -57,15 +61,15 @@ class Interpolant:
         angle, rate = torch.pi / 2 * t, torch.pi / 2
         return angle.cos(), angle.sin(), -rate * angle.sin(), rate * angle.cos()
 
-    def center(self, batch) -> Tensor:
+    def center(self, batch: Batch) -> Tensor:
         """The mean of z0 where pixels are to be made, given the damaged image."""
         return batch.zlo if self.coupling == "dependent" else torch.zeros_like(batch.zlo)
 
-    def start(self, batch) -> Tensor:
+    def start(self, batch: Batch) -> Tensor:
         """z0 (B, C, H, W), drawn from the coupling (section 3.1, eq. 10); known pixels of inpainting hold zlo throughout."""
-        return keep_known(self.center(batch) + self.sigma * torch.randn_like(batch.zlo), batch)
+        return keep_known(self.center(batch) + self.sigma * batch.randn_like(batch.zlo), batch)
 
-    def loss(self, net, batch) -> Tensor:
+    def loss(self, net, batch: Batch) -> Tensor:
         """|v_hat - (alpha' z0 + beta' z1)|^2, mean over the pixels to be made -> (B,) (eq. 8)."""
         z1, z0 = batch.z1, self.start(batch)
         t = torch.empty(len(z1), device=z1.device).uniform_(self.t_min, 1 - self.t_min)
@@ -80,7 +84,7 @@ class Interpolant:
         determinant = alpha * d_beta - d_alpha * beta
         return (d_beta * z - beta * v) / determinant, (alpha * v - d_alpha * z) / determinant
 
-    def velocity(self, net, batch) -> ODE:
+    def velocity(self, net, batch: Batch) -> ODE:
         """The probability-flow ODE, from z0 at t_min to 1 - t_min, where the clean estimate is the sample."""
         def v(t, z):
             return net(z, t.expand(len(z)), batch.y, batch.cond) * batch.mask
@@ -90,7 +94,7 @@ class Interpolant:
 
         return ODE(v, self.start(batch), self.t_min, 1 - self.t_min, clean, rho=3.0)  # benchmarks/README.md: of 1, 1.5, 2, 3, 4 the best
 
-    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """(B, C, H, W): dopri5 on the ODE (midpoint when `steps` is given); with eps0 > 0 the SDE in `steps` (100) Euler-Maruyama steps."""
         ode = self.velocity(net, batch)
         if not self.eps0:
@@ -104,7 +108,7 @@ class Interpolant:
                 trace.append((float(t), z, keep_known(z1_hat, batch)))
             # dz = (v + eps score) dt + sqrt(2 eps) dW, score = -(E[z0 | zt] - center) / (alpha sigma^2): alpha cancels in eps * score
             drift = v - self.eps0 * (z0_hat - self.center(batch)) / self.sigma**2
-            noise = (2 * self.eps0 * self.path_at(t)[0] * dt).sqrt() * torch.randn_like(z)
+            noise = (2 * self.eps0 * self.path_at(t)[0] * dt).sqrt() * batch.randn_like(z)
             z = z + batch.mask * (drift * dt + noise)
         end = torch.tensor(ode.t1, dtype=z.dtype, device=z.device)
         sample = ode.clean(end, z)

@@ -7,26 +7,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods import keep_known, masked_mean
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method, keep_known, masked_mean
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Method):
     """Nothing to set."""
 
-    def estimate(self, net, batch) -> Tensor:
+    def estimate(self, net, batch: Batch) -> Tensor:
         """(B, C, H, W): zlo and the network's correction to it. There is no time: the network sees t = 0."""
         z1 = batch.zlo + net(batch.zlo, batch.zlo.new_zeros(len(batch.zlo)), batch.y, batch.cond)
         return keep_known(z1, batch)
 
-    def loss(self, net, batch) -> Tensor:
+    def loss(self, net, batch: Batch) -> Tensor:
         """(B,) squared error over the pixels to be made."""
         return masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.mask)
 
-    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W) by one network evaluation. ValueError for another count."""
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W) by one network evaluation. SettingsError for another count."""
         if steps not in (None, 1):
-            raise ValueError(f"steps = {steps}: regression allows 1")
+            raise SettingsError(f"steps = {steps}: regression allows 1")
         z1 = self.estimate(net, batch)
         if trace is not None:
             trace.append((0.0, batch.zlo, z1))

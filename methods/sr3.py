@@ -18,12 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods import keep_known, masked_mean
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
 
 @dataclass(frozen=True)
-class SR3:
+class SR3(Method):
     # steps of the noise schedule, and of the sampler where it is not told otherwise
     T: int = 2000
     # how beta = 1 - alpha grows from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
@@ -40,21 +42,22 @@ class SR3:
     # whether each step of the sampler clamps its clean estimate to [-1, 1]
     clamp: bool = True
 
+    has_ode = True
     quick = 100  # sampler steps that will do for the pictures in training
 
     def __post_init__(self):
         if self.T < 1:
-            raise ValueError(f"sr3.T = {self.T}: must be at least 1")
+            raise SettingsError(f"sr3.T = {self.T}: must be at least 1")
         if self.schedule not in ("quadratic", "linear", "constant", "warmup"):
-            raise ValueError(f"sr3.schedule = {self.schedule!r}: allowed are quadratic, linear, constant, warmup")
+            raise SettingsError(f"sr3.schedule = {self.schedule!r}: allowed are quadratic, linear, constant, warmup")
         if not 0 < self.beta_end < 1:
-            raise ValueError(f"sr3.beta_end = {self.beta_end}: must be between 0 and 1")
+            raise SettingsError(f"sr3.beta_end = {self.beta_end}: must be between 0 and 1")
         if not 0 < self.beta_start <= self.beta_end:
-            raise ValueError(f"sr3.beta_start = {self.beta_start}: must be above 0, at most beta_end = {self.beta_end}")
+            raise SettingsError(f"sr3.beta_start = {self.beta_start}: must be above 0, at most beta_end = {self.beta_end}")
         if not 0 < self.warmup <= 1:
-            raise ValueError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
+            raise SettingsError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
         if self.norm not in ("l1", "l2"):
-            raise ValueError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
+            raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
 
     @cache
     def gammas(self, device=torch.device("cpu")) -> Tensor:
@@ -71,19 +74,19 @@ class SR3:
                 beta[:rise] = torch.linspace(start, end, rise, dtype=torch.float64)
         return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)]).to(device)
 
-    def loss(self, net, batch) -> Tensor:
+    def loss(self, net, batch: Batch) -> Tensor:
         """Algorithm 1 -> (B,), the mean over the pixels to be made."""
         z1, gammas = batch.z1, self.gammas(batch.z1.device)
         # section 2.4: gamma is uniform between neighbours, so that the sampler may choose its steps
         t = torch.randint(1, self.T + 1, (len(z1),), device=z1.device)
         gamma = torch.lerp(gammas[t], gammas[t - 1], torch.rand_like(gammas[t]))
         a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
-        eps = torch.randn_like(z1)
+        eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)
         error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
         return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.mask)
 
-    def predict(self, net, batch, x, a, b) -> tuple[Tensor, Tensor]:
+    def predict(self, net, batch: Batch, x, a, b) -> tuple[Tensor, Tensor]:
         """Estimates (section 2.3) of z1 and eps in x = a z1 + b eps; 0-d a = sqrt(gamma), b = sqrt(1 - gamma)."""
         eps = net(x, (a * a).to(x.dtype).expand(len(x)), batch.y, batch.cond)
         z1 = (x - b * eps) / a
@@ -92,16 +95,16 @@ class SR3:
             eps = (x - a * z1) / b
         return z1, eps
 
-    def sample(self, net, batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """Algorithm 2 on `steps` of the T steps, evenly spaced (None: all) -> (B, C, H, W). NFE = steps.
-        trace's t is velocity's. ValueError where steps is not within 1 .. T."""
+        trace's t is velocity's. SettingsError where steps is not within 1 .. T."""
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
-            raise ValueError(f"sample_steps = {steps}: sr3 allows 1 to sr3.T = {self.T}")
+            raise SettingsError(f"sample_steps = {steps}: sr3 allows 1 to sr3.T = {self.T}")
         gammas = self.gammas()[[self.T * k // steps for k in range(steps + 1)]]
         times = [angle_time(gamma) for gamma in gammas.tolist()]
         gammas = gammas.to(batch.zlo.device)
-        x = keep_known(torch.randn_like(batch.zlo), batch)
+        x = keep_known(batch.randn_like(batch.zlo), batch)
         for k in range(steps, 0, -1):
             gamma, alpha = gammas[k], gammas[k] / gammas[k - 1]
             z1, eps = self.predict(net, batch, x, gamma.sqrt(), (1 - gamma).sqrt())
@@ -109,11 +112,11 @@ class SR3:
                 trace.append((times[k], x, keep_known(z1, batch)))
             x = (x - (1 - alpha) / (1 - gamma).sqrt() * eps) / alpha.sqrt()  # line 4, its mean
             if k > 1:
-                x = x + (1 - alpha).sqrt() * torch.randn_like(x)
+                x = x + (1 - alpha).sqrt() * batch.randn_like(x)
             x = keep_known(x, batch)
         return x
 
-    def velocity(self, net, batch) -> ODE:
+    def velocity(self, net, batch: Batch) -> ODE:
         """The probability flow from gamma_T to gamma_1. Its t is the angle of sqrt(gamma) = sin(pi t/2), 1 at the data,
         so x is the trigonometric interpolant sin(pi t/2) z1 + cos(pi t/2) eps and, whatever the schedule,
         dx/dt = pi/2 (cos(pi t/2) z1_hat - sin(pi t/2) eps_hat) is bounded at both ends."""
@@ -129,7 +132,7 @@ class SR3:
         def clean(t, x):
             return keep_known(estimates(t, x)[2], batch)
 
-        x = keep_known(torch.randn_like(batch.zlo), batch)
+        x = keep_known(batch.randn_like(batch.zlo), batch)
         t1, t0 = (angle_time(gamma) for gamma in self.gammas()[[1, self.T]].tolist())
         return ODE(velocity, x, t0, t1, clean)
 

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corruptions import Batch
+from images import SettingsError
+from images.corruptions import Batch
+from methods import Method
 from unet import ResBlock
 
 
 @dataclass(frozen=True)
-class UDPM:
+class UDPM(Method):
     # factor of each level on the image's values, finest level first, as in every tuple here; there are as many levels
     alphas: tuple[float, ...] = (0.5, 0.2, 1e-3)
     # standard deviation of the noise that each level adds
@@ -57,12 +59,12 @@ class UDPM:
             values, positive = getattr(self, name), name in ("alphas", "sigmas")
             if len(values) != max(self.levels, 1) or not all(0 <= v < inf for v in values) or positive and 0 in values:
                 bound = "above 0" if positive else "from 0"
-                raise ValueError(f"udpm.{name} = {values}: allowed are finite numbers {bound}, as many as udpm.alphas")
+                raise SettingsError(f"udpm.{name} = {values}: allowed are finite numbers {bound}, as many as udpm.alphas")
         if self.disc_channels < 8 or self.disc_channels % 8:
-            raise ValueError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
+            raise SettingsError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
 
     def check(self):
-        """Before a run: ValueError in one line where LPIPS is wanted and its package or weights cannot be had."""
+        """Before a run: SettingsError in one line where LPIPS is wanted and its package or weights cannot be had."""
         if any(self.lpips_weight):
             load_lpips(self.lpips_path)
 
@@ -109,7 +111,7 @@ class UDPM:
     def check_sides(self, image: Tensor):
         sides, factor = tuple(image.shape[2:]), 2**self.levels
         if any(side % factor for side in sides):
-            raise ValueError(f"image sides = {sides}: UDPM allows multiples of {factor}, it halves {self.levels} times")
+            raise SettingsError(f"image sides = {sides}: UDPM allows multiples of {factor}, it halves {self.levels} times")
 
     # Sampling.
 
@@ -117,13 +119,13 @@ class UDPM:
         """Unit noise, level L to 1: x_L / S_L, then what goes into x_{L-1} .. x_1. All of a sample but cond and y."""
         self.check_sides(batch.zlo)
         B, C, height, width = batch.zlo.shape
-        return [torch.randn(B, C, height >> l, width >> l, device=batch.zlo.device) for l in range(self.levels, 0, -1)]
+        return [batch.randn_like(batch.zlo.new_empty(B, C, height >> l, width >> l)) for l in range(self.levels, 0, -1)]
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None,
                noise: list[Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) by L network evaluations, from the latent `noise` if given. ValueError for another count."""
+        """(B, C, H, W) by L network evaluations, from the latent `noise` if given. SettingsError for another count."""
         if steps not in (None, self.levels):
-            raise ValueError(f"steps = {steps}: UDPM allows {self.levels}, one a level")
+            raise SettingsError(f"steps = {steps}: UDPM allows {self.levels}, one a level")
         noise = self.latent(batch) if noise is None else noise
         x = self.S[self.levels] * noise[0]  # A_L is so small that x_L is noise alone
         for level, fresh in zip(range(self.levels, 0, -1), [*noise[1:], None]):
@@ -136,17 +138,17 @@ class UDPM:
 
     # Training: one level a batch, drawn on the host. Predictions and images are compared at the scale of pictures.
 
-    def draw(self, net, batch: Batch) -> tuple[int, Tensor, Tensor]:
+    def noised_pair(self, net, batch: Batch) -> tuple[int, Tensor, Tensor]:
         """A level l, the network's average(z1, l - 1) from a draw of x_l, and the true one."""
         self.check_sides(batch.z1)
         level = int(torch.randint(1, self.levels + 1, ()))
         mean = self.A[level] * 2**level * average(batch.z1, level)
-        x = mean + self.S[level] * torch.randn_like(mean)
+        x = mean + self.S[level] * batch.randn_like(mean)
         return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
         """(B,) L1 + LPIPS + softplus(-D), the last with a discriminator only, whose parameters get no gradient."""
-        level, guess, truth = self.draw(net, batch)
+        level, guess, truth = self.noised_pair(net, batch)
         loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
         if self.lpips_weight[level - 1]:
             loss = loss + self.lpips_weight[level - 1] * lpips_distance(guess, truth, self.lpips_path)
@@ -154,26 +156,26 @@ class UDPM:
             disc.eval()
             constants = {name: p.detach() for name, p in disc.named_parameters()}
             frozen = lambda *x: torch.func.functional_call(disc, constants, x)
-            logit = self.judge(frozen, guess, level, batch, self.noise_std(disc))
+            logit = self.logits(frozen, guess, level, batch, self.noise_std(disc))
             loss = loss + self.adv_weight[level - 1] * F.softplus(-logit)
         return loss
 
     def disc_loss(self, disc, batch: Batch, net, std) -> Tensor:
         """(B,) 1/2 [softplus(D(guess)) + softplus(-D(truth))] + penalty/2 |grad D(truth)|^2; net gets no gradient."""
         with torch.no_grad():
-            level, guess, truth = self.draw(net, batch)
+            level, guess, truth = self.noised_pair(net, batch)
         disc.train()
         truth.requires_grad_()
-        on_guess, on_truth = (self.judge(disc, image, level, batch, std) for image in (guess, truth))
+        on_guess, on_truth = (self.logits(disc, image, level, batch, std) for image in (guess, truth))
         grad, = torch.autograd.grad(on_truth.sum(), truth, create_graph=True)
         penalty = self.grad_penalty[level - 1] / 2 * grad.square().flatten(1).sum(1)
         return (F.softplus(on_guess) + F.softplus(-on_truth)) / 2 + penalty
 
-    def judge(self, disc, image: Tensor, level: int, batch: Batch, std) -> Tensor:
+    def logits(self, disc, image: Tensor, level: int, batch: Batch, std) -> Tensor:
         """(B,) the discriminator's logits of the noised image; fp32, for the penalty differentiates twice."""
         cond = None if batch.cond is None else average(batch.cond, level - 1)
         with torch.autocast(image.device.type, enabled=False):
-            return disc(image + std * torch.randn_like(image), level, batch.y, cond)
+            return disc(image + std * batch.randn_like(image), level, batch.y, cond)
 
     def noise_std(self, disc: "Discriminator") -> Tensor:
         return self.disc_noise * self.disc_noise_decay ** (disc.steps // 1000)
@@ -250,9 +252,9 @@ def interpolate(a: list[Tensor], b: list[Tensor], w: float) -> list[Tensor]:
 
 
 def swap(a: list[Tensor], b: list[Tensor], level: int) -> list[Tensor]:
-    """a, with the map of `level` taken from b. ValueError if there is no such level."""
+    """a, with the map of `level` taken from b. SettingsError if there is no such level."""
     if not 1 <= level <= len(a):
-        raise ValueError(f"level = {level}: allowed is 1 to {len(a)}")
+        raise SettingsError(f"level = {level}: allowed is 1 to {len(a)}")
     i = len(a) - level
     return [*a[:i], b[i], *a[i + 1:]]
 
@@ -267,7 +269,7 @@ def perturb(noise: list[Tensor], strength: float, level: int) -> list[Tensor]:
 
 @cache
 def load_lpips(path: str | None) -> nn.Module:
-    """The lpips package's network, frozen; VGG-16's weights from `path` or downloaded. ValueError if not to be had."""
+    """The lpips package's network, frozen; VGG-16's weights from `path` or downloaded. SettingsError if not to be had."""
     try:
         # the package draws random weights first: fork, or the run's random numbers would depend on when that happens
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -283,7 +285,7 @@ def load_lpips(path: str | None) -> nn.Module:
         net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in net.net.state_dict()})
     except Exception as error:  # no package, network, file, or not VGG-16: the ways on are the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
+        raise SettingsError(
             f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights, not to be had here ({reason}); "
             "give --udpm.lpips-path FILE (torchvision's vgg16 .pth), or --udpm.lpips-weight 0 0 0 for none") from error
     return net.eval().requires_grad_(False)

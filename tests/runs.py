@@ -2,17 +2,12 @@
 import json
 import multiprocessing
 import os
-import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
-from PIL import Image
 
-import data
 import trainer
 from trainer import Trainer
 
@@ -101,41 +96,6 @@ def kept(monkeypatch) -> dict:
     return states
 
 
-@pytest.fixture(autouse=True)
-def as_found():
-    """One thread, which is fastest for so small a network, and the signal handlers of before."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """40 pictures, of which 4 are held out, in the folders of two classes."""
-    root = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(data.load("shapes", 16, limit=40).train):
-        (root / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"{i:02d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A run of 4 steps, not to be written to."""
-    torch.set_num_threads(1)
-    return start(tmp_path_factory.mktemp("finished"), FINISHED)
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """The finished run in another place."""
-    return shutil.copytree(finished, tmp_path / "elsewhere" / "moved")
-
-
 # Processes that may be killed come from a fork server that has imported the trainer once.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["trainer"])
@@ -148,24 +108,6 @@ def child(target, log, env, *args):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.exit(target(*args))
-
-
-@pytest.fixture
-def process(tmp_path):
-    """process(function, *args, env={}): runs it in a new process, which does not outlive the test."""
-    running = []
-
-    def begin(target, *args, env=None):
-        log = tmp_path / f"log-{len(running)}"
-        running.append(SERVER.Process(target=child, args=(target, log, env or {}, *args)))
-        running[-1].log = log
-        running[-1].start()
-        return running[-1]
-
-    yield begin
-    for each in running:
-        each.kill()
-        each.join()
 
 
 def until(ready, *processes, seconds=120):

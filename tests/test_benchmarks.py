@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
 from benchmarks import growth, memory, plain, solvers, speed, step, timing
-from corruptions import Damage
-from trainer import Config, Trainer, reseed
+from images import data
+from images.corruptions import Damage
+from support.machine import reseed
+from trainer import Config, Trainer
 
 CPU = torch.device("cpu")
 TINY = Config(unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2, dataset="shapes", use_wandb=False)

@@ -7,8 +7,8 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-import corruptions
-from corruptions import TASKS, Damage, cond_channels, enlarge, given, has_holes
+from images import corruptions
+from images.corruptions import TASKS, Damage, cond_channels, from_damaged, has_holes, to_full_size
 
 MIXTURE = "sr,inpaint,blur,jpeg,generate"
 
@@ -65,7 +65,7 @@ def test_sr_bicubic_is_pil_within_a_level(make, factor):
     error = np.abs(to_levels(Damage(factor=factor, down="bicubic")("sr", to_z(images)).zlo)[:, ::factor, ::factor] - lo)
     assert error.max() < 1 + 1e-3 and (error < 1e-3).mean() > 0.99
     hi = each(images, lambda i: i.resize((32 * factor, 48 * factor), Image.BICUBIC))
-    error = np.abs(to_levels(enlarge(to_z(images), factor, "bicubic")) - hi)
+    error = np.abs(to_levels(to_full_size(to_z(images), factor, "bicubic")) - hi)
     assert error.max() < 2 + 1e-3 and (error < 1e-3).mean() > 0.995
     assert make is noise or error.max() < 1 + 1e-3  # at the border PIL's fixed point misses exact halves
 
@@ -76,7 +76,7 @@ def test_a_low_resolution_file_enlarges_to_what_training_saw(down, up):
     images = photos(3, 32, 32)
     pil = {"box": Image.BOX, "bicubic": Image.BICUBIC}[down]
     lo = each(images, lambda i: i.resize((8, 8), pil)).astype(np.uint8)
-    error = to_levels(enlarge(to_z(lo), 4, up)) - to_levels(Damage(4, down, up)("sr", to_z(images)).zlo)
+    error = to_levels(to_full_size(to_z(lo), 4, up)) - to_levels(Damage(4, down, up)("sr", to_z(images)).zlo)
     assert np.abs(error).max() < 1 + 1e-3 and (np.abs(error) < 1e-3).mean() > 0.99
 
 
@@ -188,7 +188,7 @@ def test_batch(task, channels, condition):
         assert torch.equal(batch.cond[:, channels:], batch.hole[:, : count - channels])
     # the same from damaged images alone
     if task != MIXTURE:
-        again = given(task, batch.zlo, y, condition, batch.hole if has_holes(task) else None)
+        again = from_damaged(task, batch.zlo, y, condition, batch.hole if has_holes(task) else None)
         assert again.z1 is None
         for name in ("zlo", "mask", "hole", "cond", "y"):
             one, two = getattr(batch, name), getattr(again, name)
@@ -282,8 +282,8 @@ def test_wrong_images_are_refused():
         (lambda: Damage()("paired", z), "paired"),
         (lambda: Damage()("paired", z, zlo=z[..., 1:]), "paired"),
         (lambda: Damage()("jpeg", z[:, :2]), "channels"),
-        (lambda: given("inpaint", z), "mask"),
-        (lambda: given("sr", z, mask=z[:, :1]), "mask"),
+        (lambda: from_damaged("inpaint", z), "mask"),
+        (lambda: from_damaged("sr", z, mask=z[:, :1]), "mask"),
     ):
         with pytest.raises(ValueError, match=word):
             call()

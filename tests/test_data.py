@@ -15,9 +15,10 @@ import torchvision
 from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
-import data
-from data import DatasetError, batch_indices, fit, load, open_image, to_float, to_uint8
-
+from images import DatasetError, data, shapes
+from images.data import batch_indices, load
+from images.files import fit, open_image
+from images.pictures import to_float, to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
 
@@ -447,12 +448,12 @@ AREAS = {
 }
 
 
-@pytest.mark.parametrize("shape", data.SHAPES)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_distances(shape):
     """The area inside is the shape's, and |grad d| = 1 near its edge but for creases: d is a distance there."""
     n, half = 1600, 8.8 if shape in ("stripes", "checks") else 1.8  # whole periods of the patterns
     y, x = torch.meshgrid(*[((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1) * half] * 2, indexing="ij")
-    d, h = data._distance(shape, x[None], y[None])[0], 2 * half / n
+    d, h = shapes.signed_distance(shape, x[None], y[None])[0], 2 * half / n
     if AREAS[shape]:
         assert (d < 0).double().mean() * (2 * half) ** 2 == pytest.approx(AREAS[shape], rel=5e-3)
     slope = torch.hypot(*torch.gradient(d, spacing=h))
@@ -469,7 +470,7 @@ def test_shapes_are_the_same_every_time_and_differ_by_class():
     both = torch.cat([two.train, two.test]).flatten(1)
     assert len(both.unique(dim=0)) == 200  # no test image is a training image
     random = torch.rand(1, 17)  # the same colours, place and textures: the class alone makes the difference
-    drawn = torch.cat([data._draw(shape, random, 32, 3) for shape in data.SHAPES])
+    drawn = torch.cat([shapes.paint(shape, random, 32, 3) for shape in shapes.SHAPES])
     assert (torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn[0].numel() ** 0.5 + torch.eye(10)).min() > 0.1
 
 
@@ -477,16 +478,16 @@ def test_outline_has_its_width():
     """White ink less black shows the outline alone: it covers the annulus that its width in pixels makes."""
     random = torch.full((2, 17), 0.5)
     random[:, -1] = torch.tensor([0.4, 0.6])
-    white, black = data._draw("disc", random, 64, 3)
+    white, black = shapes.paint("disc", random, 64, 3)
     covered = ((white - black) / 2).mean(0).sum().item()
     assert covered == pytest.approx(2 * math.pi * (0.9 * 0.65 * 32) * 1.3, rel=0.03)
 
 
 def test_shapes_are_antialiased_and_have_detail():
     random = torch.rand(4, 17)
-    for shape in data.SHAPES:
-        fine = data._draw(shape, random, 32, 3, oversample=8)
-        assert (data._draw(shape, random, 32, 3) - fine).square().mean().sqrt() < 0.05, shape
+    for shape in shapes.SHAPES:
+        fine = shapes.paint(shape, random, 32, 3, oversample=8)
+        assert (shapes.paint(shape, random, 32, 3) - fine).square().mean().sqrt() < 0.05, shape
     x = to_float(load("shapes", 32, limit=200).train)
     low = interpolate(avg_pool2d(x, 2), scale_factor=2, mode="bicubic").clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (x - low).square().mean())

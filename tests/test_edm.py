@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corruptions import Batch
+from images.corruptions import Batch
 from methods.edm import EDM
-from ode_int import Counted, integrate, solve
+from ode_int import integrate, solve
+from unet import Counted
 
 
 def make_batch(z1, mask=None):

@@ -1,10 +1,10 @@
-"""What evaluate.py and metrics.py say is checked against closed forms, other implementations, and the network's own call counter."""
+"""What evaluate.py and judge.py say is checked against closed forms, other implementations, and the network's own call counter."""
 import json
 import math
 import re
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,21 +13,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-import data
 import evaluate
-import metrics
-import report
 import trainer
-from corruptions import Damage
-from logs import psnr
+from evaluation import judge as judging
+from evaluation import report
+from images import data
+from images.corruptions import Damage
+from images.pictures import psnr, to_float, to_uint8
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
-from ode_int import Counted, SolverError
-from trainer import Config, draw, make_unet
-from unet import Guided
+from ode_int import SolverError
+from support.model import draw, make_unet
+from trainer import Config
+from unet import Counted, Guided
 
 SIDE, TEST = 16, 42
 EXACT = 10 * math.log10(255**2 * 3 * SIDE**2)  # the PSNR of an image without an error: as if one value were off by a level
@@ -57,7 +58,7 @@ LOCAL = ("psnr", "consistency", "bias", "accuracy", "frechet")  # need no packag
 
 @pytest.fixture(scope="module")
 def judge(config):
-    return metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=16, epochs=30)
+    return judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=16, epochs=30)
 
 
 def truth(batch):
@@ -68,7 +69,7 @@ def truth(batch):
 
 def test_frechet_of_gaussians_in_one_dimension():
     one, other = (tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]])))
-    assert metrics.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
+    assert judging.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
 
 
 def test_frechet_against_scipys_matrix_square_root():
@@ -76,9 +77,9 @@ def test_frechet_against_scipys_matrix_square_root():
     x, y = random.normal(size=(40, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6)) + 0.3
     c1, c2 = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    one, other = metrics.gaussian(torch.tensor(x)), metrics.gaussian(torch.tensor(y))
-    assert metrics.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
-    assert metrics.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
+    one, other = judging.gaussian(torch.tensor(x)), judging.gaussian(torch.tensor(y))
+    assert judging.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
+    assert judging.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frechet_with_more_features_than_images():
@@ -86,10 +87,10 @@ def test_frechet_with_more_features_than_images():
     random = np.random.default_rng(2)
     x, y = torch.tensor(random.normal(size=(12, 4))), torch.tensor(random.normal(size=(9, 4)) + 0.1)
     turn = torch.linalg.qr(torch.tensor(random.normal(size=(300, 4)))).Q.T
-    expected = metrics.frechet(metrics.gaussian(x), metrics.gaussian(y))
-    one, other = metrics.gaussian(x @ turn), metrics.gaussian(y @ turn)
-    assert metrics.frechet(one, other) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet(one, one) == pytest.approx(0, abs=1e-9)
+    expected = judging.frechet(judging.gaussian(x), judging.gaussian(y))
+    one, other = judging.gaussian(x @ turn), judging.gaussian(y @ turn)
+    assert judging.frechet(one, other) == pytest.approx(expected, rel=1e-9)
+    assert judging.frechet(one, one) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_is_torchmetrics_fid():
@@ -105,7 +106,7 @@ def test_frechet_is_torchmetrics_fid():
     reference = fid.FrechetInceptionDistance(feature=Mean())
     reference.update(x, real=True)
     reference.update(y, real=False)
-    mine = metrics.frechet(*(metrics.gaussian(Mean()(z)) for z in (x, y)))
+    mine = judging.frechet(*(judging.gaussian(Mean()(z)) for z in (x, y)))
     assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
 
 
@@ -113,7 +114,7 @@ def test_frechet_is_torchmetrics_fid():
 
 def test_psnr_against_numpy_and_torchmetrics():
     a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
-    x, y = (data.to_uint8(image).numpy().astype(float) for image in (a, b))
+    x, y = (to_uint8(image).numpy().astype(float) for image in (a, b))
     expected = np.mean([10 * np.log10(255**2 / np.mean((p - q) ** 2)) for p, q in zip(x, y)])
     assert psnr(a, b) == pytest.approx(expected, rel=1e-6)
     functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
@@ -123,7 +124,7 @@ def test_psnr_against_numpy_and_torchmetrics():
 
 def test_ssim():
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
-    ssim = metrics.load_ssim(6)
+    ssim = judging.load_ssim(6)
     x = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     assert ssim(x, x).item() == pytest.approx(1, abs=1e-6)
     assert ssim((x * 0.75).round().to(torch.uint8), x).item() == pytest.approx(0.9219, abs=2e-3)  # torchmetrics' documented example
@@ -132,7 +133,7 @@ def test_ssim():
     flat = torch.ones(1, 1, 6, 6, dtype=torch.uint8)  # one image, of the smallest side
     assert ssim(flat * 100, flat * 130).item() == pytest.approx((2 * a * b + c1) / (a**2 + b**2 + c1), abs=1e-4)
     with pytest.raises(ValueError, match="6 pixels"):
-        metrics.load_ssim(5)
+        judging.load_ssim(5)
 
 
 def test_a_shift_by_k_levels(judge, config):
@@ -176,10 +177,10 @@ def test_the_last_batch_counts_by_its_images(judge, config):
 def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
     x = torch.randn(4, 3, 15, 12, generator=torch.Generator().manual_seed(0))
     known = (torch.rand(4, 1, 15, 12, generator=torch.Generator().manual_seed(1)) < 0.3).float()
-    filled = metrics.fill(x * known, known)
+    filled = judging.fill(x * known, known)
     assert torch.equal(filled * known, x * known)
-    assert torch.equal(filled, metrics.fill(torch.where(known > 0, x, 9.0), known))
-    assert torch.allclose(metrics.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3))  # a flat image is a flat image
+    assert torch.equal(filled, judging.fill(torch.where(known > 0, x, 9.0), known))
+    assert torch.allclose(judging.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3))  # a flat image is a flat image
 
 
 # --------------------------------------------------------------------------------------------- classifier, halves, floor
@@ -200,18 +201,18 @@ def test_samples_that_are_the_truth_score_the_floor(judge, config):
 def test_each_half_is_held_against_the_other(judge, config):
     order = torch.cat(judge.batches)
     other = iter(judge.images.test[order.roll(20)].split(16))  # for the i-th image of a half, the i-th of the other
-    assert judge(config, False, lambda batch: data.to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-4)
+    assert judge(config, False, lambda batch: to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-4)
 
 
 def test_fid_flows_through_the_same_halves(config, monkeypatch):
     def pooled(x):
         return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
-    monkeypatch.setattr(metrics, "load_inception", lambda device: pooled)
-    judge = metrics.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
+    monkeypatch.setattr(judging, "load_inception", lambda device: pooled)
+    judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
     score = judge(config, False, lambda batch: 0.5 * batch.z1)
     z1 = judge.images.test[torch.cat(judge.batches)][:40]
-    x, y = (pooled(z).double().numpy() for z in (data.to_uint8(0.5 * data.to_float(z1)), z1))
+    x, y = (pooled(z).double().numpy() for z in (to_uint8(0.5 * to_float(z1)), z1))
 
     def distance(a, b):
         root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
@@ -229,7 +230,7 @@ def test_baselines_of_sr(judge, config):
     small = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1]
     for row, how in ((low, Image.Resampling.NEAREST), (bicubic, Image.Resampling.BICUBIC)):
         images = torch.stack([torch.from_numpy(np.array(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small])
-        assert row["psnr"] == pytest.approx(psnr(data.to_float(images), data.to_float(z1)), rel=1e-5)
+        assert row["psnr"] == pytest.approx(psnr(to_float(images), to_float(z1)), rel=1e-5)
 
 
 @pytest.mark.parametrize("task, names, without", [
@@ -250,16 +251,16 @@ def test_other_tasks(judge, config, task, names, without):
 
 def test_pairs_can_not_be_damaged_again(config, folder):
     c = replace(config, task="paired", paired_path=str(folder))
-    judge = metrics.Judge(c, torch.device("cpu"), ("psnr", "consistency"), count=3)
+    judge = judging.Judge(c, torch.device("cpu"), ("psnr", "consistency"), count=3)
     assert judge(c, False, lambda batch: batch.zlo)["psnr"] == pytest.approx(EXACT)
     assert judge.left_out(c, False).keys() == {"consistency"}
 
 
 def test_data_without_classes_and_too_few_images(folder, config):
     c = replace(config, dataset=str(folder / "test" / "dark"))
-    judge = metrics.Judge(c, torch.device("cpu"), LOCAL, count=40)
+    judge = judging.Judge(c, torch.device("cpu"), LOCAL, count=40)
     assert "no classes" in judge.why["accuracy"] and judge(c, False, truth).keys() == {"psnr", "consistency", "bias", "seconds"}
-    few = metrics.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
+    few = judging.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
     assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
 
 
@@ -271,16 +272,16 @@ def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkey
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
     before = files("classifier"), files("statistics")
-    again = metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
+    again = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
     assert again.accuracy == judge.accuracy and (files("classifier"), files("statistics")) == before
     assert again(config, False, truth)["frechet"] == pytest.approx(judge(config, False, truth)["frechet"], rel=1e-4)
 
-    fewer = metrics.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
+    fewer = judging.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
     assert len(files("statistics") - before[1]) == 1 and files("classifier") == before[0]
     assert fewer.key == judge.key and fewer.digest != judge.digest
 
     monkeypatch.undo()
-    other = metrics.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
+    other = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
     assert other.key != judge.key
     assert len(files("classifier") - before[0]) == 1 and len(files("statistics") - before[1]) == 2
 
@@ -293,11 +294,11 @@ def test_kept(tmp_path):
         return dict(weights=torch.arange(3), accuracy=50.0)
 
     for _ in range(2):
-        value = metrics.kept(path, make)
+        value = judging.kept(path, make)
         assert value["accuracy"] == 50 and value["weights"].tolist() == [0, 1, 2]
     assert len(calls) == 1
     (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
-    metrics.kept(path, make)
+    judging.kept(path, make)
     assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
 
 
@@ -305,8 +306,8 @@ def test_digest_sees_every_value():
     x = torch.zeros(4, 4, dtype=torch.uint8)
     y = x.clone()
     y[3, 3] = 1
-    assert len({metrics.digest(x, 1), metrics.digest(y, 1), metrics.digest(x, 2), metrics.digest(x, 1, None)}) == 4
-    assert metrics.digest(x.T, 1) == metrics.digest(x, 1)
+    assert len({judging.digest(x, 1), judging.digest(y, 1), judging.digest(x, 2), judging.digest(x, 1, None)}) == 4
+    assert judging.digest(x.T, 1) == judging.digest(x, 1)
 
 
 # ------------------------------------------------------------------------------------------ what can't be had is left out
@@ -317,7 +318,7 @@ def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    judge = metrics.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
+    judge = judging.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
     score = judge(config, False, truth)
     assert score.keys() == {"psnr", "seconds"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
     for module, metric in (("lpips", "lpips"), ("torch_fidelity", "fid")):
@@ -332,7 +333,7 @@ def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
 def test_packages_that_are_not_there(config, monkeypatch):
     for name in ("torchmetrics.functional.image", "lpips", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
-    judge = metrics.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
+    judge = judging.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
     assert judge(config, False, truth).keys() == {"bias", "seconds"}
     assert "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
 
@@ -388,28 +389,20 @@ def test_flops_of_a_step():
     convolution = nn.Conv2d(3, 5, 3, padding=1, bias=False)
     forward = 2 * 5 * 3 * 9 * 16 * 16  # a multiplication and an addition a tap
     batch = one_batch(Config(**SMALL), 0)
-    cost = evaluate.training_flops(None, [(convolution, lambda net, b: net(b.z1).square().mean((1, 2, 3)))], batch, fp32)
+    cost = evaluate.training_flops(0, [(convolution, lambda net, b: net(b.z1).square().mean((1, 2, 3)))], batch, "fp32")
     assert cost == 2 * forward  # the image needs no gradient: forward, and the weights'
     twice = nn.Sequential(convolution, nn.Conv2d(5, 5, 1, bias=False))
     small = 2 * 5 * 5 * 16 * 16
-    cost = evaluate.training_flops(None, [(twice, lambda net, b: net(b.z1).mean((1, 2, 3)))] * 2, batch, fp32)
+    cost = evaluate.training_flops(0, [(twice, lambda net, b: net(b.z1).mean((1, 2, 3)))] * 2, batch, "fp32")
     assert cost == 2 * (2 * forward + 3 * small)  # two players
 
 
-def fp32():
-    return torch.autocast("cpu", enabled=False)
-
-
 def test_flops_are_the_mean_over_levels():
-    @dataclass
-    class Pyramid:
-        levels: int = 3
-
     def loss(net, batch):
         return net(batch.z1[:, :, :: 2 ** int(torch.randint(3, ())), :]).mean((1, 2, 3))
 
     convolution, forward = nn.Conv2d(3, 5, 3, padding=1, bias=False), 2 * 5 * 3 * 9 * 16 * 16
-    cost = evaluate.training_flops(Pyramid(), [(convolution, loss)], one_batch(Config(**SMALL), 0), fp32)
+    cost = evaluate.training_flops(3, [(convolution, loss)], one_batch(Config(**SMALL), 0), "fp32")
     assert cost == pytest.approx(2 * forward * (1 + 1 / 2 + 1 / 4) / 3)
 
 
@@ -468,7 +461,7 @@ def test_the_json_holds_each_figure_with_its_record(results):
         json.dumps(result, allow_nan=False)
     assert interpolant["baselines"] == udpm["baselines"]
     net, critic = udpm["costs"]["parameters"]
-    weights = trainer.open_checkpoint(udpm["run"])[1]["players"]
+    weights = torch.load(f"{udpm['run']}/checkpoints/last.pt", weights_only=True)["players"]
     assert net > 1000 and critic == sum(w.numel() for key, w in weights[1].items() if key != "steps") and len(interpolant["costs"]["parameters"]) == 1
     assert interpolant["costs"]["training_flops"] > 0 and udpm["costs"]["training_flops"] > 0
 
@@ -538,7 +531,7 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
     def broken(config, net, batch):
         if config.method == "udpm" or config.sample_steps == 2:
             raise failure
-        return trainer.draw(config, net, batch)
+        return draw(config, net, batch)
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
@@ -559,7 +552,7 @@ def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatc
     def broken(config, net, batch):
         if config.method == "interpolant" and isinstance(net.net.net, nn.Module):
             raise SolverError("not finite")
-        return trainer.draw(config, net, batch)
+        return draw(config, net, batch)
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluate, "draw", broken)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import checkpoint, finite, metrics, resume, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
 import trainer
-from corruptions import TASKS
+from images import data
+from images.corruptions import TASKS
 from methods.udpm import UDPM
-from runs import as_found, checkpoint, finite, leaves, metrics, resume, same  # noqa: F401 (as_found is a fixture)
 from trainer import Trainer
 
 METHODS = {  # few network evaluations, and no download

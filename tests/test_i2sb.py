@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corruptions import Batch
+from images.corruptions import Batch
 from methods import i2sb
 from methods.i2sb import I2SB
 from ode_int import solve
@@ -68,8 +68,8 @@ def wiggly_net(x, t, y, cond):
     return torch.tanh(2 * x + (t + 0.1 * y)[:, None, None, None]) + (0 if cond is None else 0.3 * cond[:, :2])
 
 
-def impulses(monkeypatch):
-    """Row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0 zeros alone: the
+def impulses():
+    """A randn_like: row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0 zeros alone: the
     sampler's response to each of its draws, so that moments over its noise are sums of squares, without Monte Carlo."""
     draws = iter(range(1, 10**6))
 
@@ -79,7 +79,7 @@ def impulses(monkeypatch):
             noise[i] = 1
         return noise
 
-    monkeypatch.setattr(torch, "randn_like", randn_like)
+    return randn_like
 
 
 @pytest.mark.parametrize("n", [2, 7, 10, 1000])
@@ -118,13 +118,12 @@ def test_bridge_and_posterior_are_brownian_motion_conditioned_at_both_ends():
 @BOTH
 @pytest.mark.parametrize("steps", [1, 2, 7, 24])
 @TASKS
-def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, task, monkeypatch):
+def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, task):
     """With the true z1, steps of the posterior compose to q(zt | z1, damaged); known pixels get q(zt | zlo, zlo)."""
     method = I2SB(n=24, ot_ode=ot_ode)
     rows = steps + 2  # the response to no draw, to the start's, to each step's
     one = make_batch(task, size=1, dtype=torch.float64)
-    batch = Batch(*(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None)
-    impulses(monkeypatch)
+    batch = Batch(*(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, randn_like=impulses())
     trace = []
     method.sample(oracle(method, batch.z1), batch, steps, trace)
     s2 = s2_table(method)
@@ -248,7 +247,7 @@ MEAN, COV = (0.2, -0.1), ((0.25, 0.15), (0.15, 0.18))
 
 
 @BOTH
-def test_exact_network_carries_the_damaged_distribution_to_the_clean_one(ot_ode, monkeypatch):
+def test_exact_network_carries_the_damaged_distribution_to_the_clean_one(ot_ode):
     errors = []
     method = I2SB(ot_ode=ot_ode)
     for steps in (250, 500, 1000):
@@ -256,8 +255,7 @@ def test_exact_network_carries_the_damaged_distribution_to_the_clean_one(ot_ode,
         zlo = torch.full((rows, 1, 1, 1), MEAN[1], dtype=torch.float64)
         zlo[-1] += 1
         ones = torch.ones_like(zlo)
-        impulses(monkeypatch)
-        sample = method.sample(gaussian_net(method, MEAN, COV), Batch(None, zlo, ones, 0 * ones, None, None), steps)
+        sample = method.sample(gaussian_net(method, MEAN, COV), Batch(None, zlo, ones, 0 * ones, None, None, impulses()), steps)
         assert sample[0].item() == pytest.approx(MEAN[0], abs=1e-9)
         response = sample - sample[0]
         errors.append((response[-1] ** 2 * COV[1][1] + response[1:-1].square().sum()).item() / COV[0][0] - 1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from corruptions import Batch
+from images.corruptions import Batch
 from methods.interpolant import Interpolant
-from ode_int import FIXED_STEP, Counted, solve
+from ode_int import FIXED_STEP, solve
+from unet import Counted
 
 PATHS = pytest.mark.parametrize("path", ["linear", "trigonometric"])
 COUPLINGS = pytest.mark.parametrize("coupling", ["dependent", "independent"])

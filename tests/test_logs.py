@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import FINISHED, checkpoint, metrics, resume, same, start
 
-import data
-import logs
 import trainer
-from runs import FINISHED, as_found, at_step, checkpoint, finished, folder, metrics, resume, same, start  # noqa: F401 (fixtures)
+from images import data, pictures
+from support import logs
+from support.model import draw
 from unet import Guided
-
 
 # -------------------------------------------------------------------------------------------------------------- wandb
 
@@ -130,18 +130,21 @@ def test_wandb_is_online_only_where_an_account_is_configured(tmp_path, monkeypat
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
+TITLE = pictures.TITLE_SIZE + 9  # height of the row of titles
+
+
 def read_grids(path, count: int, side: int) -> list[np.ndarray]:
     """The four grids of a picture -> each (count, side, side, 3) uint8. Images are enlarged to 64 pixels."""
     picture, scale = np.asarray(Image.open(path)), 64 // side
     columns = 2 ** math.ceil(math.log2(count / 2) / 2)
     rows = math.ceil(count / columns)
-    width, height = 12 + 2 + 66 * columns, 2 + 66 * rows
+    width, height = 12 + 2 + 66 * columns, TITLE + 2 + 66 * rows + 6
     assert picture.shape == (height, 4 * width, 3)
     grids = []
     for left in range(0, 4 * width, width):
         images = []
         for i in range(count):
-            y, x = 2 + 66 * (i // columns), left + 6 + 2 + 66 * (i % columns)
+            y, x = TITLE + 2 + 66 * (i // columns), left + 6 + 2 + 66 * (i % columns)
             tile = picture[y:y + 64, x:x + 64].reshape(side, scale, side, scale, 3)
             assert (tile == tile[:, :1, :, :1]).all()
             images.append(tile[:, 0, :, 0])
@@ -187,14 +190,15 @@ def test_psnr_against_numpy():
     truth = torch.rand(5, 3, 6, 7) * 2 - 1
     x = truth + torch.randn_like(truth) * torch.tensor([0.02, 0.1, 0.3, 1, 3])[:, None, None, None]  # far out of range too
     levels = [np.clip(np.floor((z.double().numpy() + 1) * 127.5 + 0.5), 0, 255) for z in (x, truth)]
-    assert logs.psnr(x, truth) == pytest.approx(decibels(*levels), abs=0.01)
-    assert logs.psnr(truth, truth) == pytest.approx(10 * math.log10(255**2 * 3 * 6 * 7))  # as if one value were off by a level
+    assert pictures.psnr(x, truth) == pytest.approx(decibels(*levels), abs=0.01)
+    assert pictures.psnr(truth, truth) == pytest.approx(10 * math.log10(255**2 * 3 * 6 * 7))  # as if one value were off by a level
 
 
 def test_the_strip_has_a_column_a_time_and_clean_estimates_below_states():
     trace = [(t, torch.full((2, 3, 64, 64), t), torch.full((2, 3, 64, 64), -t)) for t in np.linspace(0, 1, 21).tolist()]
-    picture = logs.strip(trace).astype(int)
-    columns = [picture[2 + 32 + 66 * row, 6 + 2 + 32 + 66 * np.arange(9), 0] for row in range(4)]
+    picture = pictures.strip(trace).astype(int)
+    left = picture.shape[1] - 80 * 9 + 80 * np.arange(9)  # of each column; the titles of the rows come before them
+    columns = [picture[TITLE + 2 + 32 + 66 * row, left + 6 + 2 + 32, 0] for row in range(4)]
     expected = np.round((np.array([trace[i][0] for i in (0, 2, 5, 8, 10, 12, 15, 18, 20)]) + 1) * 127.5)
     for row, sign in enumerate((1, -1, 1, -1)):
         assert np.abs(columns[row] - np.round(127.5 + sign * (expected - 127.5))).max() <= 1
@@ -202,8 +206,8 @@ def test_the_strip_has_a_column_a_time_and_clean_estimates_below_states():
 
 def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, capsys):
     """The network's output turns to NaN while it samples: a warning, no picture, the same weights."""
-    original = trainer.Guided.__call__
-    monkeypatch.setattr(trainer.Guided, "__call__", lambda self, *args: original(self, *args) * math.nan)
+    original = Guided.__call__
+    monkeypatch.setattr(Guided, "__call__", lambda self, *args: original(self, *args) * math.nan)
     for name, solver in (("dopri5", "--solver dopri5 --sample-steps None"), ("euler", "")):
         run = start(tmp_path / name, f"--max-steps 4 --sample-every 2 {solver}")
         warnings = [line for line in capsys.readouterr().err.splitlines() if "no samples" in line]
@@ -213,8 +217,6 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
 
 
 def test_no_memory_for_samples_ends_no_training(tmp_path, monkeypatch, finished, capsys):
-    draw = trainer.draw
-
     def full(config, net, batch, trace=None):
         if isinstance(net, Guided):
             raise torch.OutOfMemoryError

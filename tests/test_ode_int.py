@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ode_int
-from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, Counted, SolverError, grid, integrate, solve
-from unet import Guided
+from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, SolverError, integrate, solve, time_grid
+from unet import Counted, Guided
 
 SHAPE = (3, 2, 4, 4)
 
@@ -70,7 +70,7 @@ def test_steps_that_shorten_towards_the_data():
         return (z - exact(0.999, start())).square().mean().sqrt().item()
 
     for rho in (1.5, 3.0):
-        times = grid(0.1, 0.999, 7, rho)
+        times = time_grid(0.1, 0.999, 7, rho)
         assert (times[0], times[-1]) == (0.1, 0.999)
         np.testing.assert_allclose(np.diff((1 - times) ** (1 / rho)), (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9)
     assert error(3.0, 10) < error(1.0, 10) / 3

@@ -11,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import sample
 import trainer
+from images import data
+from images.corruptions import Damage, to_full_size
+from images.files import read_image
+from images.pictures import TITLE_SIZE, to_float, to_uint8
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from ode_int import SolverError
+from support.model import Streams, make_unet
+from support.settings import from_plain
 from trainer import Config
 from unet import Tiled, windows
 
@@ -36,7 +41,7 @@ def make_run(folder: Path, identity=False, **settings) -> str:
     config = Config(**settings)
     torch.manual_seed(3)
     num_classes = len(CLASSES) if config.unet_use_classes else 0
-    averaged, raw = (trainer.make_unet(config, num_classes) for _ in range(2))
+    averaged, raw = (make_unet(config, num_classes) for _ in range(2))
     if identity:
         for net in (averaged, raw):
             net.out.weight.data.zero_(), net.out.bias.data.zero_()
@@ -110,7 +115,7 @@ def test_a_grey_run_takes_colour_files(tmp_path):
 def test_other_tasks_take_files_as_they_are_and_factors_are_the_runs(tmp_path):
     put(tmp_path / "in.png", photo(5, 6))
     for task, factor in (("jpeg", 1), ("sr,blur", 1), ("sr", 4)):
-        identity = make_run(tmp_path / task, identity=True, task=task, damage=trainer.Damage(factor=4))
+        identity = make_run(tmp_path / task, identity=True, task=task, damage=Damage(factor=4))
         assert run(identity, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite") == 0
         np.testing.assert_array_equal(get(tmp_path / "out/in.png"), photo(5, 6).repeat(factor, 0).repeat(factor, 1))
 
@@ -215,18 +220,15 @@ def test_a_mixture_restores_whole_images_and_holes(tmp_path):
 
 def test_noise_comes_row_by_row():
     rows, alone = [[(1.0, (0, "a", 0))], [(1.0, (0, "b", 0))], [(0.6, (0, "a", 0)), (0.8, (0, "b", 0))]], []
-    with sample.noise_of(rows, "cpu"):
-        first, second = torch.randn(3, 3, 4), torch.randn_like(torch.empty(3, 5, dtype=torch.float64))
+    shapes = torch.empty(3, 3, 4), torch.empty(3, 5, dtype=torch.float64)
+    together = Streams(rows, "cpu")
+    first, second = map(together, shapes)
     for row in rows:
-        with sample.noise_of([row], "cpu"):
-            alone.append((torch.randn(1, 3, 4), torch.randn_like(torch.empty(1, 5, dtype=torch.float64))))
+        single = Streams([row], "cpu")
+        alone.append([single(x[:1]) for x in shapes])
     assert torch.equal(first, torch.cat([r[0] for r in alone])) and torch.equal(second, torch.cat([r[1] for r in alone]))
     torch.testing.assert_close(second[2], 0.6 * second[0] + 0.8 * second[1])
-    with pytest.raises(RuntimeError), sample.noise_of(rows, "cpu"):
-        raise RuntimeError
-    assert torch.randn(4, 2).shape == (4, 2)  # as before, for any number of rows
-    with sample.noise_of([[(1.0, (0, "", i))] for i in range(200)], "cpu"):
-        normal = torch.randn(200, 20)
+    normal = Streams([[(1.0, (0, "", i))] for i in range(200)], "cpu")(torch.empty(200, 20))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
 
 
@@ -362,8 +364,9 @@ def test_generation_by_label(tmp_path, capsys):
     assert abs(made["half"]["T-shirt-top_0001.png"] - made["none"]["image_0001.png"]).max() <= 1
     half, strong = made["half"]["T-shirt-top_0001.png"], made["strong"]["T-shirt-top_0001.png"]
     assert abs(strong - half).mean() > 1.5 * abs(shirt - half).mean()
-    assert get(tmp_path / "all/grid.png").shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4; a row a label
-    for row, name in zip(get(tmp_path / "all/grid.png")[4::66], ("cat", "dog", "T-shirt-top")):
+    grid = get(tmp_path / "all/grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]  # what is inside the titles
+    assert grid.shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4; a row a label
+    for row, name in zip(grid[4::66], ("cat", "dog", "T-shirt-top")):
         np.testing.assert_array_equal(row[4], made["all"][f"{name}_0001.png"][0, 0])
     assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
 
@@ -429,7 +432,7 @@ def test_trace_shows_the_path_and_changes_nothing(tmp_path):
         assert gif.n_frames == 7  # six steps, and the sample
         gif.seek(gif.n_frames - 1)
         for picture in (strip, np.asarray(gif.convert("RGB"))):  # inside the last, enlarged pixel of the last image
-            assert abs(picture[-5, -11].astype(int) - result[-1, -1]).max() <= 24  # a GIF has 256 colours
+            assert abs(picture[-11, -11].astype(int) - result[-1, -1]).max() <= 24  # a GIF has 256 colours
 
 
 def test_the_trace_of_a_large_image_is_small(tmp_path):
@@ -489,12 +492,12 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
     assert get(tmp_path / "out/in.png").shape == (16, 16, 3)
     # the same by hand
     checkpoint = torch.load(folder / "checkpoints/last.pt", weights_only=True)
-    config = sample.from_plain(Config, checkpoint["config"])
-    net = trainer.make_unet(config, 10).eval()
+    config = from_plain(Config, checkpoint["config"])
+    net = make_unet(config, 10).eval()
     net.load_state_dict(checkpoint["ema"])
-    zlo = sample.enlarge(data.to_float(sample.read(tmp_path / "in.png", 3))[None], 2, "nearest")
-    with sample.noise_of([[(1.0, (0, "in.png", 0))]], "cpu"), torch.no_grad():
-        z = zlo + torch.randn_like(zlo)
+    zlo = to_full_size(to_float(read_image(tmp_path / "in.png", 3))[None], 2, "nearest")
+    with torch.no_grad():
+        z = zlo + Streams([[(1.0, (0, "in.png", 0))]], "cpu")(zlo)
         y = torch.tensor([data.SHAPES.index("moon")])
 
         def v(t, z):
@@ -503,7 +506,7 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
         first = v(0.001, z)
         z = z + 0.998 * (first + v(0.999, z + 0.998 * first)) / 2
         z = z + 0.001 * v(0.999, z)  # the clean estimate
-    assert abs(data.to_uint8(z)[0].permute(1, 2, 0).numpy().astype(int) - get(tmp_path / "out/in.png")).max() <= 1
+    assert abs(to_uint8(z)[0].permute(1, 2, 0).numpy().astype(int) - get(tmp_path / "out/in.png")).max() <= 1
 
 
 # wrong values --------------------------------------------------------------------------------------------------------

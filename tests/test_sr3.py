@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corruptions import Batch
+from images.corruptions import Batch
 from methods import keep_known, masked_mean
 from methods.sr3 import SR3
 from ode_int import integrate, solve

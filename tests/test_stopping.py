@@ -12,14 +12,31 @@ import time
 import pytest
 import torch
 from PIL import Image
+from runs import (
+    FINISHED,
+    TINY,
+    TRAINER,
+    at_step,
+    checkpoint,
+    leaves,
+    make,
+    metrics,
+    one_line,
+    resume,
+    same,
+    start,
+    until,
+)
 
-import data
-import logs
 import trainer
-from runs import FINISHED, TINY, TRAINER, as_found, at_step, checkpoint, copy, finished, folder, leaves  # noqa: F401 (fixtures)
-from runs import make, metrics, one_line, process, resume, same, start, until  # noqa: F401
-from trainer import Config, Interpolant, Trainer, from_plain
-
+from images.pictures import to_uint8
+from methods.interpolant import Interpolant
+from support import logs
+from support.machine import reseed
+from support.model import draw, make_unet
+from support.settings import from_plain
+from trainer import Config, Trainer
+from unet import Guided
 
 # ------------------------------------------------------------------------------------------------------------- resume
 
@@ -153,10 +170,10 @@ def test_a_signal_does_not_wait_for_samples(tmp_path, monkeypatch, finished):
 
 
 def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
-    original = trainer.draw
+    original = draw
 
     def endless(config, net, batch, trace=None):
-        if not isinstance(net, trainer.Guided):  # the rehearsal before the first step
+        if not isinstance(net, Guided):  # the rehearsal before the first step
             return original(config, net, batch, trace)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(20)
@@ -259,7 +276,7 @@ def test_the_checkpoint_is_plain_and_its_keys_are_the_networks(finished):
     state = checkpoint(finished)  # with weights_only=True
     assert {type(leaf) for leaf in leaves(state).values()} <= {torch.Tensor, int, float, str, bool, type(None)}
     config = from_plain(Config, state["config"])
-    net = trainer.make_unet(config, state["num_classes"])
+    net = make_unet(config, state["num_classes"])
     net.load_state_dict(state["ema"])
     net.load_state_dict(state["players"][0])
     assert all(tensor.device.type == "cpu" for tensor in leaves(state["ema"]).values())
@@ -279,7 +296,7 @@ def share(arguments, record):
 
     def batch(self, step):
         result = original(self, step)
-        seen.append((data.to_uint8(result.z1), torch.rand(3)))
+        seen.append((to_uint8(result.z1), torch.rand(3)))
         return result
 
     Trainer.batch = batch
@@ -304,7 +321,7 @@ def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Interpolant, "loss", without_noise)
         one = start(tmp_path / "one", flags)
-        whole = data.to_uint8(make(f"--out-dir {tmp_path}/other {flags}").batch(0).z1)
+        whole = to_uint8(make(f"--out-dir {tmp_path}/other {flags}").batch(0).z1)
     for each in both:
         each.join(60)
         assert each.exitcode == 0, each.log.read_text()
@@ -329,8 +346,8 @@ def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
 def trainer_weights(run) -> list[dict]:
     """The weights that the run began with."""
     config = from_plain(Config, checkpoint(run)["config"])
-    trainer.reseed("weights", config.seed)
-    return [trainer.make_unet(config, checkpoint(run)["num_classes"]).state_dict()]
+    reseed("weights", config.seed)
+    return [make_unet(config, checkpoint(run)["num_classes"]).state_dict()]
 
 
 def interrupted(arguments, rank, moment):

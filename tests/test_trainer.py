@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import FINISHED, TINY, at_step, checkpoint, finite, kept, leaves, make, metrics, one_line, resume, same, start
 
-import data
 import methods.udpm
 import trainer
-from corruptions import Damage
-from runs import FINISHED, TINY, as_found, at_step, checkpoint, finished, finite, folder, kept, leaves  # noqa: F401 (fixtures)
-from runs import make, metrics, one_line, resume, same, start  # noqa: F401
-from trainer import PRESETS, Config, Interpolant, Trainer, from_plain
-
+from images import data
+from images.corruptions import Damage
+from images.pictures import to_uint8
+from methods.interpolant import Interpolant
+from support.machine import pick_device
+from support.model import make_unet
+from support.settings import PRESETS, from_plain
+from trainer import Config, Trainer
 
 # -------------------------------------------------------------------------------------------------------- bad input
 
@@ -38,7 +41,7 @@ from trainer import PRESETS, Config, Interpolant, Trainer, from_plain
     ("--solver dopri5 --sample-steps 5", "sample_steps 5 dopri5"),
     ("--solver auto --sample-steps 5", "sample_steps 5 dopri5"),  # the interpolant's own
     ("--method udpm --udpm.lpips-weight 0 0 0", "solver euler udpm auto"),  # it has no ODE
-    ("--method i2sb", "I2SB ODE ot_ode"),  # nor has this, as it stands
+    ("--method i2sb", "i2sb ODE --i2sb.ot-ode"),  # nor has this, as it stands
     ("--method udpm --udpm.lpips-weight 0 0 0 --solver auto --sample-steps 5", "steps 5 3"),
     ("--method udpm --udpm.lpips-weight 0 0 0 --solver auto --sample-steps 3 --image-size 12", "12 8"),
     ("--method sr3 --solver auto --sample-steps 3000", "steps 3000 2000"),
@@ -175,7 +178,7 @@ def test_labels_drop_and_images_flip_in_their_share(tmp_path, folder, flags, nul
     nulls, flips, seen = 0, 0, set()
     batches = [run.batch(step) for step in range(100)]
     for batch in batches:
-        for z1, y in zip(data.to_uint8(batch.z1).flatten(1).tolist(), batch.y.tolist()):
+        for z1, y in zip(to_uint8(batch.z1).flatten(1).tolist(), batch.y.tolist()):
             label, mirrored = known[tuple(z1)]
             assert y in (label, 2)
             nulls, flips = nulls + (y == 2), flips + mirrored
@@ -200,7 +203,7 @@ def test_paired_images_flip_together(tmp_path, folder):
 def test_no_test_image_is_trained_on(tmp_path, folder):
     run = make(f"--out-dir {tmp_path} --dataset {folder} --no-overfit --sample-count 4")
     trained = {tuple(x.flatten().tolist()) for images in (run.images.train, run.images.train.flip(3)) for x in images}
-    shown = {tuple(x.flatten().tolist()) for x in data.to_uint8(run.held_out().z1)}
+    shown = {tuple(x.flatten().tolist()) for x in to_uint8(run.held_out().z1)}
     assert len(shown) == 4 and not shown & trained
 
 
@@ -213,13 +216,13 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch, "empty", lambda size, device: None)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert str(trainer.pick_device(Config(device=named))) == expected
+    assert str(pick_device(named)) == expected
     monkeypatch.setenv("WORLD_SIZE", "4")
     if ":" in named:
         with pytest.raises(ValueError, match="each on a GPU of its own"):
-            trainer.pick_device(Config(device=named))
+            pick_device(named)
     else:
-        assert str(trainer.pick_device(Config(device=named))) == expected
+        assert str(pick_device(named)) == expected
 
 
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
@@ -227,7 +230,7 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(ValueError, match="device = 'auto': .* 2 GPUs"):
-        Config().check()
+        pick_device("auto")
 
 
 @pytest.mark.parametrize("flags, compiled", [("--max-steps 20000", True), ("--max-steps 19999", False), ("--max-steps 20000 --compile off", False),
@@ -240,7 +243,7 @@ def test_long_runs_compile_their_network(tmp_path, monkeypatch, flags, compiled)
     run = start(tmp_path, flags, 130)
     assert checkpoint(run)["step"] == 2 and len(graphs) == compiled
     monkeypatch.undo()
-    monkeypatch.setattr(Trainer, "compile", lambda self: graphs.append("again"))
+    monkeypatch.setattr(trainer, "compile_network", lambda *_: graphs.append("again"))
     resume(run, "--max-steps 3")
     assert (graphs[-1:] == ["again"]) == compiled  # as before, whatever the new length
 
@@ -279,7 +282,7 @@ def test_presets_are_allowed_and_make_a_network(monkeypatch, name):
     config.check()
     assert from_plain(Config, json.loads(json.dumps(asdict(config)))) == config
     with torch.device("meta"):
-        trainer.make_unet(config, 10)
+        make_unet(config, 10)
 
 
 @pytest.mark.parametrize("preset", ["cifar10-sr", "small-sr3"])

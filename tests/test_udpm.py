@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corruptions import Batch
+from images.corruptions import Batch
 from methods import udpm
 from methods.udpm import UDPM, Discriminator
 from unet import Unet

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ode_int import Counted
-from unet import Attention, FourierTime, GroupNorm, Guided, LayerNorm, LinearAttention, ResBlock, Unet
+from unet import Attention, Counted, FourierTime, GroupNorm, Guided, LayerNorm, LinearAttention, ResBlock, Unet
 
 BF16 = 2.0**-8  # half the distance of neighbouring bf16 numbers, relative
 # autocast on CUDA takes norms to fp32 unasked, on the CPU it does not

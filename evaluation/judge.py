@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import ode_int
-from corruptions import parts
-from logs import one_line, psnr, write_atomically
-from trainer import Config, load_images, reseed
+from images import SettingsError, data, one_line
+from images.corruptions import parts
+from images.files import write_atomically
+from images.pictures import psnr, to_float, to_uint8
+from support.machine import reseed
+from trainer import Config
 
 METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "frechet")
 
@@ -42,14 +44,14 @@ class Judge:
 
     def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0, epochs=8):
         self.device, self.metrics, self.seed, self.why = device, metrics, seed, {}
-        self.images = images = load_images(replace(config, overfit=False))
+        self.images = images = data.load(config.dataset, config.image_size, config.channels, config.data_path, config.paired_path)
         self.split = "train" if images.test is images.train else "test"
         order = data.batch_indices(len(images.test), min(count, len(images.test)), 0, 0)
         self.count, self.half, self.batches = len(order), len(order) // 2, order.split(batch_size)
         self.digest = digest(images.test[order])
 
         self.ssim = self.attempt("ssim", partial(load_ssim, config.image_size))
-        self.lpips = self.attempt("lpips", partial(load_lpips, device), "alexnet-owt-7be5be79.pth")
+        self.lpips = self.attempt("lpips", partial(load_lpips_alex, device), "alexnet-owt-7be5be79.pth")
         inception = self.attempt("fid", partial(load_inception, device), "weights-inception-2015-12-05-6726825d.pth")
         self.features, self.classifier, self.accuracy, self.key = {}, None, None, None  # metric -> (uint8 images -> features)
         folder = Path(config.data_path) if config.dataset in (*data.DOWNLOADS, "shapes") else Path(config.dataset).expanduser().resolve().parent
@@ -62,12 +64,12 @@ class Judge:
         elif {"accuracy", "frechet"} & set(metrics):
             reseed("classifier")
             self.classifier = net = Classifier(config.channels, len(images.classes), config.image_size)
-            self.key = digest(net, net.learn.__defaults__, epochs, images.train, images.train_y, images.test, images.test_y)
+            self.key = digest(net, net.RECIPE, epochs, images.train, images.train_y, images.test, images.test_y)
             trained = kept(file("classifier", self.key), partial(net.learn, images, epochs, device))
             net.load_state_dict(trained["weights"])
             net.to(device).eval().requires_grad_(False)
             self.accuracy = trained["accuracy"]
-            self.features["frechet"] = lambda x: net.features(data.to_float(x))
+            self.features["frechet"] = lambda x: net.features(to_float(x))
             print(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
         if inception:
             self.features["fid"] = inception
@@ -136,13 +138,13 @@ class Judge:
             score = dict(seconds=(self.now() - start) / len(rows))
             if not sample.isfinite().all():
                 raise ode_int.SolverError("its samples are not finite")
-            x, truth = data.to_uint8(sample), data.to_uint8(z1)
+            x, truth = to_uint8(sample), to_uint8(z1)
             assert x.shape == truth.shape
             score["bias"] = (x.double() - truth.double()).mean((0, 2, 3))
             if "psnr" not in left_out:
                 score["psnr"] = psnr(sample, z1)
             if "consistency" not in left_out:  # `up`: of sr, that of the small images themselves
-                error = damaged(data.to_float(x), up="nearest").zlo - damaged(z1, up="nearest").zlo
+                error = damaged(to_float(x), up="nearest").zlo - damaged(z1, up="nearest").zlo
                 score["consistency"] = 1e5 * (error / 2).square().mean()
             for metric, function in (("ssim", self.ssim), ("lpips", self.lpips)):
                 if function and metric not in left_out:
@@ -187,14 +189,17 @@ class Judge:
 class Classifier(nn.Module):
     """Images (B, C, side, side) in [-1, 1] -> `features` (B, 32, 64 or 128) -> `head`, logits. A CPU core takes a minute for an epoch of CIFAR-10."""
 
+    RECIPE = dict(batch_size=128, peak=5e-3, decay=5e-3)  # images a step, largest learning rate, weight decay
+
     def __init__(self, channels: int, classes: int, side: int):
         super().__init__()
         dims = [channels] + [32 * min(2**level, 4) for level in range(max(1, round(math.log2(side)) - 2))]  # down to 4x4
         self.features = nn.Sequential(*map(Block, dims, dims[1:]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dims[-1], classes)
 
-    def learn(self, images: data.Images, epochs: int, device, batch_size=128, peak=5e-3, decay=5e-3) -> dict:
+    def learn(self, images: data.Images, epochs: int, device) -> dict:
         """Trains on the training images, flipped at random -> its weights, and its accuracy (%) on the whole test split."""
+        batch_size, peak, decay = self.RECIPE.values()
         self.to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(self.parameters(), peak, weight_decay=decay)
         steps = -(-epochs * len(images.train) // batch_size)
@@ -248,11 +253,11 @@ def load_ssim(side: int):
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     if side < 6:
-        raise ValueError("it needs sides of 6 pixels or more")
+        raise SettingsError("it needs sides of 6 pixels or more")
     return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0)  # it subtracts squares: float32 is not enough
 
 
-def load_lpips(device):
+def load_lpips_alex(device):
     """LPIPS with AlexNet, by its authors' package. Sides under 32 are too small for it: their pixels are repeated."""
     import lpips
 
@@ -261,7 +266,7 @@ def load_lpips(device):
         net = lpips.LPIPS(net="alex", verbose=False).to(device)
 
     def distance(x: Tensor, truth: Tensor) -> Tensor:
-        a, b = (F.interpolate(data.to_float(image), scale_factor=-(-32 // min(image.shape[2:]))) for image in (x, truth))
+        a, b = (F.interpolate(to_float(image), scale_factor=-(-32 // min(image.shape[2:]))) for image in (x, truth))
         assert max(a.abs().max(), b.abs().max()) <= 1  # it takes [-1, 1]
         return net(a, b).mean()
 

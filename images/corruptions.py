@@ -2,16 +2,19 @@
 
 Every damaged pixel takes one of the 256 levels that a PNG or JPEG file can hold, so a network meets the same values
 whether the damage is made here or arrives in a user's file. Resizing follows PIL and JPEG follows libjpeg, their
-rounding included (tests/test_corruptions.py compares). Inside this file `grey` is a float tensor of levels 0..255.
+rounding included (tests/test_corruptions.py compares). Inside this file `levels` is a float tensor of values 0 to 255.
 """
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from images import SettingsError
 
 TASKS = ("sr", "inpaint", "blur", "jpeg", "generate", "paired")
 
@@ -26,6 +29,12 @@ class Batch:
     hole: Tensor  # (B, 1, H, W) 1 where zlo knows nothing: ones for generation, the hole for inpainting, else zeros
     cond: Tensor | None  # (B, Cc, H, W) zlo, and `hole` where the task can have holes; None: the network sees no image
     y: Tensor | None  # (B,) int64 class labels; num_classes is the null label; None where labels are off
+    # x (B, ...) -> standard normal noise of x's shape, type and device: all of a sampler's randomness comes from here
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like
+
+    def __getitem__(self, rows) -> "Batch":
+        """The images that `rows`, a slice or an index tensor, selects."""
+        return replace(self, **{name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)})
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Damage:
     quality: int = 10
 
     def check(self, task: str, side: int) -> None:
-        """ValueError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
+        """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
         names, factor, taps = parts(task), self.factor, self.width
         rules = [  # task, field, its value, whether that is fine, what is
             ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
@@ -67,7 +76,7 @@ class Damage:
             rules.append((name, field, value, value in allowed, ", ".join(allowed)))
         for name, field, value, fine, allowed in rules:
             if name in names and not fine:
-                raise ValueError(f"damage.{field} = {value!r}: allowed are {allowed}")
+                raise SettingsError(f"damage.{field} = {value!r}: allowed are {allowed}")
 
     def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None) -> Batch:
         """z1 (B, C, H, W) in [-1, 1] -> Batch. `zlo` holds the damaged images of `paired`, of z1's shape.
@@ -89,21 +98,21 @@ class Damage:
             return torch.zeros_like(z1), one, one
         if name == "paired":
             if pair is None or pair.shape != z1.shape:
-                raise ValueError(f"task = 'paired': needs damaged images of the clean ones' shape, {tuple(z1.shape)}")
+                raise SettingsError(f"task = 'paired': needs damaged images of the clean ones' shape, {tuple(z1.shape)}")
             return pair, one, 0 * one
         if name == "inpaint":
             hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask])
             return z1.masked_fill(hole > 0, 0), hole, hole
-        grey = to_grey(z1)
+        levels = to_levels(z1)
         if name == "sr":
-            height, width = grey.shape[2:]
-            grey = resize(grey, (height // self.factor, width // self.factor), self.down)
-            grey = resize(grey, (height, width), self.up)
+            height, width = levels.shape[2:]
+            levels = resize(levels, (height // self.factor, width // self.factor), self.down)
+            levels = resize(levels, (height, width), self.up)
         elif name == "blur":
-            grey = blur(grey, self.weights())
+            levels = blur(levels, self.weights())
         elif name == "jpeg":
-            grey = jpeg(grey, self.quality)
-        return from_grey(grey), one, 0 * one
+            levels = jpeg(levels, self.quality)
+        return from_levels(levels), one, 0 * one
 
     @property
     def width(self) -> int:
@@ -119,11 +128,11 @@ class Damage:
 
 
 def parts(task: str) -> list[str]:
-    """Names in a task or mixture; ValueError if one is unknown."""
+    """Names in a task or mixture; SettingsError if one is unknown."""
     names = [name.strip() for name in task.split(",")]
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"task = {task!r}: allowed are {', '.join(TASKS)}, or several joined by commas")
+            raise SettingsError(f"task = {task!r}: allowed are {', '.join(TASKS)}, or several joined by commas")
     return names
 
 
@@ -144,35 +153,35 @@ def _cond(task: str, zlo: Tensor, hole: Tensor, condition: bool) -> Tensor | Non
     return torch.cat((zlo, hole), 1) if has_holes(task) else zlo
 
 
-def given(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | None = None) -> Batch:
+def from_damaged(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | None = None) -> Batch:
     """Damaged images alone, zlo (B, C, H, W) -> Batch without z1.
 
     `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it. `generate`
-    takes nothing from zlo but shape and device. For sr, `enlarge` first brings low-resolution images to z1's grid.
+    takes nothing from zlo but shape and device. For sr, `to_full_size` first brings low-resolution images to z1's grid.
     """
     names, one = parts(task), torch.ones_like(zlo[:, :1])
     if set(names) == {"generate"}:
         return Batch(None, torch.zeros_like(zlo), one, one, None, y)
     if mask is None and set(names) == {"inpaint"}:
-        raise ValueError("task = 'inpaint': needs a mask, 1 where pixels are missing")
+        raise SettingsError("task = 'inpaint': needs a mask, 1 where pixels are missing")
     if mask is not None and not has_holes(task):
-        raise ValueError(f"task = {task!r}: takes no mask, it leaves no holes")
+        raise SettingsError(f"task = {task!r}: takes no mask, it leaves no holes")
     hole = 0 * one if mask is None else mask.to(one).expand_as(one)
     zlo = zlo.masked_fill(hole > 0, 0)
     return Batch(None, zlo, one if mask is None else hole, hole, _cond(task, zlo, hole, condition), y)
 
 
-def enlarge(lo: Tensor, factor: int, up: str) -> Tensor:
+def to_full_size(lo: Tensor, factor: int, up: str) -> Tensor:
     """Low-resolution images (B, C, h, w) in [-1, 1] -> z1's grid (B, C, h * factor, w * factor), as sr has them."""
-    return from_grey(resize(to_grey(lo), (lo.shape[2] * factor, lo.shape[3] * factor), up))
+    return from_levels(resize(to_levels(lo), (lo.shape[2] * factor, lo.shape[3] * factor), up))
 
 
-def to_grey(x: Tensor) -> Tensor:
+def to_levels(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255)
 
 
-def from_grey(grey: Tensor) -> Tensor:
-    return grey / 127.5 - 1
+def from_levels(levels: Tensor) -> Tensor:
+    return levels / 127.5 - 1
 
 
 def _level(x: Tensor) -> Tensor:
@@ -189,19 +198,19 @@ FILTERS = {
 }
 
 
-def resize(grey: Tensor, size: tuple[int, int], filter: str) -> Tensor:
+def resize(levels: Tensor, size: tuple[int, int], filter: str) -> Tensor:
     """PIL's resize: along the width, then along the height, each time to whole levels."""
-    grey = _level(F.interpolate(grey, (grey.shape[2], size[1]), **FILTERS[filter]))
-    return _level(F.interpolate(grey, size, **FILTERS[filter]))
+    levels = _level(F.interpolate(levels, (levels.shape[2], size[1]), **FILTERS[filter]))
+    return _level(F.interpolate(levels, size, **FILTERS[filter]))
 
 
 # blur ----------------------------------------------------------------------------------------------------------------
 
 
-def blur(grey: Tensor, weights: list[float]) -> Tensor:
+def blur(levels: Tensor, weights: list[float]) -> Tensor:
     """Convolution with the outer product of `weights` with itself; the image is mirrored at its edges."""
-    reach, (height, width) = len(weights) // 2, grey.shape[2:]
-    x = F.pad(grey, (reach,) * 4, mode="reflect")
+    reach, (height, width) = len(weights) // 2, levels.shape[2:]
+    x = F.pad(levels, (reach,) * 4, mode="reflect")
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
     x = sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
     return _level(sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights)))
@@ -289,7 +298,7 @@ def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
 
 
 def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from grey, of the same shape."""
+    """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
     height, width = plane.shape[2:]
     x = _level(plane - 1e-3)  # halves downwards, here only
     x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
@@ -300,14 +309,14 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     return (x + 1 / 2 - odd / 16).floor()[..., :height, :width] - 128
 
 
-def jpeg(grey: Tensor, quality: int) -> Tensor:
+def jpeg(levels: Tensor, quality: int) -> Tensor:
     """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from the file it wrote; 4:2:0: colour is halved."""
-    dct, luma, chroma = tables(quality, grey.device)
-    if grey.shape[1] == 1:
-        return _code(grey, dct, luma)
-    if grey.shape[1] != 3:
-        raise ValueError(f"task = 'jpeg': needs images of 1 or 3 channels, not {grey.shape[1]}")
-    r, g, b = grey.split(1, 1)
+    dct, luma, chroma = tables(quality, levels.device)
+    if levels.shape[1] == 1:
+        return _code(levels, dct, luma)
+    if levels.shape[1] != 3:
+        raise SettingsError(f"task = 'jpeg': needs images of 1 or 3 channels, not {levels.shape[1]}")
+    r, g, b = levels.split(1, 1)
     y = _code(_level(0.299 * r + 0.587 * g + 0.114 * b), dct, luma)
     cb = _colour(-0.168736 * r - 0.331264 * g + 0.5 * b + 128, dct, chroma)
     cr = _colour(0.5 * r - 0.418688 * g - 0.081312 * b + 128, dct, chroma)

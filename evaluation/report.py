@@ -5,8 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from logs import write_atomically
-
+from images.files import write_atomically
 
 COLUMNS = {  # of a row: title, format
     "nfe": ("NFE", "{:.4g}"), "psnr": ("PSNR, dB ↑", "{:.2f}"), "ssim": ("SSIM ↑", "{:.3f}"), "lpips": ("LPIPS ↓", "{:.3f}"),
@@ -160,7 +159,7 @@ def plot(results: list[dict]):
     return figure
 
 
-def save(results: list[dict], folder: Path):
+def write_report(results: list[dict], folder: Path):
     written = table(results)
     print("\n" + written)
     write_atomically(folder / "table.md", lambda f: f.write(written.encode()))

@@ -1,37 +1,33 @@
-"""Images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or `shapes`, drawn here."""
+"""Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or `shapes`, drawn here."""
 import io
-import math
 import os
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
-from torchvision import datasets
 from tqdm import tqdm
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-SHAPES = ["disc", "ring", "square", "triangle", "star", "cross", "moon", "stripes", "checks", "waves"]
-DOWNLOADS = {  # name: torchvision's class, and how to get it by hand; {} is data_path
-    "cifar10": (datasets.CIFAR10, "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
-    "fashion-mnist": (datasets.FashionMNIST, "put the four .gz files listed at "
+from images import DatasetError, SettingsError
+from images.files import few, fit, list_images, open_image
+from images.pictures import to_float
+from images.shapes import SHAPES, draw_shapes
+
+DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
+    "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
+    "fashion-mnist": ("FashionMNIST", "put the four .gz files listed at "
                       "https://github.com/zalandoresearch/fashion-mnist into {}/FashionMNIST/raw"),
-    "celeba": (datasets.CelebA, "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
+    "celeba": ("CelebA", "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
                "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba"),
 }
 TIMEOUT = 20  # seconds without an answer after which a download is given up
-
-
-class DatasetError(Exception):
-    """A data set or an image that can't be had: one line that says what is wrong and how to get it."""
 
 
 @dataclass
@@ -70,16 +66,6 @@ def move(t: Tensor, device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def to_float(u8: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return u8.float() / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8, rounded; what lies outside is clamped."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The step's piece (batch_size,) int64 of the endless stream of shuffled epochs: a pure function of its arguments.
 
@@ -95,65 +81,39 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
-def load(dataset: str, side: int, channels: int = 3, data_path: str = "data", paired_path: str | None = None,
-         limit: int | None = None) -> Images:
+def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "data", paired_path: str | None = None,
+         limit: int | None = None, or_shapes: bool = False) -> Images:
     """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
 
-    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path.
+    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path; None: cifar10,
+    and with or_shapes, where it can't be had, shapes under a banner.
     paired_path: folder of damaged images with the names of dataset's (the endings may differ).
     limit: at most so many images a split, evenly spread (of shapes the first ones).
-    Raises DatasetError, and ValueError for a number out of range. Images left out are named in a warning.
+    Raises DatasetError, and SettingsError for a number out of range. Images left out are named in a warning.
     """
+    if dataset is None:
+        try:
+            return load("cifar10", side, channels, data_path, paired_path, limit)
+        except DatasetError as failure:
+            if not or_shapes:
+                raise
+            line = "*" * 100
+            print(f"{line}\n  No CIFAR-10: {failure}\n"
+                  f"  This demo runs on drawn shapes instead; --dataset FOLDER takes your own images.\n{line}")
+            return load("shapes", side, channels, data_path, paired_path, limit)
     if side < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"side = {side}, limit = {limit}: both must be at least 1")
+        raise SettingsError(f"side = {side}, limit = {limit}: both must be at least 1")
     if channels not in (1, 3):
-        raise ValueError(f"channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+        raise SettingsError(f"channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
     if paired_path is not None and (dataset == "shapes" or dataset in DOWNLOADS):
         raise DatasetError(f"paired_path = {paired_path} needs a folder of clean images as dataset, which is {dataset}")
     if dataset == "shapes":
-        return _shapes(side, channels, limit)
+        train, y = draw_shapes(10_000, 0, side, channels, limit)
+        test, test_y = draw_shapes(1_000, 1, side, channels, limit)
+        return Images(train, test, y, test_y, list(SHAPES), name="shapes")
     if dataset in DOWNLOADS:
         return _download(dataset, side, channels, data_path, limit)
     return _folder(dataset, side, channels, paired_path, limit)
-
-
-# ---------------------------------------------------------------------------------------------------------- one image
-
-def open_image(path, channels: int = 3) -> Image.Image:
-    """A file of any mode -> upright 8-bit PIL image, L (channels = 1) or RGB. Raises DatasetError that names the file.
-
-    Transparency is laid over white. 16-bit greys map 65535 to 255; floats count as [0, 1] where none is above 1, else
-    as [0, 255]. Of an animation the first frame is taken.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            with suppress(Exception):  # a damaged EXIF block: the pixels are taken as they are stored
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":
-                grey = np.asarray(image).astype(np.float64)
-                grey = grey / 257 if image.mode != "F" else grey * 255 if grey.max() <= 1 else grey
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # Pillow's readers fail with many types
-        unknown = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else None
-        reason = unknown or getattr(error, "strerror", None) or error
-        raise DatasetError(f"{path} can't be read as an image: {reason}") from error
-
-
-def fit(image: Image.Image, side: int) -> Image.Image:
-    """Centre crop to side x side as guided-diffusion and DiT do: halve with a box while the shorter side is at least
-    twice too long, bring it to `side` with bicubic (small images are enlarged), cut out the middle."""
-    while min(image.size) >= 2 * side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != side:
-        scale = side / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
 
 
 def _spread(items: list, limit: int | None) -> list:
@@ -166,7 +126,7 @@ def _folder(dataset: str, side: int, channels: int, paired_path: str | None, lim
     root = Path(dataset).expanduser()
     if not root.is_dir():
         raise DatasetError(f"dataset = {dataset} is no folder and none of {', '.join([*DOWNLOADS, 'shapes'])}")
-    names, partners = _list(root), {}
+    names, partners = list_images(root), {}
     if paired_path is not None:
         partners = _partners(root, names, Path(paired_path).expanduser())
         names = [name for name in names if name in partners]
@@ -195,40 +155,18 @@ def _folder(dataset: str, side: int, channels: int, paired_path: str | None, lim
     return Images(x, test_x, y, test_y, classes, lo, test_lo, name=root.resolve().name)
 
 
-def _list(root: Path) -> list[str]:
-    """Sorted relative paths of the images below root. Hidden files are passed over, others counted in a warning."""
-    if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder")
-    images, others = [], []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
-        prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
-        for name in files:
-            if not name.startswith("."):
-                (images if os.path.splitext(name)[1].lower() in ENDINGS else others).append(prefix + name)
-    if others:
-        warnings.warn(f"{root}: {len(others)} files that are no images are ignored: {_few(others)}")
-    if not images:
-        raise DatasetError(f"no images in {root}: looked for {' '.join(sorted(ENDINGS))}")
-    return sorted(images)
-
-
-def _few(names) -> str:
-    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
-
-
 def _partners(root: Path, names: list[str], paired: Path) -> dict[str, str]:
     """Clean path -> damaged path, for those that are equal but for the ending."""
-    others = _list(paired)
+    others = list_images(paired)
     clean, damaged = ({os.path.splitext(n)[0]: n for n in some} for some in (names, others))
     for folder, stems, some in ((root, clean, names), (paired, damaged, others)):
         if twins := set(some) - set(stems.values()):
-            raise DatasetError(f"{folder}: more than one image is called {_few(twins)} but for the ending")
+            raise DatasetError(f"{folder}: more than one image is called {few(twins)} but for the ending")
     both, lone = clean.keys() & damaged.keys(), clean.keys() ^ damaged.keys()
     if not both:
-        raise DatasetError(f"no image has the same name in {root} and {paired}: {_few(lone)}")
+        raise DatasetError(f"no image has the same name in {root} and {paired}: {few(lone)}")
     if lone:
-        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {_few(lone)}")
+        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {few(lone)}")
     return {clean[stem]: damaged[stem] for stem in both}
 
 
@@ -276,7 +214,7 @@ def _decode(files: list[tuple[Path, ...]], side: int, channels: int) -> tuple[li
             bar.update(done)
         bar.close()
     if broken:
-        warnings.warn(f"{len(broken)} images are left out: {_few(broken.values())}")
+        warnings.warn(f"{len(broken)} images are left out: {few(broken.values())}")
     kept = [row for row in range(len(files)) if row not in broken]
     return [torch.from_numpy(c[kept] if broken else c) for c in columns], kept
 
@@ -284,13 +222,15 @@ def _decode(files: list[tuple[Path, ...]], side: int, channels: int) -> tuple[li
 # ------------------------------------------------------------------------------------------------------ by torchvision
 
 def _download(name: str, side: int, channels: int, data_path: str, limit: int | None) -> Images:
+    from torchvision import datasets  # a second to import
+
     kind, by_hand = DOWNLOADS[name]
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         with redirect_stdout(io.StringIO()):  # leaves the progress bar, which goes to stderr
             choices = [{"split": s} if name == "celeba" else {"train": s == "train"} for s in ("train", "test")]
-            parts = [kind(data_path, download=True, **choice) for choice in choices]
+            parts = [getattr(datasets, kind)(data_path, download=True, **choice) for choice in choices]
     except Exception as error:  # no network, no gdown, a damaged file: every layer below has types of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DatasetError(f"{name} is not in {data_path}, or not whole, and can't be downloaded ({reason[:160]}). "
@@ -317,93 +257,3 @@ def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
         mode = "RGB" if channels == 3 else "L"
         pixels = np.stack([np.asarray(fit(Image.fromarray(p).convert(mode), side)) for p in pixels])
     return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
-
-
-# --------------------------------------------------------------------------------------------------------- drawn here
-
-def _shapes(side: int, channels: int, limit: int | None) -> Images:
-    """10,000 + 1,000 drawings of ten classes: the first `limit` of them, each the same whatever the limit is."""
-    x, y = [], []
-    for seed, count in ((0, 10_000), (1, 1_000)):
-        random = torch.rand(count, 17, generator=torch.Generator().manual_seed(seed))[:limit]
-        y.append(torch.arange(len(random)) % len(SHAPES))
-        x.append(torch.empty(len(random), channels, side, side, dtype=torch.uint8))
-        for label, shape in enumerate(SHAPES):
-            for rows in (y[-1] == label).nonzero()[:, 0].split(max(1, 2 ** 13 // side ** 2)):  # they fit the cache
-                x[-1][rows] = to_uint8(_draw(shape, random[rows], side, channels))
-    return Images(x[0], x[1], y[0], y[1], list(SHAPES), name="shapes")
-
-
-def _distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """(B, H, W) signed distance to the shape's edge, negative inside; x, y in its own axes, where its radius is 1."""
-    def stripes(v, period):  # the edges of bars half a period wide
-        return ((v / period) % 1 - 0.5).abs().sub(0.25) * period
-
-    r = (x * x + y * y).sqrt()
-    if shape == "disc":
-        return r - 0.9
-    if shape == "ring":
-        return (r - 0.75).abs() - 0.22
-    if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.78
-    if shape == "triangle":
-        return torch.maximum(-y, (y + math.sqrt(3) * x.abs()) / 2) - 0.55
-    if shape == "cross":
-        return torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.28, torch.maximum(x.abs(), y.abs()) - 0.95)
-    if shape == "moon":
-        return torch.maximum(r - 0.95, 0.78 - ((x - 0.42) ** 2 + y * y).sqrt())
-    if shape == "star":  # fold the plane onto one of ten wedges: the edge is the line from a tip to the notch beside it
-        wedge = torch.pi / 5
-        angle = (torch.atan2(y, x) % (2 * wedge) - wedge).abs()  # 0 at a notch, `wedge` at a tip
-        u, v = r * angle.cos(), r * angle.sin()
-        edge = complex(math.cos(wedge), math.sin(wedge)) * 1.1 - 0.48
-        return ((u - 0.48) * edge.imag - v * edge.real) / abs(edge)
-    if shape == "stripes":
-        return stripes(y, 0.8)
-    if shape == "checks":
-        a, b = stripes(x, 1.1), stripes(y, 1.1)
-        return torch.where((a < 0) == (b < 0), -1, 1) * torch.minimum(a.abs(), b.abs())
-    assert shape == "waves"
-    return stripes(y + 0.28 * torch.sin(3.5 * x), 0.9) / (1 + (0.98 * torch.cos(3.5 * x)) ** 2).sqrt()
-
-
-def _draw(shape: str, random: Tensor, side: int, channels: int, oversample: int = 2) -> Tensor:
-    """random (B, 17) in [0, 1) -> (B, C, side, side) in [-1, 1]: a textured, outlined shape on a textured ground."""
-    u = iter(random.T[:, :, None, None])  # each next(u) is (B, 1, 1)
-    n, pixel = side * oversample, 2 / side
-    gx = ((torch.arange(n) + 0.5) / n * 2 - 1).expand(1, n, n)
-    gy = gx.transpose(1, 2)
-
-    def turned(angle):
-        return gx * angle.cos() + gy * angle.sin(), gy * angle.cos() - gx * angle.sin()
-
-    def texture():  # stripes or a weave in [-1, 1], their period from 3.5 pixels to a fifth of the side
-        a, b = turned(next(u) * torch.pi)
-        wave = 2 * torch.pi / (pixel * 3.5 * max(side / 17.5, 1) ** next(u))
-        weave = (next(u) < 0.5).float()
-        return (torch.sin(a * wave) + weave * torch.sin(b * wave)) / (1 + weave)
-
-    def colour(hue, light):  # (B, 1, 1) -> (B, 3, 1, 1), a saturated colour of mean `light`
-        shift = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
-        return light[:, None] + 0.3 * torch.cos(2 * torch.pi * (hue[:, None] - shift))
-
-    def paint(hue, light, shade):
-        return colour(hue, light) + ((0.05 + 0.13 * next(u)) * texture() + shade * gy)[:, None]
-
-    size = 0.5 + 0.3 * next(u)
-    x, y = turned(next(u) * 2 * torch.pi)
-    cx, cy = ((next(u) - 0.5) * 0.5 for _ in range(2))
-    d = _distance(shape, x / size - cx, y / size - cy) * size
-    sub = pixel / oversample
-    inside = (0.5 - d / sub).clamp(0, 1)
-    line = (0.5 - (d.abs() - (0.4 + 0.5 * next(u)) * pixel) / sub).clamp(0, 1)
-
-    hue, dark = next(u), (next(u) < 0.5).float()  # ground and shape far apart in hue and in lightness
-    ground = paint(hue, 0.68 - 0.4 * dark, 0.15)
-    filling = paint(hue + 0.3 + 0.4 * next(u), 0.3 + 0.4 * dark, -0.15)
-    image = torch.lerp(ground, filling, inside[:, None])
-    image = torch.lerp(image, (next(u) < 0.5).float()[:, None], line[:, None])  # outlined in black or white
-    image = avg_pool2d(image.clamp(0, 1), oversample)
-    if channels == 1:
-        image = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    return image * 2 - 1

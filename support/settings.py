@@ -2,16 +2,19 @@
 import io
 import warnings
 from contextlib import redirect_stderr
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import dropwhile, takewhile
 
+import torch
 import tyro
 
-from corruptions import Damage
+from images import SettingsError
+from images.corruptions import Damage
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
 from methods.udpm import UDPM
+from support.machine import processes
 
 # two CPU cores, a few minutes
 SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600, sample_every=300, sample_count=16)
@@ -64,6 +67,39 @@ PRESETS = {  # name: what differs from Config's defaults
 }
 
 
+@dataclass
+class FirstLook:
+    """The flags that decide what the others start from."""
+
+    preset: str = "auto"
+    resume: str | None = None
+    device: str = "auto"
+    max_steps: int | None = None
+    warmup_steps: int | None = None
+
+
+def first_look(arguments: list[str]) -> FirstLook:
+    """Those of the command line; `parse` reads it in full, and tells what is wrong with it."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            return tyro.cli(FirstLook, args=arguments, return_unknown_args=True, add_help=False)[0]
+    except SystemExit:
+        return FirstLook()
+
+
+def preset(name: str, device: str) -> dict:
+    """What the recipe of that name changes of Config's defaults; auto: the one that the device is up to. Raises SettingsError."""
+    if name == "auto":
+        cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
+        name = "small" if cpu else "cifar10-sr"
+        if processes()[0] == 0:
+            why = "no GPU here, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
+            print(f"preset {name}: {why}")
+    if name not in PRESETS:
+        raise SettingsError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")
+    return PRESETS[name] | dict(preset=name)
+
+
 def from_plain(kind, plain: dict):
     """A dataclass from the plain dict that asdict made; keys it does not know (another version's) are dropped with a warning."""
     known = {f.name: f for f in fields(kind)}
@@ -77,7 +113,7 @@ def from_plain(kind, plain: dict):
 
 
 def parse(kind, arguments: list[str], description: str, default=None):
-    """The dataclass `kind` from the command line, by tyro. Raises ValueError, one line, where it does not fit; exits after --help."""
+    """The dataclass `kind` from the command line, by tyro. Raises SettingsError, one line, where it does not fit; exits after --help."""
     with redirect_stderr(io.StringIO()) as errors:
         try:
             return tyro.cli(kind, args=arguments, description=description, **({} if default is None else {"default": default}))
@@ -86,4 +122,4 @@ def parse(kind, arguments: list[str], description: str, default=None):
                 raise
     # the first paragraph of tyro's box, whose frame is drawn in ASCII where the terminal knows no better
     lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
-    raise ValueError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))
+    raise SettingsError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))

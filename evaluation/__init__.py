@@ -1,0 +1,1 @@
+"""What evaluate.py measures with, and how it tells the result."""

@@ -1,0 +1,1 @@
+"""What every command needs: settings, a run's folder, the trained model, logs, the machine."""

@@ -1,0 +1,153 @@
+"""The machine that a command runs on: device, precision, processes, signals, random streams."""
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from images import SettingsError, one_line
+
+
+def reseed(*key):
+    """All randomness after this is a function of `key`."""
+    torch.manual_seed(hashed(key))
+
+
+def hashed(key: tuple) -> int:
+    """63 bits of the whole key: torch's CPU generator keeps 32 bits of a seed only, so neighbours would collide."""
+    return random.Random(repr(key)).getrandbits(63)
+
+
+# ------------------------------------------------------------------------------------------------ device and precision
+
+def pick_device(name: str = "auto") -> torch.device:
+    """auto, cpu, cuda or cuda:N -> the device; of several GPUs this process's own. Raises SettingsError."""
+    named, (_, world) = name, processes()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and world > 1:
+        raise SettingsError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, each on a GPU of its own")
+    try:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as failure:
+        there = "; no CUDA device is to be seen"
+        if torch.cuda.is_available():
+            there = f", and {torch.cuda.device_count()} GPUs, one for each process"
+        raise SettingsError(f"device = {named!r}: allowed is auto, cpu{there} ({one_line(failure)[:100]})") from None
+    return device
+
+
+def bf16_helps(device: torch.device) -> bool:
+    """Whether the chip computes in bf16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def set_up(device: torch.device, precision: str = "auto") -> str:
+    """Makes `device` the current GPU, with TF32 for what remains float32; -> the precision of the activations, bf16 or fp32."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if precision == "auto":
+        return "bf16" if bf16_helps(device) else "fp32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str):
+    """Within it activations have the precision bf16 or fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def chip(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many processes torchrun has started."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device: torch.device):
+    """Lets the processes talk; of one process it does nothing."""
+    if processes()[1] > 1 and not dist.is_initialized():
+        gpu = device if device.type == "cuda" else None
+        # the others wait for the first one while it reads the data set, and while it samples
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6), device_id=gpu)
+
+
+def leave_processes():
+    """Nobody leaves while the first process writes."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first():
+    """The others come to what is within when the first process has done it: a download, say."""
+    rank, world = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def average_over_processes(tensors: list[Tensor]):
+    """Mean over the processes, in place, in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+class Signals:
+    """SIGINT and SIGTERM while a run trains. The first one ends the run after its step, or cuts short what is
+    `interruptible`; a second one ends it at once, by KeyboardInterrupt.
+
+    What comes within a second counts as one: a scheduler may signal each process, and torchrun then does so again.
+    """
+
+    def __init__(self):
+        self.number, self.came, self.interruptible = 0, None, False  # the last signal, when the first came
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        now, again, self.number = time.monotonic(), self.came is not None, number
+        if again and now - self.came < 1:
+            return
+        self.came = now
+        if again or self.interruptible:
+            raise KeyboardInterrupt
+        tqdm.write(f"{self.name}: saving and leaving after this step")
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any of the processes got, or 0: it reaches them in different steps."""
+        asked = torch.tensor(self.number, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return int(asked)

@@ -1,0 +1,221 @@
+"""The network of a run, its sampler, and Model: a trained run that restores and makes images."""
+import warnings
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import ode_int
+from images import SettingsError, one_line
+from images.corruptions import Batch, cond_channels, from_damaged, parts, to_full_size
+from images.files import alpha, flatten, to_image, to_tensor
+from images.pictures import to_float, to_uint8
+from support.checkpoints import Run
+from support.machine import autocast, hashed, pick_device, set_up
+from unet import Counted, Guided, Tiled, Unet
+
+# An interpolant's dopri5 takes ten times the evaluations of this solver, and ends within a grey level of it (RESULTS.md).
+QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
+
+
+# c is a trainer.Config in all of these
+
+def make_unet(c, num_classes: int) -> Unet:
+    """The network that the method and task need; in float32."""
+    upscale = c.recipe.upscale
+    seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
+    return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes, blocks=c.unet_blocks,
+                dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
+
+
+def make_players(c, net: nn.Module, num_classes: int) -> list:
+    """[(module, its loss)] on net's device: the network, and what else the method trains."""
+    players = c.recipe.players(net, c.channels, num_classes, cond_channels(c.task, c.channels, c.condition))
+    return [(module.to(next(net.parameters()).device), loss) for module, loss in players]
+
+
+def load_network(run: Run, ema: bool = True) -> Unet:
+    """The run's network with its weights, ready to sample, on the CPU. Raises SettingsError."""
+    net = make_unet(run.config, run.num_classes)
+    try:
+        net.load_state_dict(run.network(ema))
+    except RuntimeError as failure:
+        raise SettingsError(f"run = {run.path!r}: its weights do not fit its settings ({one_line(failure)[:100]} ...)") from None
+    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def compile_network(net: nn.Module, rehearse):
+    """torch.compile in place, tried by `rehearse()`: where that fails, for want of a C++ compiler say, it is left out, with a warning."""
+    net.compile(dynamic=False)
+    try:
+        rehearse()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # of whatever type the compiler raises
+        net._compiled_call_impl = None
+        warnings.warn(f"the network is not compiled ({one_line(failure)[:200]})")
+    net.zero_grad()
+
+
+def silent_net(c):
+    """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
+    scale = c.recipe.upscale
+    return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
+
+
+def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
+    """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from. `trace`: see ode_int.solve."""
+    method = c.recipe
+    if c.sampler == "own":
+        frames = FirstFrame() if trace is None else trace
+        sample = method.sample(net, batch, c.sample_steps, frames)
+        return sample, frames[0][1]
+    ode = method.velocity(net, batch)
+    sample = ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
+    return sample, ode.view(torch.tensor(ode.t0), ode.z)
+
+
+class FirstFrame(list):
+    """A trace that keeps where the path starts, and nothing else."""
+
+    def append(self, frame):
+        if not self:
+            super().append(frame)
+
+
+class Streams:
+    """A randn_like (see Batch) whose rows come from random streams of their own, so that no image depends on its batch.
+
+    rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises.
+    """
+
+    def __init__(self, rows: list[list[tuple]], device):
+        self.rows = [[(weight, torch.Generator(device).manual_seed(hashed(key))) for weight, key in row] for row in rows]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        def noise(generator):
+            return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
+
+        assert len(x) == len(self.rows), (len(x), len(self.rows))
+        return torch.stack([sum(weight * noise(generator) for weight, generator in row) for row in self.rows])
+
+
+class Model:
+    """A trained run, ready to sample.
+
+    solver, steps, tolerance, guidance, precision: None takes the run's own (an interpolant's dopri5 becomes midpoint in 5 steps).
+    tile: side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network;
+    None: the side trained on, 0: one piece always. batch_size: images at a time; those larger than trained on count as several.
+    Raises SettingsError where an argument does not fit the run.
+    """
+
+    def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
+                 tolerance: float | None = None, guidance: float | None = None, tile: int | None = None, batch_size: int = 64,
+                 device: str = "auto", precision: str | None = None):
+        self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
+        self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
+        self.tasks, self.batch_size = parts(c.task), batch_size
+        self.guidance = c.guidance if guidance is None else guidance
+        self.factor = c.damage.factor if self.tasks == ["sr"] else 1  # of sr alone, files come in low resolution
+
+        # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
+        blocks = {"sr": c.damage.factor, "jpeg": 16}
+        self.align = max([2**c.recipe.levels, *(blocks.get(name, 1) for name in self.tasks)])
+        tile = c.image_size if tile is None else tile
+        self.tile = tile and max(-(-tile // self.align), 2) * self.align
+
+        self.device = pick_device(device)
+        self.precision = set_up(self.device, precision or c.precision)
+        self.net = load_network(run, ema).to(self.device)
+        self.images = self.rows = 0  # made so far, and what they took of the network
+
+    def label_number(self, label: str | int) -> int:
+        """A class's name, or its number. Raises SettingsError."""
+        if not self.classes:
+            raise SettingsError(f"label = {label!r}: the run was trained without labels")
+        if label in self.classes:
+            return self.classes.index(label)
+        if str(label).isdecimal() and int(label) < len(self.classes):
+            return int(label)
+        raise SettingsError(f"label = {label!r}: allowed is all, or from {', '.join(self.classes)}, 0 to {len(self.classes) - 1}")
+
+    def at_a_time(self, height: int, width: int) -> int:
+        """How many images of these sides make a batch."""
+        return max(1, self.batch_size * self.config.image_size**2 // (height * width))
+
+    def restore(self, image: Image.Image | Tensor, *, mask: Image.Image | Tensor | None = None, label: str | int | None = None,
+                seed: int = 0) -> Image.Image | Tensor:
+        """A damaged PIL image -> a restored one; or float tensors (B, C, h, w) -> (B, C, H, W), in [-1, 1].
+
+        mask, for inpainting: white (1 in a tensor) is to be made; without it, what is transparent in the image.
+        The same seed gives the same picture. Raises SettingsError, and ode_int.SolverError for a network that is not finite.
+        """
+        if self.tasks == ["generate"]:
+            raise SettingsError("the run makes images from noise: use generate")
+        zlo, hole = image, mask
+        if isinstance(image, Image.Image):
+            zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
+            if "inpaint" in self.tasks:
+                hole = to_tensor(alpha(image))[None] < 255 if mask is None else to_tensor(flatten(mask, 1))[None] >= 128
+        if hole is not None and hole.shape[2:] != zlo.shape[2:]:
+            raise SettingsError(f"mask: its sides, {tuple(hole.shape[2:])}, are not the image's, {tuple(zlo.shape[2:])}")
+        labels = [None if label is None else self.label_number(label)] * len(zlo)
+        made = self.sample(self.full_size(zlo), hole, labels, [[(1.0, (seed, "", i))] for i in range(len(zlo))])
+        return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made
+
+    def generate(self, count: int = 1, *, label: str | int | None = None, seed: int = 0) -> list[Image.Image]:
+        """`count` new images, of a class or of none. Raises SettingsError."""
+        if "generate" not in self.tasks:
+            raise SettingsError(f"the run restores damaged images (task {self.config.task}): use restore")
+        number, rows = None if label is None else self.label_number(label), [[(1.0, (seed, "", i))] for i in range(count)]
+        made = [self.sample(*self.nothing(len(some)), [number] * len(some), some)
+                for some in (rows[i:i + self.batch_size] for i in range(0, count, self.batch_size))]
+        return [to_image(to_uint8(x)) for batch in made for x in batch]
+
+    def nothing(self, count: int) -> tuple[Tensor, Tensor]:
+        """What `sample` takes to make images from noise: zlo, hole."""
+        c = self.config
+        return torch.zeros(count, c.channels, c.image_size, c.image_size), torch.ones(count, 1, c.image_size, c.image_size)
+
+    def full_size(self, zlo: Tensor) -> Tensor:
+        """Damaged images as they come in files -> on z1's grid."""
+        return to_full_size(zlo, self.factor, self.config.damage.up) if self.factor > 1 else zlo
+
+    @torch.no_grad()
+    def sample(self, zlo: Tensor, hole: Tensor | None, labels: list[int | None], noise: list, trace: list | None = None) -> Tensor:
+        """-> images (B, C, H, W) float on the CPU.
+
+        zlo (B, C, H, W) on z1's grid, any sides; hole (B, 1, H, W) or None; a label, or None, and Streams' row an image.
+        `trace` receives (t, state, clean estimate) at each step, padded to multiples of `align`.
+        """
+        c, net, (height, width) = self.config, self.net, zlo.shape[2:]
+        margin = (0, -width % self.align, 0, -height % self.align)
+        zlo, hole = (None if x is None else F.pad(x.float().to(self.device), margin, mode="replicate") for x in (zlo, hole))
+        y = None
+        if self.num_classes:
+            y = torch.tensor([self.num_classes if label is None else label for label in labels], device=self.device)
+        batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), randn_like=Streams(noise, self.device))
+        if 0 < 2 * self.tile < max(height, width):
+            net = Tiled(net, zlo.shape[2], self.tile, self.align, self.batch_size)
+        counted = Counted(net)
+        guidance = self.guidance if any(label is not None for label in labels) else 1
+        with autocast(self.device, self.precision):
+            made, _ = draw(c, Guided(counted, guidance), batch, trace)
+        self.images, self.rows = self.images + len(made), self.rows + counted.rows
+        return made[:, :, :height, :width].float().cpu()
+
+
+def sampling_config(c, solver: str | None = None, steps: int | None = None, tolerance: float | None = None):
+    """The run's settings with the sampler that is asked for. Raises SettingsError."""
+    atol, rtol = tolerance or c.integration_atol, tolerance or c.integration_rtol
+    own_steps = None if solver else c.sample_steps  # the run's count is for the run's solver
+    c = replace(c, solver=solver or c.solver, sample_steps=steps or own_steps, integration_atol=atol, integration_rtol=rtol)
+    if c.solver == "auto" and c.sampler == "dopri5" and solver is None and tolerance is None:
+        c = replace(c, solver=QUICK_SOLVER, sample_steps=c.sample_steps or QUICK_STEPS)
+    if c.solver != "auto" and not c.recipe.has_ode:
+        raise SettingsError(f"solver = {c.solver!r}: {c.method} has no ODE; allowed is auto")
+    if c.sampler == "dopri5" and c.sample_steps is not None:
+        raise SettingsError(f"steps = {c.sample_steps}: dopri5 chooses its own; add --solver midpoint, or leave steps out")
+    return c
