@@ -11,8 +11,10 @@ import torch
 import trainer
 from trainer import Trainer
 
-TINY = ("--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 "
-        "--sample-count 2 --solver euler --sample-steps 2 --no-use-wandb")
+TINY = (
+    "--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 "
+    "--sample-count 2 --solver euler --sample-steps 2 --no-use-wandb"
+)
 FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
 STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
 TRAINER = Path(trainer.__file__)
@@ -58,7 +60,9 @@ def same(a: dict, b: dict, keys=STATE):
     a, b = (leaves({key: x[key] for key in keys}) for x in (a, b))
     assert a.keys() == b.keys()
     for name, value in a.items():
-        equal = torch.equal(value, b[name]) and value.dtype == b[name].dtype if torch.is_tensor(value) else value == b[name]
+        equal = (
+            torch.equal(value, b[name]) and value.dtype == b[name].dtype if torch.is_tensor(value) else value == b[name]
+        )
         assert equal, name
 
 
@@ -69,7 +73,9 @@ def finite(state: dict) -> bool:
 def metrics(folder) -> list[dict]:
     """metrics.jsonl without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines
+    ]
 
 
 def at_step(monkeypatch, step: int, action):
@@ -113,5 +119,7 @@ def child(target, log, env, *args):
 def until(ready, *processes, seconds=120):
     end = time.monotonic() + seconds
     while not ready():
-        assert all(each.exitcode is None for each in processes) and time.monotonic() < end, [each.log.read_text() for each in processes]
+        assert all(each.exitcode is None for each in processes) and time.monotonic() < end, [
+            each.log.read_text() for each in processes
+        ]
         time.sleep(0.01)

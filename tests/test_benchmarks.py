@@ -29,7 +29,9 @@ def test_turns_go_round_and_what_fails_drops_out():
             return n * seconds
         return turn
 
-    times = timing.in_turns(dict(a=work("a", 0.25), b=work("b", 2.0), c=work("c", 0.25, fails_at=3)), repeats=3, seconds=1.0)
+    times = timing.in_turns(
+        dict(a=work("a", 0.25), b=work("b", 2.0), c=work("c", 0.25, fails_at=3)), repeats=3, seconds=1.0
+    )
     assert "".join(calls) == "aabcc" + "abc" + "ab" + "ab"  # warm-up: what takes longer than a turn is called once
     assert times == dict(a=[0.25] * 3, b=[2.0] * 3, c="RuntimeError: no memory")
     counts = []
@@ -42,7 +44,9 @@ def test_a_machine_that_slows_down_changes_no_ratio():
     plain, ours = timing.rows(dict(plain=[0.6 * d for d in drift], ours=[0.2 * d for d in drift]), "plain", images=12)
     assert ours["ratio"] == pytest.approx(3) and plain["ratio"] == 1
     assert ours["seconds"] == pytest.approx(0.34) and ours["images_per_second"] == pytest.approx(12 / 0.34)
-    assert timing.rows(dict(plain="out of memory", ours=[0.2]), "plain", 1)[0] == dict(name="plain", error="out of memory")
+    assert timing.rows(dict(plain="out of memory", ours=[0.2]), "plain", 1)[0] == dict(
+        name="plain", error="out of memory"
+    )
 
 
 def test_compiling_pays_when_its_seconds_are_saved():
@@ -96,7 +100,11 @@ def test_the_plain_recipe_makes_the_same_pairs(knobs):
 
 def test_all_variants_train_the_same_network():
     batch = step.one_batch(TINY, CPU)
-    todo = [step.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), step.Variant("fp32", bf16=False), step.Variant("bf16")]
+    todo = [
+        step.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False),
+        step.Variant("fp32", bf16=False),
+        step.Variant("bf16"),
+    ]
     assert step.variants(CPU, False)[0] == todo[0] and step.eager(step.variants(CPU, True)).compile == ""
     curves = []
     for variant, steps in zip(todo, (300, 30, 300)):
@@ -139,7 +147,9 @@ def test_speed_in_a_smoke_run(tmp_path, capsys):
     for part in ("loop", "data"):
         assert [row["ratio"] > 0 for row in report[part]] == [True, True] and report[part][1]["name"] == "trainer.py"
     nfe = {row["name"].split(",")[0]: row["nfe"] for row in report["sample"][1:]}
-    assert {name: nfe[name] for name in ("euler", "midpoint", "heun", "rk4")} == dict(euler=5, midpoint=5, heun=5, rk4=5)
+    assert {name: nfe[name] for name in ("euler", "midpoint", "heun", "rk4")} == dict(
+        euler=5, midpoint=5, heun=5, rk4=5
+    )
     assert nfe["dopri5"] > 13
 
 
@@ -156,9 +166,15 @@ def test_growth_in_a_smoke_run(tmp_path, capsys):
     assert row["import_s"] > 0.1 and 2**27 < row["peak_bytes"] < 2**32 and row["flop_an_image"] > 1e6
 
 
-@pytest.mark.parametrize("status, stderr, why", [
-    (1, "Traceback\nValueError: preset = 'x'\n", "ValueError: preset = 'x'"), (1, "torch.OutOfMemoryError: CUDA\n", "out of memory"),
-    (-9, "", "out of memory"), (-11, "", "exit status -11")])
+@pytest.mark.parametrize(
+    "status, stderr, why",
+    [
+        (1, "Traceback\nValueError: preset = 'x'\n", "ValueError: preset = 'x'"),
+        (1, "torch.OutOfMemoryError: CUDA\n", "out of memory"),
+        (-9, "", "out of memory"),
+        (-11, "", "exit status -11"),
+    ],
+)
 def test_a_process_that_breaks_says_why(monkeypatch, status, stderr, why):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, "", stderr))
     assert step.in_process(TINY, step.Variant("x"), 1, 0.01) == dict(error=why)
@@ -175,11 +191,15 @@ def test_start_up_and_compiling_are_counted_from_the_processes(monkeypatch, tmp_
     asked = []
     monkeypatch.setattr(step, "in_process", in_process)
     monkeypatch.setattr(step, "make_step", lambda config, variant, batch: lambda: None)
-    monkeypatch.setattr(step, "in_turns", lambda work, *_: {name: [0.001 if "blocks" in name else 0.002] for name in work})
+    monkeypatch.setattr(
+        step, "in_turns", lambda work, *_: {name: [0.001 if "blocks" in name else 0.002] for name in work}
+    )
     report = dict(config=dict(batch_size=2))
     step.measure_steps(speed.Options(compile="on"), TINY, CPU, report, tmp_path)
     blocks, whole = report["step"][-2:]
-    assert (blocks["compile_s"], blocks["compile_cached_s"]) == (58, 10) == (whole["compile_s"], whole["compile_cached_s"])
+    assert (
+        (blocks["compile_s"], blocks["compile_cached_s"]) == (58, 10) == (whole["compile_s"], whole["compile_cached_s"])
+    )
     assert blocks["pays_after_steps"] == pytest.approx(58_000) and whole["pays_after_steps"] is None
     table = step.show_steps(report)
     assert "| 1.00 GiB | 6.0 |" in table and "| 58.0 (10.0) | 58,000 steps |" in table and "| never |" in table

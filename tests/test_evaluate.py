@@ -1,4 +1,5 @@
 """What evaluate.py and judge.py say is checked against closed forms, other implementations, and the network's own call counter."""
+
 import json
 import math
 import re
@@ -31,7 +32,9 @@ from trainer import Config
 from unet import Counted, Guided
 
 SIDE, TEST = 16, 42
-EXACT = 10 * math.log10(255**2 * 3 * SIDE**2)  # the PSNR of an image without an error: as if one value were off by a level
+EXACT = 10 * math.log10(
+    255**2 * 3 * SIDE**2
+)  # the PSNR of an image without an error: as if one value were off by a level
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,11 @@ def truth(batch):
 
 # --------------------------------------------------------------------------------------------------------------- Frechet
 
+
 def test_frechet_of_gaussians_in_one_dimension():
-    one, other = (tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]])))
+    one, other = (
+        tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]]))
+    )
     assert judging.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
 
 
@@ -102,7 +108,9 @@ def test_frechet_is_torchmetrics_fid():
         def forward(self, x):
             return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
-    x, y = (torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) ** (1 + seed) * 255 for seed in (0, 1))
+    x, y = (
+        torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) ** (1 + seed) * 255 for seed in (0, 1)
+    )
     reference = fid.FrechetInceptionDistance(feature=Mean())
     reference.update(x, real=True)
     reference.update(y, real=False)
@@ -112,13 +120,16 @@ def test_frechet_is_torchmetrics_fid():
 
 # --------------------------------------------------------------------------------------------------------- single metrics
 
+
 def test_psnr_against_numpy_and_torchmetrics():
     a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
     x, y = (to_uint8(image).numpy().astype(float) for image in (a, b))
     expected = np.mean([10 * np.log10(255**2 / np.mean((p - q) ** 2)) for p, q in zip(x, y)])
     assert psnr(a, b) == pytest.approx(expected, rel=1e-6)
     functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
-    library = functional.peak_signal_noise_ratio(torch.tensor(x), torch.tensor(y), data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    library = functional.peak_signal_noise_ratio(
+        torch.tensor(x), torch.tensor(y), data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean"
+    )
     assert psnr(a, b) == pytest.approx(library.item(), rel=1e-6)
 
 
@@ -127,7 +138,9 @@ def test_ssim():
     ssim = judging.load_ssim(6)
     x = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     assert ssim(x, x).item() == pytest.approx(1, abs=1e-6)
-    assert ssim((x * 0.75).round().to(torch.uint8), x).item() == pytest.approx(0.9219, abs=2e-3)  # torchmetrics' documented example
+    assert ssim((x * 0.75).round().to(torch.uint8), x).item() == pytest.approx(
+        0.9219, abs=2e-3
+    )  # torchmetrics' documented example
     # Wang et al. 2004, eq. 13 for two constant images: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 255)^2
     a, b, c1 = 100.0, 130.0, (0.01 * 255) ** 2
     flat = torch.ones(1, 1, 6, 6, dtype=torch.uint8)  # one image, of the smallest side
@@ -147,13 +160,17 @@ def test_a_shift_by_k_levels(judge, config):
 
 
 def test_what_the_damage_hides_is_consistent(judge, config):
-    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5  # of mean 0 in each 2x2 box
+    checks = (
+        torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5
+    )  # of mean 0 in each 2x2 box
     bicubic = replace(config, damage=Damage(up="bicubic"))
     for each in (config, bicubic):
         score = judge(each, False, lambda batch: batch.z1 + checks)
         assert score["consistency"] == 0 and score["psnr"] == pytest.approx(20 * math.log10(255 / 10), rel=1e-5)
     # the error counts on the small image, however it is enlarged
-    assert judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)["consistency"] == pytest.approx(1e5 * (7 / 255) ** 2, rel=1e-4)
+    assert judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)["consistency"] == pytest.approx(
+        1e5 * (7 / 255) ** 2, rel=1e-4
+    )
 
 
 def test_samples_are_rounded_and_clamped(judge, config):
@@ -180,14 +197,21 @@ def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
     filled = judging.fill(x * known, known)
     assert torch.equal(filled * known, x * known)
     assert torch.equal(filled, judging.fill(torch.where(known > 0, x, 9.0), known))
-    assert torch.allclose(judging.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3))  # a flat image is a flat image
+    assert torch.allclose(
+        judging.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3)
+    )  # a flat image is a flat image
 
 
 # --------------------------------------------------------------------------------------------- classifier, halves, floor
 
+
 def test_the_classifier_tells_dark_from_bright(judge, config):
     assert judge.accuracy == 100 and judge(config, False, truth)["accuracy"] == 100
-    swapped = judge(config, False, lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5)
+    swapped = judge(
+        config,
+        False,
+        lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5,
+    )
     assert swapped["accuracy"] == 0
 
 
@@ -227,9 +251,13 @@ def test_baselines_of_sr(judge, config):
     assert [low["name"], bicubic["name"], floor["name"]] == ["input", "bicubic", "floor"]
     assert low["consistency"] == 0 < bicubic["consistency"] and low["psnr"] != bicubic["psnr"]
     z1 = judge.images.test[torch.cat(judge.batches)]
-    small = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1]
+    small = [
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1
+    ]
     for row, how in ((low, Image.Resampling.NEAREST), (bicubic, Image.Resampling.BICUBIC)):
-        images = torch.stack([torch.from_numpy(np.array(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small])
+        images = torch.stack(
+            [torch.from_numpy(np.array(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small]
+        )
         assert row["psnr"] == pytest.approx(psnr(to_float(images), to_float(z1)), rel=1e-5)
 
 
@@ -259,12 +287,18 @@ def test_pairs_can_not_be_damaged_again(config, folder):
 def test_data_without_classes_and_too_few_images(folder, config):
     c = replace(config, dataset=str(folder / "test" / "dark"))
     judge = judging.Judge(c, torch.device("cpu"), LOCAL, count=40)
-    assert "no classes" in judge.why["accuracy"] and judge(c, False, truth).keys() == {"psnr", "consistency", "bias", "seconds"}
+    assert "no classes" in judge.why["accuracy"] and judge(c, False, truth).keys() == {
+        "psnr",
+        "consistency",
+        "bias",
+        "seconds",
+    }
     few = judging.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
     assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
 
 
 # ------------------------------------------------------------------------------------------------------------- the cache
+
 
 def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch):
     def files(kind):
@@ -312,6 +346,7 @@ def test_digest_sees_every_value():
 
 # ------------------------------------------------------------------------------------------ what can't be had is left out
 
+
 def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
     def offline(*_, **__):
         raise OSError("no route to host")
@@ -335,7 +370,9 @@ def test_packages_that_are_not_there(config, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     judge = judging.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
     assert judge(config, False, truth).keys() == {"bias", "seconds"}
-    assert "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
+    assert (
+        "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- samplers, costs
@@ -418,7 +455,9 @@ def test_regression_is_least_squares():
         method.sample(oracle, batch, steps=2)
     hole = Damage()("inpaint", batch.z1)
     sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
-    assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(sample * hole.hole, hole.hole.expand_as(sample))
+    assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(
+        sample * hole.hole, hole.hole.expand_as(sample)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -427,18 +466,62 @@ def test_regression_is_least_squares():
 def runs(folder, tmp_path_factory):
     """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
     out = tmp_path_factory.mktemp("runs")
-    common = ["--task", "sr", "--dataset", str(folder), "--image-size", "16", "--unet-channels", "8", "--unet-dim-mults", "1", "2",
-              "--unet-blocks", "1", "--no-overfit", "--batch-size", "4", "--no-use-wandb", "--device", "cpu", "--precision", "fp32",
-              "--sample-count", "2", "--preset", "small"]
-    own = {"interpolant": ["--solver", "euler", "--sample-steps", "1"], "udpm": ["--udpm.lpips-weight", "0", "0", "0", "--udpm.disc-channels", "8"]}
+    common = [
+        "--task",
+        "sr",
+        "--dataset",
+        str(folder),
+        "--image-size",
+        "16",
+        "--unet-channels",
+        "8",
+        "--unet-dim-mults",
+        "1",
+        "2",
+        "--unet-blocks",
+        "1",
+        "--no-overfit",
+        "--batch-size",
+        "4",
+        "--no-use-wandb",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--sample-count",
+        "2",
+        "--preset",
+        "small",
+    ]
+    own = {
+        "interpolant": ["--solver", "euler", "--sample-steps", "1"],
+        "udpm": ["--udpm.lpips-weight", "0", "0", "0", "--udpm.disc-channels", "8"],
+    }
     found = []
     for method, flags in own.items():
-        assert trainer.main([*common, "--method", method, "--max-steps", "2", "--out-dir", str(out / method), *flags]) == 0
+        assert (
+            trainer.main([*common, "--method", method, "--max-steps", "2", "--out-dir", str(out / method), *flags]) == 0
+        )
         found += [str(path) for path in (out / method).iterdir()]
     return found
 
 
-FLAGS = ["--nfe", "1", "2", "3", "--count", "12", "--batch-size", "5", "--classifier-epochs", "20", "--device", "cpu", "--precision", "fp32"]
+FLAGS = [
+    "--nfe",
+    "1",
+    "2",
+    "3",
+    "--count",
+    "12",
+    "--batch-size",
+    "5",
+    "--classifier-epochs",
+    "20",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -451,33 +534,64 @@ def results(runs, tmp_path_factory):
 def test_the_json_holds_each_figure_with_its_record(results):
     _, (interpolant, udpm) = results
     assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("euler", 3)]
-    assert interpolant["rows"][2]["sampler"] == "dopri5" and interpolant["rows"][2]["default"] and interpolant["nfe_left_out"] == [1]
+    assert (
+        interpolant["rows"][2]["sampler"] == "dopri5"
+        and interpolant["rows"][2]["default"]
+        and interpolant["nfe_left_out"] == [1]
+    )
     assert [(row["nfe"], row["default"]) for row in udpm["rows"]] == [(3, True)] and udpm["nfe_left_out"] == [1, 2]
     for result in (interpolant, udpm):
-        assert result["problem"]["images"] == 12 and result["problem"]["split"] == "test" and result["problem"]["seed"] == 0
-        assert result["training"]["images_seen"] == 2 * 4 and result["costs"]["global_batch"] == 4 and result["training"]["weights"] == "EMA"
-        assert result["record"]["code"] and result["record"]["quantised"].startswith("uint8") and result["problem"]["classifier_accuracy"] == 100
+        assert (
+            result["problem"]["images"] == 12
+            and result["problem"]["split"] == "test"
+            and result["problem"]["seed"] == 0
+        )
+        assert (
+            result["training"]["images_seen"] == 2 * 4
+            and result["costs"]["global_batch"] == 4
+            and result["training"]["weights"] == "EMA"
+        )
+        assert (
+            result["record"]["code"]
+            and result["record"]["quantised"].startswith("uint8")
+            and result["problem"]["classifier_accuracy"] == 100
+        )
         assert all(set(LOCAL) < row.keys() for row in result["rows"])
         json.dumps(result, allow_nan=False)
     assert interpolant["baselines"] == udpm["baselines"]
     net, critic = udpm["costs"]["parameters"]
     weights = torch.load(f"{udpm['run']}/checkpoints/last.pt", weights_only=True)["players"]
-    assert net > 1000 and critic == sum(w.numel() for key, w in weights[1].items() if key != "steps") and len(interpolant["costs"]["parameters"]) == 1
+    assert (
+        net > 1000
+        and critic == sum(w.numel() for key, w in weights[1].items() if key != "steps")
+        and len(interpolant["costs"]["parameters"]) == 1
+    )
     assert interpolant["costs"]["training_flops"] > 0 and udpm["costs"]["training_flops"] > 0
 
 
 def test_the_table_says_what_the_json_says(results):
     output, found = results
     written = (output / "table.md").read_text()
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in written.splitlines() if row.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in written.splitlines() if row.startswith("| ")
+    ]
     header = rows[0]
     for result in found:
         for row in result["rows"]:
-            line = next(r for r in rows if r[0] == result["method"] and r[1].startswith(row["sampler"]) and r[2] == f"{row['nfe']:.4g}")
-            assert line[header.index("PSNR, dB ↑")] == f"{row['psnr']:.2f}" and line[header.index("FD ↓")] == f"{row['frechet']:.2f}"
+            line = next(
+                r
+                for r in rows
+                if r[0] == result["method"] and r[1].startswith(row["sampler"]) and r[2] == f"{row['nfe']:.4g}"
+            )
+            assert (
+                line[header.index("PSNR, dB ↑")] == f"{row['psnr']:.2f}"
+                and line[header.index("FD ↓")] == f"{row['frechet']:.2f}"
+            )
             assert line[header.index("accuracy, % ↑")] == f"{row['accuracy']:.1f}"
     assert [r[0] for r in rows[1:4]] == ["input", "bicubic", "floor"]
-    assert "SSIM" not in header and "regression network is missing" in written and "100.0% of all test images" in written
+    assert (
+        "SSIM" not in header and "regression network is missing" in written and "100.0% of all test images" in written
+    )
     assert "exactly so many: interpolant 1; udpm 1, 2" in written and "Not one comparison" not in written
     assert re.search(r"\| udpm \|.*\| 0\.\d\dM \+ 0\.\d\dM \| 8 \| 4 \|", written)
 
@@ -502,14 +616,20 @@ def test_the_plot_says_what_the_json_says(results):
 def test_a_problem_without_figures_has_an_empty_panel(results):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     _, (interpolant, udpm) = results
-    failed = udpm | dict(problem=udpm["problem"] | dict(task="blur"), baselines=[], rows=[dict(sampler="own", default=True, steps=None, failed="not finite")])
+    failed = udpm | dict(
+        problem=udpm["problem"] | dict(task="blur"),
+        baselines=[],
+        rows=[dict(sampler="own", default=True, steps=None, failed="not finite")],
+    )
     assert len(report.plot([interpolant, failed]).axes) == 2 * len(report.plot([interpolant]).axes)
 
 
 def test_a_json_file_is_a_run(results, tmp_path, monkeypatch):
     output, found = results
     monkeypatch.setattr(evaluate, "Judge", lambda *_: pytest.fail("nothing is to be measured"))
-    assert evaluate.main([*(str(output / f"{result['name']}.json") for result in found), "--output", str(tmp_path)]) == 0
+    assert (
+        evaluate.main([*(str(output / f"{result['name']}.json") for result in found), "--output", str(tmp_path)]) == 0
+    )
     assert (tmp_path / "table.md").read_text() == (output / "table.md").read_text()
 
 
@@ -519,7 +639,23 @@ def test_the_same_again_and_raw_weights(results, runs, tmp_path, monkeypatch):
     _, (before, _) = results
     found = []
     for flags in ((), ("--no-ema",)):
-        assert evaluate.main([runs[0], *FLAGS[4:], "--nfe", "3", "--no-default", "--metrics", "psnr", "--output", str(tmp_path), *flags]) == 0
+        assert (
+            evaluate.main(
+                [
+                    runs[0],
+                    *FLAGS[4:],
+                    "--nfe",
+                    "3",
+                    "--no-default",
+                    "--metrics",
+                    "psnr",
+                    "--output",
+                    str(tmp_path),
+                    *flags,
+                ]
+            )
+            == 0
+        )
         found.append(json.loads(next(tmp_path.glob("*.json")).read_text()))
     (again,), (raw,) = (result["rows"] for result in found)
     assert again["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4) != pytest.approx(raw["psnr"], abs=1e-4)
@@ -535,7 +671,11 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
-    monkeypatch.setattr(evaluate, "samplers", lambda c, *_: ([replace(c, sample_steps=1), replace(c, sample_steps=2)] if c.method != "udpm" else [c], []))
+    monkeypatch.setattr(
+        evaluate,
+        "samplers",
+        lambda c, *_: ([replace(c, sample_steps=1), replace(c, sample_steps=2)] if c.method != "udpm" else [c], []),
+    )
     monkeypatch.setattr(evaluate, "draw", broken)
     arguments = [*runs, *FLAGS[4:], "--metrics", "psnr", "--output", str(tmp_path)]
     if status is None:
@@ -563,7 +703,12 @@ def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatc
 
 
 def test_a_run_without_rows_is_refused(runs, tmp_path, capsys):
-    assert evaluate.main([runs[1], "--nfe", "5", "--no-default", "--metrics", "psnr", "--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert (
+        evaluate.main(
+            [runs[1], "--nfe", "5", "--no-default", "--metrics", "psnr", "--device", "cpu", "--output", str(tmp_path)]
+        )
+        == 2
+    )
     assert "can do none of them exactly" in capsys.readouterr().err
 
 
@@ -601,11 +746,18 @@ def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     output = ["--output", str(tmp_path / "out")]
     cases = [
-        ([], "runs = "), (["nowhere"], "run = 'nowhere'"), ([str(tmp_path / "x.json")], "no result of an evaluation"),
-        ([runs[0], "--nfe", "0"], "nfe = (0,)"), ([runs[0], "--metrics", "speed"], "metrics = ('speed',)"), ([runs[0], "--count", "0"], "count = 0"),
-        ([str(tmp_path)], "there is no checkpoint"), ([runs[0], runs[0]], "allowed is one of the name"),
-        ([runs[0], "--solver", "dopri5"], "solver = 'dopri5'"), ([runs[0], "--device", "cudo"], "device = 'cudo'"),
-        ([runs[0], "--data-path", str(tmp_path / "moved")], "moved"), ([runs[0], "--nfo", "3"], "nfo"),
+        ([], "runs = "),
+        (["nowhere"], "run = 'nowhere'"),
+        ([str(tmp_path / "x.json")], "no result of an evaluation"),
+        ([runs[0], "--nfe", "0"], "nfe = (0,)"),
+        ([runs[0], "--metrics", "speed"], "metrics = ('speed',)"),
+        ([runs[0], "--count", "0"], "count = 0"),
+        ([str(tmp_path)], "there is no checkpoint"),
+        ([runs[0], runs[0]], "allowed is one of the name"),
+        ([runs[0], "--solver", "dopri5"], "solver = 'dopri5'"),
+        ([runs[0], "--device", "cudo"], "device = 'cudo'"),
+        ([runs[0], "--data-path", str(tmp_path / "moved")], "moved"),
+        ([runs[0], "--nfo", "3"], "nfo"),
         ([runs[0], "--output", str(tmp_path / "file" / "x")], "output = "),
     ]
     for arguments, what in cases:

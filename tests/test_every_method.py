@@ -1,4 +1,5 @@
 """Every method on every task goes through the whole trainer: two steps, pictures, checkpoints, and a resume that is bit for bit."""
+
 import contextlib
 import shutil
 from pathlib import Path
@@ -43,9 +44,11 @@ def pictures(tmp_path_factory) -> Path:
 
 def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[Path, Path]:
     """A run of two steps, and a copy of its folder as it was after the first one."""
-    flags = (f"--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 --batch-size 4 --sample-count 2 "
-             f"--print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb --dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
-             f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method]} {more}")
+    flags = (
+        f"--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 --batch-size 4 --sample-count 2 "
+        f"--print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb --dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
+        f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method]} {more}"
+    )
     if task == "paired":
         flags += f" --paired-path {pictures / 'damaged'}"
     original, half = Trainer.save, tmp_path / "half"
@@ -90,15 +93,27 @@ def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, pictures,
     assert not list(half.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("method, more", [("i2sb", "--no-condition"), ("udpm", "--no-condition"), ("sr3", "--channels 1"), ("udpm", "--channels 1"),
-                                          ("edm", "--guidance 2"), ("interpolant", "--no-unet-use-classes"), ("udpm", "--no-unet-use-classes"),
-                                          ("interpolant", "--solver auto --interpolant.eps0 1")])
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("i2sb", "--no-condition"),
+        ("udpm", "--no-condition"),
+        ("sr3", "--channels 1"),
+        ("udpm", "--channels 1"),
+        ("edm", "--guidance 2"),
+        ("interpolant", "--no-unet-use-classes"),
+        ("udpm", "--no-unet-use-classes"),
+        ("interpolant", "--solver auto --interpolant.eps0 1"),
+    ],
+)
 def test_so_do_their_options(tmp_path, monkeypatch, pictures, method, more):
     run, half = two_steps(tmp_path, monkeypatch, pictures, method, "sr,inpaint", more)
     resume(half)
     same(checkpoint(half), checkpoint(run))
     assert metrics(half) == metrics(run)
-    assert metrics(run)[-1]["nfe"] == {"--guidance 2": 6, "--solver auto --interpolant.eps0 1": 3}.get(more, NFE[method])
+    assert metrics(run)[-1]["nfe"] == {"--guidance 2": 6, "--solver auto --interpolant.eps0 1": 3}.get(
+        more, NFE[method]
+    )
 
 
 @pytest.mark.parametrize("method, more", [("interpolant", ""), ("sr3", ""), ("edm", ""), ("i2sb", "--i2sb.ot-ode")])
@@ -122,8 +137,11 @@ class Copies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method, task", [(method, ",".join(t for t in TASKS if t not in ("paired", "generate"))) for method in METHODS]
-                         + [("interpolant", "paired"), ("edm", "generate"), ("udpm", "generate")])
+@pytest.mark.parametrize(
+    "method, task",
+    [(method, ",".join(t for t in TASKS if t not in ("paired", "generate"))) for method in METHODS]
+    + [("interpolant", "paired"), ("edm", "generate"), ("udpm", "generate")],
+)
 def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypatch, pictures, method, task):
     """The meta device stands in for a GPU: it computes nothing, so that whoever reads a value from it breaks."""
     monkeypatch.setattr(Trainer, "rehearse", lambda self: None)  # dopri5 reads its error
@@ -131,9 +149,22 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm, foreach: clip(parameters, norm))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.found_inf)
-    config = trainer.Config(method=method, task=task, overfit=False, image_size=16, batch_size=4, unet_channels=8, unet_dim_mults=(1,), unet_blocks=1, device="meta",
-                            dataset=str(pictures / "clean"), paired_path=str(pictures / "damaged") if task == "paired" else None,
-                            use_wandb=False, out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
+    config = trainer.Config(
+        method=method,
+        task=task,
+        overfit=False,
+        image_size=16,
+        batch_size=4,
+        unet_channels=8,
+        unet_dim_mults=(1,),
+        unet_blocks=1,
+        device="meta",
+        dataset=str(pictures / "clean"),
+        paired_path=str(pictures / "damaged") if task == "paired" else None,
+        use_wandb=False,
+        out_dir=str(tmp_path),
+        udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8),
+    )
     run = Trainer(config)
     run.train_step()  # makes tables that stay on the device
     with Copies() as copies:

@@ -123,7 +123,9 @@ def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, 
     method = I2SB(n=24, ot_ode=ot_ode)
     rows = steps + 2  # the response to no draw, to the start's, to each step's
     one = make_batch(task, size=1, dtype=torch.float64)
-    batch = Batch(*(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, randn_like=impulses())
+    batch = Batch(
+        *(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, randn_like=impulses()
+    )
     trace = []
     method.sample(oracle(method, batch.z1), batch, steps, trace)
     s2 = s2_table(method)
@@ -255,7 +257,9 @@ def test_exact_network_carries_the_damaged_distribution_to_the_clean_one(ot_ode)
         zlo = torch.full((rows, 1, 1, 1), MEAN[1], dtype=torch.float64)
         zlo[-1] += 1
         ones = torch.ones_like(zlo)
-        sample = method.sample(gaussian_net(method, MEAN, COV), Batch(None, zlo, ones, 0 * ones, None, None, impulses()), steps)
+        sample = method.sample(
+            gaussian_net(method, MEAN, COV), Batch(None, zlo, ones, 0 * ones, None, None, impulses()), steps
+        )
         assert sample[0].item() == pytest.approx(MEAN[0], abs=1e-9)
         response = sample - sample[0]
         errors.append((response[-1] ** 2 * COV[1][1] + response[1:-1].square().sum()).item() / COV[0][0] - 1)

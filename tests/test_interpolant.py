@@ -1,4 +1,5 @@
 """The stochastic interpolant on Gaussian pairs, whose velocity field is known, and with a network that knows the answer."""
+
 import math
 import warnings
 
@@ -54,6 +55,7 @@ def oracle(path: str, z1):
 
 def gaussian_net(path: str, mean0, mean1, cov):
     """E[alpha' z0 + beta' z1 | zt] where (z0, z1) is Gaussian in every pixel, with these means given cond and this covariance."""
+
     def net(x, t, y, cond):
         alpha, beta, d_alpha, d_beta = per_image(path, t)
         m0, m1 = mean0(cond), mean1(cond)
@@ -194,7 +196,12 @@ def posterior():
 def given_cond(path, coupling, sigma):
     """The exact network where it sees cond = zlo: z0 and z1 are independent given it."""
     mean1, var1 = posterior()
-    return gaussian_net(path, (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(), mean1, np.diag([sigma**2, var1]))
+    return gaussian_net(
+        path,
+        (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(),
+        mean1,
+        np.diag([sigma**2, var1]),
+    )
 
 
 def blind(path, coupling, sigma):
@@ -261,8 +268,12 @@ def test_every_sampler_draws_from_the_posterior(path, coupling, sampler):
     sample = method.sample(given_cond(path, coupling, sigma), batch, steps, trace if sampler == "sde" else None)
     assert method.solver == ("own" if sampler == "sde" else "dopri5")
     for i in range(2):
-        is_normal(sample[i], mean1(batch.zlo)[i].mean().item(), var1, extra=4e-3)  # 4e-3: t_min, and the steps of the SDE
-    if sampler == "sde":  # z(1) and z(0) correlate by exp(-int eps/s^2 dt), s^2 the variance at t: the strength is eps0's
+        is_normal(
+            sample[i], mean1(batch.zlo)[i].mean().item(), var1, extra=4e-3
+        )  # 4e-3: t_min, and the steps of the SDE
+    if (
+        sampler == "sde"
+    ):  # z(1) and z(0) correlate by exp(-int eps/s^2 dt), s^2 the variance at t: the strength is eps0's
         t = np.linspace(1e-3, 1 - 1e-3, 10001)
         alpha, beta = curve(path, t)[:2]
         rho = math.exp(-np.trapezoid(eps0 * alpha / (alpha**2 * sigma**2 + beta**2 * var1), t))
@@ -279,7 +290,9 @@ def test_exact_velocity_is_where_the_loss_is_stationary(path, coupling):
     offset.retain_grad(), slope.retain_grad()
     exact = given_cond(path, coupling, 0.7)
     torch.manual_seed(7)
-    Interpolant(path, coupling, 0.7).loss(lambda x, t, y, cond: exact(x, t, y, cond) + offset + slope * x, batch).sum().backward()
+    Interpolant(path, coupling, 0.7).loss(
+        lambda x, t, y, cond: exact(x, t, y, cond) + offset + slope * x, batch
+    ).sum().backward()
     for g in (offset.grad.flatten(), slope.grad.flatten()):
         assert abs(g.mean()) < 4 * g.std() / 3000**0.5
         assert g.std() < 3  # the standard error is small enough to notice
@@ -384,9 +397,19 @@ def test_an_independent_coupling_knows_nothing_of_the_damaged_image():
         assert torch.equal(*samples) == same
 
 
-@pytest.mark.parametrize("field, value", [
-    ("path", "quadratic"), ("coupling", "both"), ("sigma", 0.0), ("sigma", math.nan), ("t_min", 0.0), ("t_min", 0.5), ("eps0", -0.1),
-    ("eps0", math.nan)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("path", "quadratic"),
+        ("coupling", "both"),
+        ("sigma", 0.0),
+        ("sigma", math.nan),
+        ("t_min", 0.0),
+        ("t_min", 0.5),
+        ("eps0", -0.1),
+        ("eps0", math.nan),
+    ],
+)
 def test_wrong_knobs_are_refused_in_one_line(field, value):
     with pytest.raises(ValueError, match=rf"^interpolant\.{field} = {value!r}: [^\n]+$"):
         Interpolant(**{field: value})

@@ -51,10 +51,20 @@ def turn_at(t, z0):
     return torch.stack([np.cos(angle) * a - np.sin(angle) * b, np.sin(angle) * a + np.cos(angle) * b], 1)
 
 
-@pytest.mark.parametrize("solver, order, t1, steps", [
-    ("euler", 1, 1.5, (50, 100, 200)), ("midpoint", 2, 6.0, (80, 160, 320)), ("heun", 2, 6.0, (80, 160, 320)), ("rk4", 4, 10.0, (30, 50, 80))])
+@pytest.mark.parametrize(
+    "solver, order, t1, steps",
+    [
+        ("euler", 1, 1.5, (50, 100, 200)),
+        ("midpoint", 2, 6.0, (80, 160, 320)),
+        ("heun", 2, 6.0, (80, 160, 320)),
+        ("rk4", 4, 10.0, (30, 50, 80)),
+    ],
+)
 def test_order_of_convergence(solver, order, t1, steps):
-    errors = [(integrate(turn, start(), 0.0, t1, solver, n) - turn_at(t1, start())).square().mean().sqrt().item() for n in steps]
+    errors = [
+        (integrate(turn, start(), 0.0, t1, solver, n) - turn_at(t1, start())).square().mean().sqrt().item()
+        for n in steps
+    ]
     assert errors[-1] > 1e-5  # far above the rounding of an fp32 state
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope + order) < 0.1
@@ -62,17 +72,22 @@ def test_order_of_convergence(solver, order, t1, steps):
 
 def test_steps_that_shorten_towards_the_data():
     """Of a velocity that pulls back to the data as 1/(1 - t), as an interpolant's does; z = 1 + (1 - t) g has g' = 1/(1 - t)."""
+
     def exact(t, z0):
         return 1 + (z0.double() - 1) * (1 - t) - (1 - t) * math.log(1 - t)
 
     def error(rho, steps):
-        z = solve(ODE(lambda t, z: (1 - z) / (1 - t) + 1, start(), 0.0, 0.999, lambda t, z: z, rho=rho), "midpoint", steps)
+        z = solve(
+            ODE(lambda t, z: (1 - z) / (1 - t) + 1, start(), 0.0, 0.999, lambda t, z: z, rho=rho), "midpoint", steps
+        )
         return (z - exact(0.999, start())).square().mean().sqrt().item()
 
     for rho in (1.5, 3.0):
         times = time_grid(0.1, 0.999, 7, rho)
         assert (times[0], times[-1]) == (0.1, 0.999)
-        np.testing.assert_allclose(np.diff((1 - times) ** (1 / rho)), (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9)
+        np.testing.assert_allclose(
+            np.diff((1 - times) ** (1 / rho)), (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9
+        )
     assert error(3.0, 10) < error(1.0, 10) / 3
     slope = math.log2(error(3.0, 40) / error(3.0, 80))
     assert abs(slope - 2) < 0.2  # midpoint's order
@@ -89,8 +104,12 @@ def test_one_step_is_the_rule_of_that_name(solver):
     mid = f(t0 + h / 2, z + h / 2 * k1)
     third = f(t0 + h / 3, z + h / 3 * k1)
     two_thirds = f(t0 + 2 * h / 3, z + h * (third - k1 / 3))
-    step = dict(euler=k1, midpoint=mid, heun=(k1 + f(t0 + h, z + h * k1)) / 2,
-                rk4=(k1 + 3 * third + 3 * two_thirds + f(t0 + h, z + h * (k1 - third + two_thirds))) / 8)  # Kutta's 3/8 rule
+    step = dict(
+        euler=k1,
+        midpoint=mid,
+        heun=(k1 + f(t0 + h, z + h * k1)) / 2,
+        rk4=(k1 + 3 * third + 3 * two_thirds + f(t0 + h, z + h * (k1 - third + two_thirds))) / 8,
+    )  # Kutta's 3/8 rule
     result = integrate(swing, z, t0, t0 + h, solver, 1)
     torch.testing.assert_close(result, (z + h * step[solver]).float(), rtol=1e-6, atol=1e-6)
 
@@ -107,7 +126,9 @@ def test_dopri5_reaches_its_tolerance_and_lands_on_t1(t0, t1):
     assert 1e-4 < error(1e-3) < 1e-1  # and a loose one is loose
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e-3, 20.0])  # next to a slow field dopri5's first guess of a step is far too long
+@pytest.mark.parametrize(
+    "rate", [1.0, 1e-3, 20.0]
+)  # next to a slow field dopri5's first guess of a step is far too long
 @pytest.mark.parametrize("t0, t1", [(0.001, 0.999), (1.0, 0.0)])
 def test_dopri5_asks_only_between_t0_and_t1(rate, t0, t1):
     v, asked = watched(lambda t, z: -rate * z * (t1 - t0))
@@ -118,7 +139,9 @@ def test_dopri5_asks_only_between_t0_and_t1(rate, t0, t1):
     torch.testing.assert_close(reached.double(), z0.double() * np.exp(-rate * (t1 - t0) ** 2), rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("solver, steps, tolerance", [("dopri5", None, 1e-4), ("heun", 200, 5e-5), ("rk4", 20, 5e-5), ("euler", 500, 2e-3)])
+@pytest.mark.parametrize(
+    "solver, steps, tolerance", [("dopri5", None, 1e-4), ("heun", 200, 5e-5), ("rk4", 20, 5e-5), ("euler", 500, 2e-3)]
+)
 def test_times_are_answered_with_the_solution_there(solver, steps, tolerance):
     z0 = swing_at(0.1, 0.5 * start()).float()
     times = torch.tensor([0.1, 0.113, 0.5, 0.77, 1.2345, 1.8, 1.9])  # in fp32, where the ends are not quite t0 and t1
@@ -165,7 +188,9 @@ class Net:
 
 def problem(net, y=None) -> ODE:
     z0 = start()
-    return ODE(lambda t, z: net(z, t.expand(len(z)), y, None), z0, 0.001, 0.999, lambda t, z: net(z, t.expand(len(z)), y, None))
+    return ODE(
+        lambda t, z: net(z, t.expand(len(z)), y, None), z0, 0.001, 0.999, lambda t, z: net(z, t.expand(len(z)), y, None)
+    )
 
 
 @pytest.mark.parametrize("solver", FIXED_STEP)
@@ -191,7 +216,9 @@ def test_cost_of_dopri5_is_what_it_asked():
 
 
 @pytest.mark.parametrize("solver, steps", [("dopri5", None), ("euler", 3), ("heun", 20), ("rk4", 50)])
-@pytest.mark.parametrize("t_min", [0.001, 0.002, 0.003, 0.006])  # t0 + (t1 - t0) misses t1 by a rounding for some of these
+@pytest.mark.parametrize(
+    "t_min", [0.001, 0.002, 0.003, 0.006]
+)  # t0 + (t1 - t0) misses t1 by a rounding for some of these
 def test_trace_shows_the_path_and_changes_nothing(solver, steps, t_min):
     ode, frames = problem(Net()), []
     ode.t0, ode.t1 = t_min, 1 - t_min
@@ -294,13 +321,23 @@ def test_precision_is_full_for_dopri5_and_the_callers_for_the_others(solver, fla
     if solver == "dopri5":
         torch.testing.assert_close(sample, -ode.z * np.exp(-1), rtol=0, atol=3e-5)
 
-    with pytest.raises(KeyError), torch.autocast("cpu", dtype=torch.bfloat16):  # a network's own error, not the solver's
+    with (
+        pytest.raises(KeyError),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):  # a network's own error, not the solver's
         solve(ODE(lambda t, z: {}["missing"], start(), 0.0, 1.0, net), solver)
     assert tf32() == flags
 
 
 def test_the_state_is_fp32_where_the_field_is_bf16():
     """2000 steps of 1/2000: a bf16 state would stop growing at 0.25, where its spacing is twice the step's."""
-    grown = integrate(lambda t, z: torch.ones_like(z, dtype=torch.bfloat16), torch.zeros(SHAPE, dtype=torch.bfloat16), 0.0, 1.0, "euler", 2000)
+    grown = integrate(
+        lambda t, z: torch.ones_like(z, dtype=torch.bfloat16),
+        torch.zeros(SHAPE, dtype=torch.bfloat16),
+        0.0,
+        1.0,
+        "euler",
+        2000,
+    )
     assert grown.dtype == torch.float32
     torch.testing.assert_close(grown, torch.ones(SHAPE), rtol=0, atol=5e-3)

@@ -1,4 +1,5 @@
 """sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written out here."""
+
 import re
 import sys
 from dataclasses import asdict
@@ -29,13 +30,20 @@ from unet import Tiled, windows
 
 CLASSES = ["cat", "dog", "T-shirt/top"]
 METHODS = dict(
-    interpolant=dict(solver="heun", sample_steps=2), sr3=dict(sr3=SR3(T=3)), i2sb=dict(i2sb=I2SB(n=3)), edm=dict(sample_steps=2),
-    udpm=dict(unet_channels=16, udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8)))
+    interpolant=dict(solver="heun", sample_steps=2),
+    sr3=dict(sr3=SR3(T=3)),
+    i2sb=dict(i2sb=I2SB(n=3)),
+    edm=dict(sample_steps=2),
+    udpm=dict(unet_channels=16, udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8)),
+)
 
 
 def make_run(folder: Path, identity=False, **settings) -> str:
     """A run's folder with random weights, or one whose samples are the damaged images themselves (a bridge without noise, an output of 0)."""
-    settings = dict(unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, image_size=16, overfit=False, precision="fp32") | settings
+    settings = (
+        dict(unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, image_size=16, overfit=False, precision="fp32")
+        | settings
+    )
     if identity:
         settings |= dict(method="i2sb", i2sb=I2SB(n=2, ot_ode=True))
     config = Config(**settings)
@@ -81,7 +89,11 @@ def test_odd_files(tmp_path, capsys):
     put(tmp_path / "in/portrait.jpg", rgb)
     put(tmp_path / "in/below/grey.png", grey)
     put(tmp_path / "in/deep.png", grey.astype(np.uint16) * 257)
-    put(tmp_path / "in/exif.png", rgb, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00")
+    put(
+        tmp_path / "in/exif.png",
+        rgb,
+        exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00",
+    )
     put(tmp_path / "in/alpha.png", np.concatenate([rgb, np.full((14, 9, 1), 255, np.uint8)], 2) * (rgb[..., :1] < 128))
     Image.fromarray(rgb).quantize(17).save(tmp_path / "in/palette.gif")
     whole = put(tmp_path / "whole.png", photo(40, 40)).read_bytes()
@@ -94,13 +106,21 @@ def test_odd_files(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "6 of 9 images restored" in captured.out
     listed = [line for line in captured.err.splitlines() if line.startswith("not restored: ")]
-    assert len(listed) == 3 and all(str(tmp_path / "in" / f"{n}.png") in line for n, line in zip(("empty", "text", "truncated"), listed))
+    assert len(listed) == 3 and all(
+        str(tmp_path / "in" / f"{n}.png") in line for n, line in zip(("empty", "text", "truncated"), listed)
+    )
 
     made = {p.relative_to(tmp_path / "out").as_posix(): get(p) for p in (tmp_path / "out").rglob("*.*")}
     triple = np.stack([grey] * 3, 2)
     over_white = np.where(rgb[..., :1] < 128, rgb, 255)
-    expected = {"portrait.png": get(tmp_path / "in/portrait.jpg"), "below/grey.png": triple, "deep.png": triple, "exif.png": np.rot90(rgb, -1),
-                "alpha.png": over_white, "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB"))}
+    expected = {
+        "portrait.png": get(tmp_path / "in/portrait.jpg"),
+        "below/grey.png": triple,
+        "deep.png": triple,
+        "exif.png": np.rot90(rgb, -1),
+        "alpha.png": over_white,
+        "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB")),
+    }
     assert made.keys() == expected.keys()
     for name, pixels in expected.items():
         np.testing.assert_array_equal(made[name], doubled(pixels), err_msg=name)
@@ -108,8 +128,19 @@ def test_odd_files(tmp_path, capsys):
 
 def test_a_grey_run_takes_colour_files(tmp_path):
     put(tmp_path / "in.png", photo(5, 6))
-    assert run(make_run(tmp_path / "run", identity=True, channels=1), "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
-    np.testing.assert_array_equal(get(tmp_path / "out/in.png"), doubled(np.asarray(Image.open(tmp_path / "in.png").convert("L"))))
+    assert (
+        run(
+            make_run(tmp_path / "run", identity=True, channels=1),
+            "--input",
+            tmp_path / "in.png",
+            "--output",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    np.testing.assert_array_equal(
+        get(tmp_path / "out/in.png"), doubled(np.asarray(Image.open(tmp_path / "in.png").convert("L")))
+    )
 
 
 def test_other_tasks_take_files_as_they_are_and_factors_are_the_runs(tmp_path):
@@ -145,7 +176,9 @@ def test_without_output_the_run_gets_a_new_folder(tmp_path):
     assert {p.parent.parent for p in tmp_path.rglob("restored-*/in.png")} == {tmp_path / "run"}
 
 
-@pytest.mark.parametrize("failure, reason", [(torch.OutOfMemoryError(), "out of GPU memory"), (SolverError("not finite"), "not finite")])
+@pytest.mark.parametrize(
+    "failure, reason", [(torch.OutOfMemoryError(), "out of GPU memory"), (SolverError("not finite"), "not finite")]
+)
 def test_what_breaks_off_costs_the_image_only(tmp_path, capsys, monkeypatch, failure, reason):
     identity, whole, calls = make_run(tmp_path / "run", identity=True), sample.Model.sample, []
 
@@ -226,7 +259,9 @@ def test_noise_comes_row_by_row():
     for row in rows:
         single = Streams([row], "cpu")
         alone.append([single(x[:1]) for x in shapes])
-    assert torch.equal(first, torch.cat([r[0] for r in alone])) and torch.equal(second, torch.cat([r[1] for r in alone]))
+    assert torch.equal(first, torch.cat([r[0] for r in alone])) and torch.equal(
+        second, torch.cat([r[1] for r in alone])
+    )
     torch.testing.assert_close(second[2], 0.6 * second[0] + 0.8 * second[1])
     normal = Streams([[(1.0, (0, "", i))] for i in range(200)], "cpu")(torch.empty(200, 20))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
@@ -291,7 +326,9 @@ def test_tiles_give_what_one_piece_gives(sides, shrunk, upscale, reach):
     assert net.most == 4  # tiles at a time, and not one piece
 
 
-@pytest.mark.parametrize("side, tile, align", [(100, 20, 1), (160, 32, 16), (72, 32, 8), (24, 32, 8), (65, 32, 1), (16, 4, 2)])
+@pytest.mark.parametrize(
+    "side, tile, align", [(100, 20, 1), (160, 32, 16), (72, 32, 8), (24, 32, 8), (65, 32, 1), (16, 4, 2)]
+)
 def test_tiles_cover_the_image_and_count_one_in_all(side, tile, align):
     total, full = torch.zeros(side), min(tile, side)
     tiles = windows(side, tile, align)
@@ -330,7 +367,9 @@ def test_much_larger_images_go_in_tiles_at_no_more_nfe(tmp_path, capsys):
 
 @pytest.mark.parametrize("more", [(), ("--tile", 5)])
 def test_tiles_of_whole_jpeg_blocks_have_no_gap(tmp_path, more):
-    path = make_run(tmp_path / "run", identity=True, task="jpeg")  # 16 pixels, as a block: tiles must overlap all the same
+    path = make_run(
+        tmp_path / "run", identity=True, task="jpeg"
+    )  # 16 pixels, as a block: tiles must overlap all the same
     put(tmp_path / "in.png", photo(70, 37))
     assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", *more) == 0
     np.testing.assert_array_equal(get(tmp_path / "out/in.png"), photo(70, 37))
@@ -349,12 +388,25 @@ def test_udpm_takes_any_sides(tmp_path, width, height):
 def test_generation_by_label(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
     made = {}
-    for name, more in dict(all=("--label", "all"), two=("--label", "T-shirt/top, 0"), one=("--label", 2), none=(), half=("--label", 2, "--guidance", 0),
-                           strong=("--label", 2, "--guidance", 3)).items():
+    for name, more in dict(
+        all=("--label", "all"),
+        two=("--label", "T-shirt/top, 0"),
+        one=("--label", 2),
+        none=(),
+        half=("--label", 2, "--guidance", 0),
+        strong=("--label", 2, "--guidance", 3),
+    ).items():
         assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
         assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
         made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
-    assert list(made["all"]) == ["T-shirt-top_0001.png", "T-shirt-top_0002.png", "cat_0001.png", "cat_0002.png", "dog_0001.png", "dog_0002.png"]
+    assert list(made["all"]) == [
+        "T-shirt-top_0001.png",
+        "T-shirt-top_0002.png",
+        "cat_0001.png",
+        "cat_0002.png",
+        "dog_0001.png",
+        "dog_0002.png",
+    ]
     assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
     shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
     for name in ("all", "two"):
@@ -375,7 +427,9 @@ def test_classes_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_p
     monkeypatch.setattr(sys.modules[__name__], "CLASSES", ["a b", "a/b", "c"])
     path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
     assert run(path, "--count", 1, "--output", tmp_path / "out", "--label", "all", "--trace") == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} - {"grid.png", "grid_trace.png", "grid_trace.gif"} == {f"{n}_0001.png" for n in ("a-b-0", "a-b-1", "c-2")}
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {"grid.png", "grid_trace.png", "grid_trace.gif"} == {
+        f"{n}_0001.png" for n in ("a-b-0", "a-b-1", "c-2")
+    }
     assert "NFE with the trace" in capsys.readouterr().out
 
 
@@ -405,8 +459,21 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
         assert f": {nfe} NFE" in capsys.readouterr().out, more  # and one more for the clean estimate
     counts = []
     for tolerance in (1e-2, 1e-4):
-        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto",
-                   "--tolerance", tolerance) == 0
+        assert (
+            run(
+                path,
+                "--input",
+                tmp_path / "in.png",
+                "--output",
+                tmp_path / "out",
+                "--overwrite",
+                "--solver",
+                "auto",
+                "--tolerance",
+                tolerance,
+            )
+            == 0
+        )
         counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
     assert counts[0] < counts[1]
 
@@ -414,10 +481,17 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
 def test_an_interpolant_is_sampled_in_a_few_steps_unless_its_run_or_the_user_says_otherwise(tmp_path, capsys):
     path, named = make_run(tmp_path / "run", solver="auto"), make_run(tmp_path / "named", solver="dopri5")
     put(tmp_path / "in.png", photo(16, 16))
-    for each, more, midpoint in ((path, (), 11), (path, ("--steps", 3), 7), (path, ("--tolerance", 1e-3), None), (named, (), None)):
+    for each, more, midpoint in (
+        (path, (), 11),
+        (path, ("--steps", 3), 7),
+        (path, ("--tolerance", 1e-3), None),
+        (named, (), None),
+    ):
         assert run(each, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
         nfe = int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1])
-        assert nfe == midpoint if midpoint else nfe > 11 and nfe % 6 == 3  # dopri5: 2 to start with, 6 a step, the clean estimate
+        assert (
+            nfe == midpoint if midpoint else nfe > 11 and nfe % 6 == 3
+        )  # dopri5: 2 to start with, 6 a step, the clean estimate
 
 
 def test_trace_shows_the_path_and_changes_nothing(tmp_path):
@@ -461,12 +535,27 @@ def test_export_samples_the_same_bits(tmp_path, capsys):
     for name, more in ("model", ()), ("raw", ("--no-ema",)):
         assert run(path, "--export", tmp_path / f"{name}.safetensors", *more) == 0
         assert run(path, "--count", 2, "--label", 1, "--output", tmp_path / name, *more) == 0
-        assert run(tmp_path / f"{name}.safetensors", "--count", 2, "--label", "dog", "--output", tmp_path / f"{name}-again", *more) == 0
+        assert (
+            run(
+                tmp_path / f"{name}.safetensors",
+                "--count",
+                2,
+                "--label",
+                "dog",
+                "--output",
+                tmp_path / f"{name}-again",
+                *more,
+            )
+            == 0
+        )
         np.testing.assert_array_equal(get(tmp_path / f"{name}-again/grid.png"), get(tmp_path / name / "grid.png"))
     assert (get(tmp_path / "model/grid.png") != get(tmp_path / "raw/grid.png")).any()
     capsys.readouterr()
     assert run(path, "--export", tmp_path / "model.safetensors") == 2 and "exists" in capsys.readouterr().err
-    assert run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2 and "averaged weights only" in capsys.readouterr().err
+    assert (
+        run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2
+        and "averaged weights only" in capsys.readouterr().err
+    )
 
 
 def test_an_exported_file_is_not_exported_again(tmp_path, capsys):
@@ -485,7 +574,22 @@ def test_export_without_the_package_says_so(tmp_path, capsys, monkeypatch):
 
 def test_a_run_of_the_trainer(tmp_path, capsys):
     arguments = "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 --unet-blocks 1 --no-use-wandb"
-    assert trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir", str(tmp_path / "runs")]) == 0
+    assert (
+        trainer.main(
+            [
+                *arguments.split(),
+                "--precision",
+                "fp32",
+                "--solver",
+                "heun",
+                "--sample-steps",
+                "1",
+                "--out-dir",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 0
+    )
     folder, = (tmp_path / "runs").iterdir()
     put(tmp_path / "in.png", photo(8, 8))
     assert run(folder, "--input", tmp_path / "in.png", "--label", "moon", "--output", tmp_path / "out") == 0
@@ -511,14 +615,32 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
 
 # wrong values --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, line", [
-    ("", "one of --input"), ("--count 3 --input x", "one of --input"), ("--bogus 1", "bogus"), ("--count many", "count"),
-    ("--count 0", "count = 0"), ("--count 3", "restores damaged images"), ("--input nowhere", "nowhere"), ("--input in --draws 0", "draws = 0"),
-    ("--input in --guidance 2", "with a --label"), ("--input in --label horse", "label = 'horse': allowed is all, or from cat, dog"),
-    ("--input in --label 3", "label = '3'"), ("--input in --label all", "label = 'all'"), ("--input in --solver rk5", "'rk5'"),
-    ("--input in --solver dopri5 --steps 5", "steps = 5"), ("--input in --device nowhere", "device = 'nowhere'"),
-    ("--input in --interpolate 1 2", "--draws above 1"), ("--input in --masks in", "takes none"), ("--input in --tolerance 0", "tolerance = 0"),
-    ("--input in --output in", "another folder"), ("--input in --output a.png", "a folder"), ("--export model.pt", ".safetensors")])
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ("", "one of --input"),
+        ("--count 3 --input x", "one of --input"),
+        ("--bogus 1", "bogus"),
+        ("--count many", "count"),
+        ("--count 0", "count = 0"),
+        ("--count 3", "restores damaged images"),
+        ("--input nowhere", "nowhere"),
+        ("--input in --draws 0", "draws = 0"),
+        ("--input in --guidance 2", "with a --label"),
+        ("--input in --label horse", "label = 'horse': allowed is all, or from cat, dog"),
+        ("--input in --label 3", "label = '3'"),
+        ("--input in --label all", "label = 'all'"),
+        ("--input in --solver rk5", "'rk5'"),
+        ("--input in --solver dopri5 --steps 5", "steps = 5"),
+        ("--input in --device nowhere", "device = 'nowhere'"),
+        ("--input in --interpolate 1 2", "--draws above 1"),
+        ("--input in --masks in", "takes none"),
+        ("--input in --tolerance 0", "tolerance = 0"),
+        ("--input in --output in", "another folder"),
+        ("--input in --output a.png", "a folder"),
+        ("--export model.pt", ".safetensors"),
+    ],
+)
 def test_wrong_values_are_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "in/a.png", photo(4, 4))

@@ -43,8 +43,10 @@ from unet import Guided
 @pytest.mark.parametrize("mode", ["--overfit", "--no-overfit"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode):
     """With everything that draws random numbers switched on: dropout, labels dropped, flips, shuffled epochs."""
-    flags = (f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 --print-loss-every 2 "
-             "--checkpoint-every 1")
+    flags = (
+        f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 --print-loss-every 2 "
+        "--checkpoint-every 1"
+    )
     victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 10000".split())
     until(lambda: list(tmp_path.glob("killed/*/checkpoints/last.pt")), victim)
     time.sleep(random.Random().uniform(0, 0.5))  # an arbitrary moment: half of the time it is writing
@@ -59,7 +61,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode
     straight = start(tmp_path / "straight", f"{flags} --max-steps {steps}")
     after = checkpoint(run)
     same(after, checkpoint(straight))
-    assert after["step"] == steps and not torch.equal(after["players"][0]["stem.weight"], before["players"][0]["stem.weight"])
+    assert after["step"] == steps and not torch.equal(
+        after["players"][0]["stem.weight"], before["players"][0]["stem.weight"]
+    )
     assert metrics(run) == metrics(straight)
     assert [m["step"] for m in metrics(run) if "loss" in m] == sorted({*range(2, steps + 1, 2), steps})
     assert [m["step"] for m in metrics(run) if "psnr" in m] == sorted({*range(3, steps + 1, 3), steps})
@@ -93,7 +97,11 @@ def test_lines_after_the_checkpoint_and_half_lines_are_dropped(copy):
         f.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')
     resume(copy, "--max-steps 5")
     after = metrics(copy)
-    assert after[:len(before)] == before and [m["step"] for m in after[len(before):]] == [5, 5] and after[len(before)]["loss"] < 99
+    assert (
+        after[: len(before)] == before
+        and [m["step"] for m in after[len(before) :]] == [5, 5]
+        and after[len(before)]["loss"] < 99
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "another object", "another program's"])
@@ -141,7 +149,11 @@ def test_settings_of_another_version_are_ignored_with_a_warning(copy):
     torch.save(state, path)
     with pytest.warns(UserWarning) as caught:
         resume(copy, "--max-steps 5")
-    assert ["frobnicate" in str(w.message) for w in caught].count(True) == ["rain" in str(w.message) for w in caught].count(True) == 1
+    assert (
+        ["frobnicate" in str(w.message) for w in caught].count(True)
+        == ["rain" in str(w.message) for w in caught].count(True)
+        == 1
+    )
     assert checkpoint(copy)["step"] == 5 and "frobnicate" not in checkpoint(copy)["config"]
 
 
@@ -193,7 +205,11 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
 
 @pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
 def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
-    at_step(monkeypatch, 3, lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
+    at_step(
+        monkeypatch,
+        3,
+        lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)],
+    )
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
     assert checkpoint(run)["step"] == saved
 
@@ -331,7 +347,9 @@ def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
     for name, tensor in leaves(theirs["players"]).items():
         assert (tensor - leaves(ours["players"])[name]).abs().max() < 1e-6, name
         assert (tensor - begin[name]).abs().max() > 5e-5, name  # it has moved far more than that
-    for i, moments in theirs["optimizers"][0]["state"].items():  # of the gradient itself: Adam's steps do not show its scale
+    for i, moments in theirs["optimizers"][0][
+        "state"
+    ].items():  # of the gradient itself: Adam's steps do not show its scale
         mean = moments["exp_avg"]
         assert (ours["optimizers"][0]["state"][i]["exp_avg"] - mean).abs().max() < 1e-4 * mean.abs().max()
     for a, b in zip(metrics(two), metrics(one), strict=True):
@@ -352,6 +370,7 @@ def trainer_weights(run) -> list[dict]:
 
 def interrupted(arguments, rank, moment):
     """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears from the other."""
+
     def strike(*_):
         if rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):
             os.kill(os.getpid(), signal.SIGTERM)

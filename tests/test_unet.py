@@ -106,7 +106,10 @@ def test_linear_attention_is_the_heads_products_one_by_one(heads):
     q = q.exp() / q.exp().sum(-1, keepdim=True) / 32**0.5
     k = k.exp() / k.exp().sum(1, keepdim=True)
     context = torch.einsum("bnhd,bnhe->bhde", k, v)
-    out = torch.einsum("bhde,bnhd->bnhe", context, q).reshape(2, 35, heads * 32) @ w["to_out.0.weight"].T + w["to_out.0.bias"]
+    out = (
+        torch.einsum("bhde,bnhd->bnhe", context, q).reshape(2, 35, heads * 32) @ w["to_out.0.weight"].T
+        + w["to_out.0.bias"]
+    )
     out = torch.from_numpy(written_out_layer_norm(out.numpy(), w["to_out.1.gain"].numpy()))
     torch.testing.assert_close(layer(x), x + out.reshape(2, 5, 7, 24).permute(0, 3, 1, 2), rtol=0, atol=1e-6)
 
@@ -120,7 +123,9 @@ def test_full_attention_is_its_softmax_written_out(dim, heads):
     q, k, v = (part.reshape(2, 12, heads, 32) for part in qkv.split(heads * 32, dim=-1))
     weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(32)).exp()
     weights = weights / weights.sum(-1, keepdim=True)
-    out = torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 12, heads * 32) @ w["to_out.weight"].T + w["to_out.bias"]
+    out = (
+        torch.einsum("bhnm,bmhd->bnhd", weights, v).reshape(2, 12, heads * 32) @ w["to_out.weight"].T + w["to_out.bias"]
+    )
     torch.testing.assert_close(layer(x), x + out.reshape(2, 4, 3, dim).permute(0, 3, 1, 2), rtol=0, atol=1e-10)
 
 
@@ -133,13 +138,22 @@ def test_residual_block(dim_in, dim_out):
     w = {k: v.detach() for k, v in block.named_parameters()}
 
     def norm(h, name):
-        return torch.from_numpy(written_out_group_norm(h.numpy(), 8, w[f"{name}.weight"].numpy(), w[f"{name}.bias"].numpy()))
+        return torch.from_numpy(
+            written_out_group_norm(h.numpy(), 8, w[f"{name}.weight"].numpy(), w[f"{name}.bias"].numpy())
+        )
 
     scale, shift = (emb @ w["embed.weight"].T + w["embed.bias"]).split(dim_out, dim=1)
-    h = norm(F.conv2d(x, w["conv1.weight"], w["conv1.bias"], padding=1), "norm1") * (1 + scale[..., None, None]) + shift[..., None, None]
+    h = (
+        norm(F.conv2d(x, w["conv1.weight"], w["conv1.bias"], padding=1), "norm1") * (1 + scale[..., None, None])
+        + shift[..., None, None]
+    )
     h = norm(F.conv2d(h * h.sigmoid(), w["conv2.weight"], w["conv2.bias"], padding=1), "norm2")
     h = h * h.sigmoid()
-    skip = x if dim_in == dim_out else torch.einsum("oi,bihw->bohw", w["skip.weight"][:, :, 0, 0], x) + w["skip.bias"][:, None, None]
+    skip = (
+        x
+        if dim_in == dim_out
+        else torch.einsum("oi,bihw->bohw", w["skip.weight"][:, :, 0, 0], x) + w["skip.bias"][:, None, None]
+    )
     torch.testing.assert_close(block(x, emb), skip + h, rtol=0, atol=1e-10)
 
 
@@ -166,7 +180,10 @@ def test_dropout_drops_its_share_before_the_second_convolution_and_only_in_train
 def test_any_size_is_padded_by_its_edge_and_cropped(height, width, upscale):
     net = make(dim=8, dim_mults=(1, 2, 2), upscale=upscale)  # stride 4
     x, t, y, cond = inputs(2, height, width)
-    rows, columns = torch.arange(math.ceil(height / 4) * 4).clamp(max=height - 1), torch.arange(math.ceil(width / 4) * 4).clamp(max=width - 1)
+    rows, columns = (
+        torch.arange(math.ceil(height / 4) * 4).clamp(max=height - 1),
+        torch.arange(math.ceil(width / 4) * 4).clamp(max=width - 1),
+    )
     padded = net(x[:, :, rows][..., columns], t, y, cond[:, :, rows][..., columns])
     out = net(x, t, y, cond)
     assert out.shape == (2, 3, height * upscale, width * upscale)
@@ -242,7 +259,9 @@ def test_channels_last_computes_the_same():
     plain = net(x, t, y, cond)
     net, layouts = net.to(memory_format=torch.channels_last), []
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d) and m is not net.stem):
-        conv.register_forward_pre_hook(lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+        conv.register_forward_pre_hook(
+            lambda module, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
     torch.testing.assert_close(net(x, t, y, cond), plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net(x.to(memory_format=torch.channels_last), t, y, cond), plain, rtol=1e-4, atol=1e-4)
     assert len(layouts) > 40 and all(layouts)  # from the stem to the end, so that nothing is copied on the way
@@ -330,7 +349,9 @@ def test_the_compiled_network_computes_the_same(monkeypatch, checkpointing):
         return graph.forward
 
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=run_as_it_is, fullgraph=True, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: original(f, backend=run_as_it_is, fullgraph=True, **options)
+    )
     net, compiled, results = *(make(dim_mults=(1, 1), checkpointing=checkpointing).train() for _ in range(2)), []
     compiled.compile(dynamic=False)
     try:
@@ -360,7 +381,9 @@ def test_activations_are_bf16_and_the_embedding_is_not(device):
     with torch.autocast(device, dtype=torch.bfloat16):
         out = net(x, t, y, cond)
     assert kinds == {torch.bfloat16} and out.dtype == torch.float32
-    assert torch.equal(embeddings[0], embeddings[2]) and torch.equal(embeddings[1], embeddings[3])  # to the last bit of fp32
+    assert torch.equal(embeddings[0], embeddings[2]) and torch.equal(
+        embeddings[1], embeddings[3]
+    )  # to the last bit of fp32
 
 
 # ------------------------------------------------------------------------------------------------------- guidance
@@ -372,8 +395,14 @@ def test_guidance(with_cond):
     cond = cond if with_cond else None
     labelled, null = net(x, t, y, cond), net(x, t, None, cond)
     assert not torch.allclose(labelled, null, atol=0.1)
-    for scale, expected, rows in ((1, labelled, 3), (1.0, labelled, 3), (0, null, 3), (2.5, null + 2.5 * (labelled - null), 6),
-                                  (-1.0, 2 * null - labelled, 6), (0.3, 0.7 * null + 0.3 * labelled, 6)):
+    for scale, expected, rows in (
+        (1, labelled, 3),
+        (1.0, labelled, 3),
+        (0, null, 3),
+        (2.5, null + 2.5 * (labelled - null), 6),
+        (-1.0, 2 * null - labelled, 6),
+        (0.3, 0.7 * null + 0.3 * labelled, 6),
+    ):
         counted = Counted(net)
         out = Guided(counted, scale)(x, t, y, cond)
         assert counted.rows == rows
