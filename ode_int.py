@@ -36,7 +36,10 @@ class ODE:
 
 
 def largest_rms(z: Tensor) -> Tensor:
-    """Error norm of the adaptive solver: the largest of any image's root mean square, so that no image hides behind its batch."""
+    """Error norm of the adaptive solver: the largest root mean square that any image has.
+
+    A mean over the batch would let one image's error hide behind the others.
+    """
     return z.square().flatten(1).mean(1).sqrt().amax() if z.ndim > 1 else z.abs().amax()
 
 
@@ -54,9 +57,10 @@ def full_precision(device_type: str):
 
 
 def time_grid(t0: float, t1: float, steps: int, rho: float = 1.0) -> Tensor:
-    """(steps + 1,) float64: times from t0 to t1 <= 1, at which (1 - t)^(1/rho) falls evenly, as sigma does in EDM (arXiv:2206.00364, eq. 5).
+    """(steps + 1,) float64: times from t0 to t1 <= 1 at which (1 - t)^(1/rho) falls evenly.
 
-    rho = 1: steps all alike. Above 1 they shorten towards the data at t = 1, where an error of z is amplified by 1/(1 - t) in a velocity.
+    EDM spaces its sigmas by the same rule (arXiv:2206.00364, eq. 5). With rho = 1 all steps are alike. Above 1 they
+    shorten towards the data at t = 1, where a velocity amplifies an error of z by 1/(1 - t).
     """
     if rho == 1:
         return torch.linspace(t0, t1, steps + 1, dtype=torch.float64)
@@ -67,18 +71,20 @@ def time_grid(t0: float, t1: float, steps: int, rho: float = 1.0) -> Tensor:
 
 def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps: int | None = None,
               atol=1e-5, rtol=1e-5, times: Tensor | None = None, rho: float = 1.0) -> Tensor:
-    """z(t1) of dz/dt = velocity(t, z), z(t0) = z0; with `times` (T,), increasing from t0 to t1, the states (T, *z0.shape) there.
+    """z(t1) of dz/dt = velocity(t, z), z(t0) = z0.
 
-    dopri5 is adaptive and runs in full precision; euler, midpoint, heun and rk4 take `steps` steps on `time_grid` under the caller's
-    autocast, with an fp32 state. Where dopri5 fails on a finite field, midpoint takes over, with a RuntimeWarning.
-    Raises ValueError for an unknown solver, SolverError for a field that is not finite or that midpoint can't follow either.
+    With `times` (T,), which increase from t0 to t1, it returns the states (T, *z0.shape) at these times instead.
+    dopri5 is adaptive and runs in full precision. euler, midpoint, heun and rk4 take `steps` steps on `time_grid`,
+    under the caller's autocast, with an fp32 state. Where dopri5 fails on a finite field, midpoint takes over, with a
+    RuntimeWarning. Raises ValueError for an unknown solver, and SolverError where the field is not finite or where
+    midpoint can't follow it either.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}: allowed are {', '.join(SOLVERS)}")
     z0 = z0.float()
     inner = [] if times is None else times.tolist()[1:-1]
     output = torch.tensor([t0, *inner, t1], dtype=torch.float64, device=z0.device)
-    calls = []  # (t, is the field finite there): tensors, read after a failure only, so that no call waits for the device
+    calls = []  # (t, is the field finite there): tensors read after a failure only, so no call waits for the device
 
     def v(t, z):
         t = t.to(z.dtype).clamp(min(t0, t1), max(t0, t1))  # dopri5 may look past t1 for the size of its first step
@@ -94,10 +100,11 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
         points = time_grid(t0, t1, steps, rho).to(z0.device)
         method = "heun2" if name == "heun" else name
         interp = "linear" if times is None else "cubic"  # cubic calls the network once more for each of `times`
-        return odeint(v, z0, output, method=method, options=dict(grid_constructor=lambda f, z, t: points, interp=interp))
+        options = dict(grid_constructor=lambda f, z, t: points, interp=interp)
+        return odeint(v, z0, output, method=method, options=options)
 
     if solver == "dopri5":
-        # torchdiffeq steps past t1 and interpolates back unless t1 is a point it must step to; v is not defined beyond
+        # step_t makes torchdiffeq step to t1. Else it would step past t1, where v is not defined, and interpolate back.
         options = dict(norm=largest_rms, max_num_steps=MAX_ADAPTIVE_STEPS, step_t=output[-1:])
         try:
             with full_precision(z0.device.type):
@@ -115,8 +122,12 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
     return states[-1] if times is None else states
 
 
-def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1e-5, trace: list | None = None) -> Tensor:
-    """The clean image (B, C, H, W) at the end of `ode`: E[z1 | zt] at t1. `trace` receives (t, state, clean estimate) at a few times."""
+def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1e-5,
+          trace: list | None = None) -> Tensor:
+    """The clean image (B, C, H, W) at the end of `ode`: E[z1 | zt] at t1.
+
+    `trace` receives (t, state, clean estimate) at a few times.
+    """
     times = None
     if trace is not None:  # on the solver's own grid where it has one
         n = steps or DEFAULT_STEPS

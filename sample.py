@@ -34,7 +34,7 @@ from images import DatasetError, SettingsError
 from images.files import ENDINGS, list_images, read_alpha, read_image, save_png, to_image, write_atomically
 from images.pictures import grid, row_titles, strip, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED, export, open_run
-from support.model import Model
+from support.model import Model, batched
 from support.settings import parse
 from trainer import Config
 
@@ -285,7 +285,9 @@ class Restorer:
         try:
             sample = self.model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
         except (torch.OutOfMemoryError, ode_int.SolverError) as failure:
-            reason = failure if isinstance(failure, ode_int.SolverError) else "out of GPU memory; lower --batch-size or --tile"
+            reason = failure
+            if isinstance(failure, torch.OutOfMemoryError):
+                reason = "out of GPU memory; lower --batch-size or --tile"
             self.failures |= {name: f"{self.root / name}: {reason}" for name in names}
             return
         for row, (name, i, picture) in enumerate(zip(names, numbers, to_uint8(sample))):
@@ -299,7 +301,7 @@ class Restorer:
                     self.save_statistics(name, torch.stack(self.made.pop(name)).float())
 
     def save_statistics(self, name: str, draws: Tensor):
-        """Mean and standard deviation over the draws (n, C, H, W) in levels of 255; the latter's root mean square over the channels."""
+        """Pictures of the mean over the draws (n, C, H, W) in levels of 255, and of their standard deviation."""
         n, paths = len(draws), self.outputs(name)
         std = draws.var(0).mean(0, keepdim=True).sqrt()
         save_png(Path(paths[n]), to_image(draws.mean(0).round().byte()))
@@ -312,7 +314,8 @@ def generate(o: Options, model: Model) -> int:
     """`count` images of each label, as files and as grid.png, a row a label. The i-th of each share their noise."""
     labels, count = parse_labels(o.label, model), o.count
     if "generate" not in model.tasks:
-        raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}); --input FOLDER does")
+        raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}), "
+                            "which --input FOLDER names")
     folder, made = output_folder(o, "generated"), []
     titles = ["image" if label is None else model.classes[label] for label in labels]
     kinds = [re.sub(r"[^\w-]+", "-", title) for title in titles]
@@ -322,9 +325,9 @@ def generate(o: Options, model: Model) -> int:
     refuse_existing([*paths, f"{folder}/grid.png", f"{folder}/grid_trace.png", f"{folder}/grid_trace.gif"], o)
 
     every = [(label, noise(o, "", i, count)) for label in labels for i in range(count)]
-    progress, most = Progress(model, len(paths), o.trace), model.at_a_time(model.config.image_size, model.config.image_size)
-    for some in (every[k:k + most] for k in range(0, len(every), most)):
-        frames = Frames([model.config.image_size] * 2) if o.trace else None
+    progress, side = Progress(model, len(paths), o.trace), model.config.image_size
+    for some in batched(every, model.at_a_time(side, side)):
+        frames = Frames((side, side)) if o.trace else None
         sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
         if o.trace and not made:
             save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
@@ -354,8 +357,8 @@ def export_model(o: Options) -> int:
 def run(o: Options) -> int:
     if o.export:
         return export_model(o)
-    model = open_model(o.run, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance, tile=o.tile,
-                       batch_size=o.batch_size, device=o.device, precision=o.precision)
+    model = open_model(o.run, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
+                       tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision)
     c = model.config
     if model.num_classes and (c.overfit or not c.label_drop) and (o.label is None or model.guidance != 1):
         what = "guidance needs them" if o.label else "give a --label"

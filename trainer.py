@@ -1,4 +1,4 @@
-"""Trains one UNet by one of five methods to make clean images from noise or from damaged ones, and shows what it learned.
+"""Trains one UNet by one of several methods to make clean images from noise or damaged ones; shows what it learned.
 
     python trainer.py                    overfit one batch of CIFAR-10, 16x16 -> 32x32: a demo of minutes
     python trainer.py --no-overfit       the full run
@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,21 +31,9 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
+from support import machine
 from support.checkpoints import new_folder, open_run, run_folder, save_checkpoint
 from support.logs import Log, attempt
-from support.machine import (
-    Signals,
-    autocast,
-    average_over_processes,
-    chip,
-    first_process_first,
-    join_processes,
-    leave_processes,
-    pick_device,
-    processes,
-    reseed,
-    set_up,
-)
 from support.model import compile_network, draw, make_players, make_unet, silent_net
 from support.settings import PRESETS, first_look, parse, preset
 from unet import Counted, Guided
@@ -148,7 +137,7 @@ class Config:
 
     @property
     def compiles(self) -> bool:
-        """auto: long runs of one network; one that works at several sides, and a second one, would each take a graph."""
+        """auto: long runs, of one network at one size; each further size would take as long to compile again."""
         return self.compile == "on" or self.compile == "auto" and self.steps >= COMPILE_FROM and not self.recipe.levels
 
     @property
@@ -181,7 +170,8 @@ class Config:
         need("guidance", math.isfinite(self.guidance), "a finite number")
         need("channels", self.channels in (1, 3), "1 or 3")
         need("unet_channels", self.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
-        need("unet_dim_mults", self.unet_dim_mults and min(self.unet_dim_mults) >= 1, "one or more whole numbers from 1")
+        mults = self.unet_dim_mults
+        need("unet_dim_mults", mults and min(mults) >= 1, "one or more whole numbers from 1")
         tasks = parts(self.task)
         paired = self.paired_path is not None
         need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
@@ -190,34 +180,36 @@ class Config:
         if self.solver != "auto" and not self.recipe.has_ode:
             raise SettingsError(f"solver = {self.solver!r}: {self.method} {self.recipe.no_ode}; allowed is auto")
         if self.sampler == "dopri5" and self.sample_steps is not None:
-            raise SettingsError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; add --solver midpoint, "
-                                "or leave sample_steps out")
+            raise SettingsError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; "
+                                "add --solver midpoint, or leave sample_steps out")
         self.recipe.check()
 
 
 class Trainer:
-    """A run: data, network, averaged network, optimizers, log and checkpoints. Raises SettingsError before the first step."""
+    """A run: data, networks, optimizers, log and checkpoints. Raises SettingsError before the first step."""
 
     def __init__(self, config: Config, checkpoint: dict | None = None):
         self.config, self.step, self.images_seen, self.saved = config, 0, 0, True
-        self.signals, (self.rank, self.world) = Signals(), processes()
-        self.device = pick_device(config.device)
-        self.precision = set_up(self.device, config.precision)
+        self.signals, (self.rank, self.world) = machine.Signals(), machine.processes()
+        self.device = machine.pick_device(config.device)
+        self.precision = machine.set_up(self.device, config.precision)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        join_processes(self.device)
+        machine.join_processes(self.device)
         if config.batch_size % self.world:
-            raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of the {self.world} processes it is shared by")
+            raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of {self.world}, "
+                                "the number of processes that share it")
 
-        with first_process_first():  # which downloads, if need be
+        with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
                 limit=config.batch_size if config.overfit else None, or_shapes=config.overfit).to(self.device)
-        # chosen once: a resumed run takes the same
-        self.config = config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off")
+        # what was left open is chosen once: a resumed run takes the same
+        config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off")
+        self.config = config
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         self.rehearse()
 
-        reseed("weights", config.seed)
+        machine.reseed("weights", config.seed)
         self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = make_players(config, self.net, self.num_classes)
@@ -244,16 +236,16 @@ class Trainer:
         plain = json.dumps(asdict(c), indent=1)
         write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
         self.announce()
-        wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c)) if c.use_wandb else None
-        self.log = Log(self.folder, self.step, wandb)
+        wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
+        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None)
 
     @torch.no_grad()
     def rehearse(self):
-        """Samples one image with a network that always says 0: a setting no sampler takes is refused before the first step."""
+        """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
         draw(self.config.quick, silent_net(self.config), self.held_out()[:1])
 
     def gradients_of_a_batch(self):
-        with autocast(self.device, self.precision):
+        with machine.autocast(self.device, self.precision):
             self.players[0][1](self.net, self.batch(self.step)).mean().backward()
 
     def announce(self):
@@ -262,7 +254,7 @@ class Trainer:
         print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
         gpus = f" x {self.world}" if self.world > 1 else ""
-        print(f"{' + '.join(millions)} parameters, {self.precision}, {chip(self.device)}{gpus}")
+        print(f"{' + '.join(millions)} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
         what = f"overfitting one batch of {c.batch_size}" if c.overfit else f"training on batches of {c.batch_size}"
         print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder}")
 
@@ -273,7 +265,7 @@ class Trainer:
         c = self.config
         index = data.batch_indices(len(self.images.train), c.batch_size, c.seed, 0 if c.overfit else step)
         z1, y, zlo = self.images.batch(index[self.rank::self.world], self.device)
-        reseed("train", c.seed, step, self.rank)
+        machine.reseed("train", c.seed, step, self.rank)
         if not c.overfit:
             flip = torch.rand(len(z1), 1, 1, 1, device=self.device) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)
@@ -291,12 +283,12 @@ class Trainer:
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
         for (module, loss), optimizer in zip(self.players, self.optimizers):
             optimizer.zero_grad()
-            with autocast(self.device, self.precision):
+            with machine.autocast(self.device, self.precision):
                 value = loss(module, batch).mean()
             value.backward()
             parameters = [p for p in module.parameters() if p.grad is not None]
             if self.world > 1:
-                average_over_processes([p.grad for p in parameters])
+                machine.average_over_processes([p.grad for p in parameters])
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
             # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
             optimizer.found_inf = (~norm.isfinite()).float()
@@ -317,15 +309,16 @@ class Trainer:
             stopped = self.loop()
             if self.rank == 0:
                 self.log.close()
-            leave_processes()
+            machine.leave_processes()
         return stopped
 
     def loop(self) -> int:
         c, stopped = self.config, 0
-        bar = tqdm(total=c.steps, initial=self.step, disable=None if self.rank == 0 else True, dynamic_ncols=True, unit="step")
+        quiet = True if self.rank else None  # None: unless there is a terminal
+        bar = tqdm(total=c.steps, initial=self.step, disable=quiet, dynamic_ncols=True, unit="step")
         clock, counted = time.perf_counter(), self.step
-        if self.step and self.step % c.sample_every == 0 and not (self.folder / "samples" / f"step_{self.step:06d}.png").exists():
-            self.show(bar)  # the run was stopped before it could
+        if self.step and self.step % c.sample_every == 0 and self.rank == 0 and not self.picture.exists():
+            self.show()  # the run was stopped before it could
         while self.step < c.steps and not stopped:
             loss = self.train_step()
             self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
@@ -334,9 +327,10 @@ class Trainer:
             if last or self.step % c.print_loss_every == 0:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
-            if last or self.step % c.sample_every == 0 and not self.signals.number:  # a run that is leaving samples when it resumes
+            leaving = self.signals.number  # the pictures can wait until the run is resumed
+            if last or self.step % c.sample_every == 0 and not leaving:
                 paused = time.perf_counter()
-                self.show(bar)
+                self.show()
                 clock += time.perf_counter() - paused
             stopped = self.asked_to_stop()
             if last or stopped or self.step % c.checkpoint_every == 0:
@@ -353,11 +347,11 @@ class Trainer:
         return self.signals.agreed(self.device)
 
     def report(self, bar, steps: int, clock: float):
-        """The mean loss of the last `steps` steps, and their speed since `clock`: all that the host looks at, but for signals."""
+        """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
         if self.world > 1:
-            average_over_processes([self.loss])
+            machine.average_over_processes([self.loss])
         (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
-        images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)  # the device has done them by now
+        images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
         loss = loss / count if count else None
         self.loss.zero_()
         if self.rank == 0:
@@ -380,12 +374,16 @@ class Trainer:
         split, size = ("train", c.batch_size) if c.overfit else ("test", c.sample_count)
         index = data.batch_indices(len(getattr(images, split)), size, c.seed, 0)[:c.sample_count]
         z1, y, zlo = images.batch(index, self.device, split)
-        reseed("show", c.seed)
+        machine.reseed("show", c.seed)
         return c.damaged(z1, y if self.num_classes else None, zlo)
 
+    @property
+    def picture(self) -> Path:
+        return self.folder / "samples" / f"step_{self.step:06d}.png"
+
     @torch.no_grad()
-    def show(self, bar):
-        """Samples of the averaged network: their PSNR beside the input's, NFE, seconds, the grids and the path they took."""
+    def show(self):
+        """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took."""
         if self.rank:
             return
         self.signals.interruptible = True
@@ -393,13 +391,16 @@ class Trainer:
             batch = self.held_out()
             numbers, pictures = self.sample(batch)
             self.log(self.step, pictures, **numbers)
-            decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), " if "psnr" in numbers else ""
+            decibels = ""
+            if "psnr" in numbers:
+                decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), "
             tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for "
-                       f"{len(batch.zlo)} images, {self.folder}/samples/step_{self.step:06d}.png")
+                       f"{len(batch.zlo)} images, {self.picture}")
         except ode_int.SolverError as failure:
             tqdm.write(f"warning: no samples at step {self.step:,}: {failure}", file=sys.stderr)
         except torch.OutOfMemoryError:
-            tqdm.write(f"warning: no samples at step {self.step:,}: out of GPU memory; lower sample_count", file=sys.stderr)
+            reason = "out of GPU memory; lower sample_count"
+            tqdm.write(f"warning: no samples at step {self.step:,}: {reason}", file=sys.stderr)
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
         finally:
@@ -408,7 +409,7 @@ class Trainer:
     def sample(self, batch: Batch) -> tuple[dict, dict]:
         """-> numbers, and pictures (H, W, 3) uint8 by name."""
         c, counted, trace, start = self.config.quick, Counted(self.ema), [], time.perf_counter()
-        with autocast(self.device, self.precision):
+        with machine.autocast(self.device, self.precision):
             sample, z0 = draw(c, Guided(counted, c.guidance), batch)
             numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
             draw(c, Guided(counted, c.guidance), batch[:4], trace)
@@ -446,18 +447,19 @@ class Trainer:
                 optimizer.load_state_dict(moments)
         except (RuntimeError, ValueError) as failure:
             reason = one_line(failure)[:200]
-            raise SettingsError(f"resume = {c.resume!r}: its network is not the one these settings describe ({reason} ...)") from None
+            raise SettingsError(f"resume = {c.resume!r}: its network is not the one these settings describe "
+                                f"({reason} ...)") from None
         self.step = checkpoint["step"]
         self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
         self.loss, self.skipped = checkpoint["loss"].to(self.device), checkpoint["skipped"].to(self.device)
         if self.step >= c.steps:
-            raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more than that")
+            raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
-    """The run's Config, and the checkpoint to go on from if --resume names one. Raises SettingsError, exits after --help."""
+    """The run's Config, and the checkpoint that --resume names. Raises SettingsError, exits after --help."""
     first, checkpoint = first_look(arguments), None
     if first.resume:
         run = open_run(first.resume, Config)
@@ -484,7 +486,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trainer.py: {failure}", file=sys.stderr)
         return 2
     except FloatingPointError as failure:
-        if processes()[0] == 0:
+        if machine.processes()[0] == 0:
             print(f"trainer.py: {failure}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:

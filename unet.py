@@ -1,9 +1,9 @@
-"""The network: a UNet in the style of lucidrains' denoising-diffusion-pytorch (guided_diffusion), shared by every method.
+"""The network: one UNet for every method, in the style of lucidrains' denoising-diffusion-pytorch (guided_diffusion).
 
-A 7x7 stem; levels of residual blocks (GroupNorm, SiLU, scale-shift from the time and class embedding) each followed by linear
-attention; full attention in the middle; skip connections into the way up. Activations live in channels_last, so that attention's
-(B, HW, C) view costs nothing, and in bf16 under autocast; the embedding, norm statistics and the output are fp32.
-Counted, Guided and Tiled go around it in sampling.
+It begins with a 7x7 stem. Each level has residual blocks (GroupNorm, SiLU, scale and shift from the embedding of time
+and class) followed by linear attention; full attention is in the middle; skip connections lead into the way up.
+Activations are channels_last, so that attention's (B, HW, C) view costs nothing, and bf16 under autocast. The
+embedding, the statistics of the norms and the output are fp32. In sampling, Counted, Guided and Tiled go around it.
 """
 import math
 from itertools import product
@@ -30,7 +30,10 @@ class FourierTime(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that returns its input's dtype; the kernel accumulates in fp32 whatever that is. Autocast alone would return fp32."""
+    """GroupNorm that returns its input's dtype, where autocast alone would return fp32.
+
+    Whatever the dtype is, the kernel accumulates in fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -65,7 +68,9 @@ class ResBlock(nn.Module):
         h = self.norm1(self.conv1(x))
         h = F.silu(torch.addcmul(shift.to(h.dtype), h, (1 + scale).to(h.dtype)))
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
-        return self.skip(x) + h  # in this order, for the sum takes its first term's memory format; before torch 2.15 CUDA's group norm is NCHW
+        # skip(x) comes first, because a sum has its first term's memory format: before torch 2.15, CUDA's group norm
+        # returns NCHW, so h may have lost channels_last
+        return self.skip(x) + h
 
 
 class LinearAttention(nn.Module):
@@ -77,13 +82,15 @@ class LinearAttention(nn.Module):
         self.norm = LayerNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * HEAD, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * HEAD, dim), LayerNorm(dim))
-        # the heads' blocks of a (heads * HEAD)^2 matrix: one large product and a mask beat many small products and their copies
+        # a block for each head on the diagonal of a (heads * HEAD)^2 matrix, and 0 elsewhere: one large product, masked
+        # by it, is faster than many small products and their copies
         blocks = torch.block_diag(*[torch.full((HEAD, HEAD), HEAD**-0.5)] * heads)
         self.register_buffer("blocks", blocks, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(self.norm(rearrange(x, "b c h w -> b (h w) c"))).chunk(3, dim=-1)
-        # over a head's channels, and over pixels; summed in fp32, kept in bf16: CUDA's autocast alone would return fp32
+        # softmax of q over a head's channels, of k over the pixels; `dtype` keeps them in bf16, where CUDA's autocast
+        # alone would return fp32, and the kernel sums in fp32 all the same
         q = q.unflatten(-1, (self.heads, HEAD)).softmax(dim=-1, dtype=q.dtype).flatten(-2)
         k = k.softmax(dim=1, dtype=k.dtype)
         context = k.transpose(1, 2) @ v * self.blocks.to(v.dtype)
@@ -109,7 +116,10 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then linear attention; each block's output is a skip connection on the way down."""
+    """Residual blocks at one resolution, then linear attention.
+
+    On the way down each block's output, the last one's after attention, is kept for a skip connection.
+    """
 
     def __init__(self, dims: list[tuple[int, int]], block, heads: int):
         super().__init__()
@@ -127,21 +137,22 @@ class Unet(nn.Module):
     blocks        residual blocks a level
     dropout       share of activations dropped before each block's second convolution
     upscale       the prediction has upscale times x's side (a pixel shuffle at the end)
-    dim_time      learned frequencies of the time embedding, twice
+    dim_time      sines and cosines in the time embedding, at dim_time / 2 learned frequencies
     block         the residual block's class: block(dim_in, dim_out, dim_emb, dropout), called with (x, emb)
     checkpointing blocks keep only their input and compute the rest again in the backward pass: less memory, more time
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, dim: int = 128, dim_mults: tuple[int, ...] = (1, 2, 2, 2),
-                 num_classes: int = 0, blocks: int = 2, dropout: float = 0.0, upscale: int = 1, dim_time: int = 32,
-                 checkpointing: bool = False, block: type[nn.Module] = ResBlock):
+    def __init__(self, in_channels: int, out_channels: int, *, dim: int = 128,
+                 dim_mults: tuple[int, ...] = (1, 2, 2, 2), num_classes: int = 0, blocks: int = 2, dropout: float = 0.0,
+                 upscale: int = 1, dim_time: int = 32, checkpointing: bool = False, block: type[nn.Module] = ResBlock):
         super().__init__()
         self.checkpointing, self.num_classes, self.upscale = checkpointing, num_classes, upscale
         self.stride = 2 ** (len(dim_mults) - 1)
         dims = [dim, *(dim * m for m in dim_mults)]
         dim_emb, heads = 4 * dim, max(1, dim // HEAD)
 
-        self.embed_time = nn.Sequential(FourierTime(dim_time), nn.Linear(dim_time + 1, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
+        self.embed_time = nn.Sequential(
+            FourierTime(dim_time), nn.Linear(dim_time + 1, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
         if num_classes:
             self.embed_class = nn.Sequential(
                 nn.Embedding(num_classes + 1, dim), nn.Linear(dim, dim_emb), nn.GELU(), nn.Linear(dim_emb, dim_emb))
@@ -167,14 +178,19 @@ class Unet(nn.Module):
         self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*inputs)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) any sides, t (B,), y (B,) int64 (None: the null label), cond (B, Cc, H, W) -> (B, out, H * upscale, W * upscale) fp32."""
+        """x (B, C, H, W), any sides; t (B,); y (B,) int64, None: the null label; cond (B, Cc, H, W)
+        -> (B, out_channels, H * upscale, W * upscale) fp32."""
         if cond is not None:
             x = torch.cat([x, cond], dim=1)
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate") if height % self.stride or width % self.stride else x
+        right, below = -width % self.stride, -height % self.stride
+        if right or below:
+            x = F.pad(x, (0, right, 0, below), mode="replicate")
 
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed_time(t.float())
@@ -219,10 +235,12 @@ class Counted:
 
 
 class Guided:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): null + scale (labelled - null) on the network's output.
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) of the network's output:
 
-    Exact for every method's clean estimate, which is affine in the output. scale 1 is the conditional network, 0 the unconditional one; any
-    other evaluates both, as one batch of twice the size.
+        null + scale (labelled - null)
+
+    Every method's clean estimate is affine in the output, so it is guided by the same formula. scale = 1 is the
+    conditional network, 0 the unconditional one; any other scale evaluates both, as one batch of twice the size.
     """
 
     def __init__(self, net, scale: float):
@@ -234,7 +252,8 @@ class Guided:
         null = torch.full_like(y, self.net.num_classes)
         if self.scale == 0:
             return self.net(x, t, null, cond)
-        both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]), None if cond is None else torch.cat([cond, cond]))
+        cond = None if cond is None else torch.cat([cond, cond])
+        both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, y]), cond)
         without, labelled = both.chunk(2)
         return without + self.scale * (labelled - without)
 
@@ -242,11 +261,13 @@ class Guided:
 class Tiled:
     """net(x, t, y, cond) on images of any size, in overlapping tiles whose predictions are blended.
 
-    The sampler sees one field over the whole image, so no seam survives a step; noise and known pixels are the image's.
+    The sampler sees one field over the whole image, so no seam survives a step. Noise is drawn and known pixels are
+    kept for the whole image too, not tile by tile.
     """
 
     def __init__(self, net, height: int, tile: int, align: int, rows: int):
-        """z1's height; the side of a tile, from 2 align; tiles begin at multiples of align. rows: tiles at a time."""
+        """height: of z1. tile: side of a tile, 2 align or more. align: tiles begin at its multiples.
+        rows: the most rows in one call of the network, where a tile has one row for each image."""
         self.net, self.height, self.tile, self.align, self.rows = net, height, tile, align, rows
         self.num_classes = getattr(net, "num_classes", 0)
 
@@ -273,7 +294,8 @@ def windows(side: int, tile: int, align: int, device=None) -> list[tuple[slice, 
     """The tiles that cover `side`: where each lies, and how much its pixels count, (tile,); a pixel's sum is 1.
 
     Neighbours share three eighths of a tile or more. From a tile's edge inwards pixels count 0 over an eighth of it,
-    where its edge disturbs the network, then smoothly more over an eighth, then fully. At the image's edges all do.
+    where its edge disturbs the network, then smoothly more over an eighth, then fully. Where a tile's edge
+    is the image's edge too, the pixels count fully.
     """
     tile, step = min(tile, side), 5 * tile // 8 // align * align
     starts = [*range(0, side - tile, step), side - tile]

@@ -1,4 +1,7 @@
-"""What a picture is: data sets and folders, damage, image files, grids to look at; and how bad input is told."""
+"""Everything about pictures: data sets and folders, damage, image files, grids to look at.
+
+This file holds the errors by which the program tells its user that an input can't be used.
+"""
 
 
 class SettingsError(ValueError):
@@ -9,8 +12,9 @@ class SettingsError(ValueError):
 
 
 class DatasetError(SettingsError):
-    """A data set or an image that can't be had: one line that says what is wrong and how to get it."""
+    """A data set or an image that is missing or can't be read: one line that says what is wrong and what to do."""
 
 
 def one_line(failure: BaseException) -> str:
+    """The exception's message on one line; the name of its class where it has none."""
     return " ".join(str(failure).split()) or type(failure).__name__

@@ -65,7 +65,7 @@ class Damage:
     def check(self, task: str, side: int) -> None:
         """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
         names, factor, taps = parts(task), self.factor, self.width
-        rules = [  # task, field, its value, whether that is fine, what is
+        rules = [  # task, field, its value, whether that is allowed, which values are
             ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
             ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
             ("blur", "sigma", self.sigma, self.sigma > 0, "numbers above 0 (pixels)"),
@@ -98,7 +98,8 @@ class Damage:
             return torch.zeros_like(z1), one, one
         if name == "paired":
             if pair is None or pair.shape != z1.shape:
-                raise SettingsError(f"task = 'paired': needs damaged images of the clean ones' shape, {tuple(z1.shape)}")
+                shape = tuple(z1.shape)
+                raise SettingsError(f"task = 'paired': needs damaged images of the clean ones' shape, {shape}")
             return pair, one, 0 * one
         if name == "inpaint":
             hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask])
@@ -137,7 +138,7 @@ def parts(task: str) -> list[str]:
 
 
 def has_holes(task: str) -> bool:
-    """Whether zlo can know nothing of some pixels."""
+    """Whether the task can leave pixels of which zlo knows nothing."""
     return not {"inpaint", "generate"}.isdisjoint(parts(task))
 
 
@@ -147,7 +148,7 @@ def cond_channels(task: str, channels: int, condition: bool) -> int:
 
 
 def _cond(task: str, zlo: Tensor, hole: Tensor, condition: bool) -> Tensor | None:
-    # `hole`, not `mask`: to sr or jpeg in a mixture with inpaint it says that nothing is missing
+    # `hole`, not `mask`: of an image damaged by sr or jpeg, in a mixture with inpaint, it says that nothing is missing
     if cond_channels(task, zlo.shape[1], condition) == 0:
         return None
     return torch.cat((zlo, hole), 1) if has_holes(task) else zlo
@@ -194,7 +195,8 @@ def _level(x: Tensor) -> Tensor:
 FILTERS = {
     "box": dict(mode="area"),
     "nearest": dict(mode="nearest"),
-    "bicubic": dict(mode="bicubic", antialias=True),  # antialias: a = -1/2 and a kernel as wide as the step, as in PIL
+    # with antialias torch uses PIL's cubic kernel: its parameter a is -1/2, and it widens with the step when shrinking
+    "bicubic": dict(mode="bicubic", antialias=True),
 }
 
 
@@ -233,10 +235,14 @@ def freeform(z1: Tensor, least: float, most: float, strokes=4, bends=6) -> Tenso
     """Brush strokes -> (B, 1, H, W), 1 on them, over a share of the pixels uniform between `least` and `most`.
 
     A stroke is the set of points within some distance of a polyline, whose vertices walk at random and are folded back
-    at the image's edges. How near is near enough follows from the share: the pixels are ranked by their distance.
+    at the image's edges. That distance follows from the share: the pixels are ranked by their distance from the
+    polylines, and the nearest ones are taken.
     """
     (batch, _, height, width), device = z1.shape, z1.device
-    rand = lambda *shape: torch.rand(batch, strokes, *shape, device=device)  # noqa: E731
+
+    def rand(*shape):
+        return torch.rand(batch, strokes, *shape, device=device)
+
     heading = 2 * math.pi * rand(1) + (2 * (rand(bends) - 0.5)).cumsum(-1)
     step = 0.05 + 0.2 * rand(bends)
     x = torch.cat((rand(1), step * heading.cos()), -1).cumsum(-1)  # (B, strokes, bends + 1) in image widths
@@ -302,7 +308,8 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     height, width = plane.shape[2:]
     x = _level(plane - 1e-3)  # halves downwards, here only
     x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-    # halving and doubling, libjpeg rounds by adding 1/4 or 1/2, then 1/2 or 7/16, in turn along a row, and cutting
+    # libjpeg rounds by adding a fraction and taking the floor. Two fractions take turns along a row: 1/4 and 1/2 where
+    # it halves, 1/2 and 7/16 where it doubles.
     odd = torch.arange(x.shape[3], device=x.device) % 2
     x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
     x = F.interpolate(_code(x, dct, step), scale_factor=2, mode="bilinear")
@@ -310,7 +317,7 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
 
 
 def jpeg(levels: Tensor, quality: int) -> Tensor:
-    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from the file it wrote; 4:2:0: colour is halved."""
+    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0)."""
     dct, luma, chroma = tables(quality, levels.device)
     if levels.shape[1] == 1:
         return _code(levels, dct, luma)

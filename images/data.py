@@ -60,7 +60,7 @@ class Images:
 
 
 def move(t: Tensor, device) -> Tensor:
-    """t on `device`. From pinned memory, or the host would wait until a GPU has done all that it was given before."""
+    """t on `device`. Copying from memory that isn't pinned, the host would wait until the GPU has finished its work."""
     if torch.device(device).type == "cuda" and not t.is_cuda:
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
@@ -69,7 +69,7 @@ def move(t: Tensor, device) -> Tensor:
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The step's piece (batch_size,) int64 of the endless stream of shuffled epochs: a pure function of its arguments.
 
-    Epochs follow each other without a gap, so each covers every index once whatever the batch size, also one above n.
+    Epochs follow each other without a gap, so each covers every index once, even where batch_size is above n.
     """
     start, end = step * batch_size, (step + 1) * batch_size
     epochs = range(start // n, (end - 1) // n + 1)
@@ -85,8 +85,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
          limit: int | None = None, or_shapes: bool = False) -> Images:
     """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
 
-    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path; None: cifar10,
-    and with or_shapes, where it can't be had, shapes under a banner.
+    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path. None is
+    cifar10; where it is missing and can't be downloaded, or_shapes takes shapes instead, under a banner.
     paired_path: folder of damaged images with the names of dataset's (the endings may differ).
     limit: at most so many images a split, evenly spread (of shapes the first ones).
     Raises DatasetError, and SettingsError for a number out of range. Images left out are named in a warning.
@@ -156,7 +156,7 @@ def _folder(dataset: str, side: int, channels: int, paired_path: str | None, lim
 
 
 def _partners(root: Path, names: list[str], paired: Path) -> dict[str, str]:
-    """Clean path -> damaged path, for those that are equal but for the ending."""
+    """Clean path -> damaged path, for the pairs of files whose names differ in the ending only."""
     others = list_images(paired)
     clean, damaged = ({os.path.splitext(n)[0]: n for n in some} for some in (names, others))
     for folder, stems, some in ((root, clean, names), (paired, damaged, others)):
@@ -171,8 +171,11 @@ def _partners(root: Path, names: list[str], paired: Path) -> dict[str, str]:
 
 
 def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
-    """-> train, test, level of the class folders, whether the splits are the folder's own: train/ and test/ (or val/)
-    where both exist, else an even tenth of the images is held out, 1 to 1,000 of them (none of a single image)."""
+    """-> train, test, level of the class folders, whether the splits are the folder's own.
+
+    They are train/ and test/ (or val/) where both exist. Else a tenth of the images is held out, evenly spread: 1 to
+    1,000 of them, but none where there is only one image.
+    """
     tops = {name.split("/")[0] for name in names if "/" in name}
     held_out = next((top for top in ("test", "val", "valid", "validation") if top in tops), None)
     if "train" in tops and held_out:
@@ -228,10 +231,10 @@ def _download(name: str, side: int, channels: int, data_path: str, limit: int | 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        with redirect_stdout(io.StringIO()):  # leaves the progress bar, which goes to stderr
+        with redirect_stdout(io.StringIO()):  # the progress bar is still seen: it goes to stderr
             choices = [{"split": s} if name == "celeba" else {"train": s == "train"} for s in ("train", "test")]
             parts = [getattr(datasets, kind)(data_path, download=True, **choice) for choice in choices]
-    except Exception as error:  # no network, no gdown, a damaged file: every layer below has types of its own
+    except Exception as error:  # no network, no gdown, a damaged file: each library raises its own kinds of exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DatasetError(f"{name} is not in {data_path}, or not whole, and can't be downloaded ({reason[:160]}). "
                            f"To get it, {by_hand.format(data_path)}; or take --dataset shapes or a folder") from error
@@ -249,7 +252,7 @@ def _download(name: str, side: int, channels: int, data_path: str, limit: int | 
 
 
 def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
-    """(N, h, w[, 3]) uint8 -> (N, channels, side, side). 28 (Fashion-MNIST) becomes up to 32 by a black margin."""
+    """(N, h, w[, 3]) uint8 -> (N, channels, side, side). A side of 28 (Fashion-MNIST) gets a black margin up to 32."""
     if pixels.shape[1] == 28 < side <= 32:
         margin = side - 28
         pixels = np.pad(pixels, ((0, 0),) + ((margin // 2, margin - margin // 2),) * 2)

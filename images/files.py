@@ -15,7 +15,10 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".
 
 
 def write_atomically(path: Path, write):
-    """`write(file)` into a neighbour, then renamed: whenever the process dies, `path` holds the old content or the new."""
+    """`write(file)` writes a temporary file beside `path`, which is then renamed.
+
+    Whenever the process dies, `path` holds either the whole old content or the whole new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -38,7 +41,7 @@ def open_image(path, channels: int = 3) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return flatten(image, channels)
-    except Exception as error:  # Pillow's readers fail with many types
+    except Exception as error:  # each of Pillow's readers raises its own kinds of exception
         unknown = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else None
         reason = unknown or getattr(error, "strerror", None) or error
         raise DatasetError(f"{path} can't be read as an image: {reason}") from error
@@ -58,7 +61,7 @@ def flatten(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF block says; where that block is damaged, as it is stored."""
+    """The image turned as its EXIF block says, or as it is stored where that block is damaged."""
     with suppress(Exception):
         return ImageOps.exif_transpose(image)
     return image

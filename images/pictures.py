@@ -1,4 +1,4 @@
-"""Images as values and as pictures to look at: conversions, decibels, grids with titled columns, the path of a sampler."""
+"""Images as values and as pictures to look at: conversions, PSNR, grids with titled columns, the path of a sampler."""
 import math
 
 import numpy as np
@@ -27,7 +27,10 @@ def psnr(x: Tensor, truth: Tensor) -> float:
 
 
 def grid(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1] -> one picture (H', W', 3) uint8, up to twice as high as wide; small images are enlarged."""
+    """Images (B, C, H, W) in [-1, 1] -> one picture (H', W', 3) uint8, up to twice as high as wide.
+
+    Small images are enlarged.
+    """
     from torchvision.utils import make_grid  # a second to import
 
     scale = max(1, 64 // images.shape[-1])
@@ -56,16 +59,17 @@ def write(page: Image.Image, text: str, x: float, y: float, room: int):
 
 
 def row_titles(titles: list[str], height: int) -> np.ndarray:
-    """A picture of the titles of `height` pixels' rows, to stand to the left of them."""
+    """A picture of the titles, `height` pixels high, to stand to the left of the rows that they name."""
     font = ImageFont.load_default(TITLE_SIZE)
     page = Image.new("RGB", (math.ceil(max(map(font.getlength, titles))), height), "white")
     for row, title in enumerate(titles):
-        ImageDraw.Draw(page).text((page.width, (row + 0.5) * height / len(titles)), title, fill="black", font=font, anchor="rm")
+        middle = (row + 0.5) * height / len(titles)
+        ImageDraw.Draw(page).text((page.width, middle), title, fill="black", font=font, anchor="rm")
     return np.asarray(page)
 
 
 def strip(trace: list, frames: int = 9) -> np.ndarray:
-    """The iterative process: a column a time t; each image has a row of states above a row of clean estimates."""
+    """The path of a sampler, a column for each time t. An image has a row of states above a row of clean estimates."""
     chosen = [trace[i] for i in np.linspace(0, len(trace) - 1, min(frames, len(trace))).round().astype(int)]
     columns = [grid(torch.stack([state, clean], 1).flatten(0, 1), columns=1) for _, state, clean in chosen]
     rows = row_titles(["state", "clean estimate"] * len(chosen[0][1]), len(columns[0]))

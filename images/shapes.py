@@ -11,12 +11,15 @@ SHAPES = ["disc", "ring", "square", "triangle", "star", "cross", "moon", "stripe
 
 
 def draw_shapes(count: int, seed: int, side: int, channels: int, limit: int | None) -> tuple[Tensor, Tensor]:
-    """(N, C, side, side) uint8 and labels (N,): the first `limit` of `count` drawings, each the same whatever the limit is."""
+    """(N, C, side, side) uint8 and labels (N,): the first `limit` of `count` drawings.
+
+    The limit does not change any of the drawings.
+    """
     random = torch.rand(count, 17, generator=torch.Generator().manual_seed(seed))[:limit]
     y = torch.arange(len(random)) % len(SHAPES)
     x = torch.empty(len(random), channels, side, side, dtype=torch.uint8)
     for label, shape in enumerate(SHAPES):
-        for rows in (y == label).nonzero()[:, 0].split(max(1, 2**13 // side**2)):  # they fit the cache
+        for rows in (y == label).nonzero()[:, 0].split(max(1, 2**13 // side**2)):  # few enough for the cache
             x[rows] = to_uint8(paint(shape, random[rows], side, channels))
     return x, y
 

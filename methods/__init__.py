@@ -1,4 +1,4 @@
-"""The five methods and the baseline, one file a paper; the seam that they share; what they share for inpainting."""
+"""The five methods and the baseline, a file each. This one holds their common interface and what inpainting needs."""
 from torch import Tensor, nn
 
 from images import SettingsError
@@ -7,16 +7,17 @@ from ode_int import ODE
 
 
 class Method:
-    """A method is its knobs, the fields of a frozen dataclass, and its equations. This is all that anyone asks of it.
+    """A method is its knobs, the fields of a frozen dataclass, and its equations.
 
-    `net` is called as net(x, t, y, cond) -> prediction, with t (B,) float32 of order 1. Guidance, counting and tiling wrap
-    around it, so no method knows of them.
+    Training, sampling and measuring use nothing of it but what stands here.
+    `net` is called as net(x, t, y, cond) -> prediction, with t (B,) float32 of order 1. Guidance, counting and tiling
+    wrap around it, so no method knows of them.
     """
 
-    solver = "own"  # what samples where the user names nothing: "own", the method's sampler, or a solver of ode_int
-    quick = None  # steps of its own sampler that will do for the pictures in training; None: its usual count
+    solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's
+    quick = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
     has_ode = False  # whether `velocity` gives one
-    no_ode = "has no ODE"  # what to say where it gives none
+    no_ode = "has no ODE"  # what the error message says where it gives none
     upscale = 1  # sides of the network's output in units of its input's
     levels = 0  # how often the method halves an image's sides
 
@@ -28,7 +29,10 @@ class Method:
         raise NotImplementedError
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W); never reads batch.z1. `trace` receives (t, state, clean estimate) at each step. SettingsError for `steps` it can't do."""
+        """(B, C, H, W); never reads batch.z1. `trace` receives (t, state, clean estimate) at each step.
+
+        Raises SettingsError for a number of `steps` that the method can't take.
+        """
         raise NotImplementedError
 
     def velocity(self, net, batch: Batch) -> ODE:
@@ -36,7 +40,7 @@ class Method:
         raise SettingsError(f"solver: {type(self).__name__} {self.no_ode}; allowed is auto")
 
     def players(self, net: nn.Module, channels: int, num_classes: int, cond_channels: int) -> list:
-        """[(module, its loss)], trained in turn: the network, and what else the method trains."""
+        """[(module, its loss)], trained in turn: the network, then any other module that the method trains."""
         return [(net, self.loss)]
 
 

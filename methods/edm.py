@@ -43,7 +43,7 @@ class EDM(Method):
     S_churn: float = 0.0
     # least noise level at which noise is put back (0.01 to 0.05)
     S_min: float = 0.0
-    # largest noise level at which noise is put back (1 to 50); as it stands, above all of them
+    # largest noise level at which noise is put back (1 to 50); the default is above every noise level
     S_max: float = 1e6
     # standard deviation of the noise put back, 1 being what theory asks for (1.003 to 1.007)
     S_noise: float = 1.0
@@ -91,8 +91,8 @@ class EDM(Method):
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """Algorithm 2, which at S_churn = 0 is algorithm 1 -> (B, C, H, W). The last of the `steps` goes from sigma_min
-        to 0: NFE = 2 steps - 1 by heun, steps by euler; None: 18 and 35, an NFE of 35 by both. trace's t is
-        velocity's. SettingsError where steps is below 1."""
+        to 0: NFE = 2 steps - 1 by heun, steps by euler. None is 18 steps by heun and 35 by euler, an NFE of 35 by both.
+        The t of `trace` is that of `velocity`. Raises SettingsError where steps is below 1."""
         steps = (18 if self.sampler == "heun" else 35) if steps is None else steps
         if steps < 1:
             raise SettingsError(f"sample_steps = {steps}: edm needs at least 1")

@@ -33,7 +33,7 @@ class I2SB(Method):
     clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
 
     no_ode = "has an ODE with --i2sb.ot-ode only"
-    quick = 50  # sampler steps that will do for the pictures in training
+    quick = 50  # sampler steps that are enough for the pictures in training
 
     def __post_init__(self):
         if not 0 < self.beta_max < float("inf"):
@@ -88,7 +88,10 @@ class I2SB(Method):
         return keep_known(z1.clamp(-1, 1) if self.clip_denoise else z1, batch)
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W): algorithm 2 on `steps` intervals, even in k; default n. SettingsError if steps is not in 1..n."""
+        """(B, C, H, W): algorithm 2 on `steps` intervals, even in k (None: n of them).
+
+        Raises SettingsError where steps is not within 1..n.
+        """
         steps = self.n if steps is None else steps
         if not 1 <= steps <= self.n:
             raise SettingsError(f"steps = {steps}: I2SB allows 1 to i2sb.n = {self.n}")
@@ -109,10 +112,10 @@ class I2SB(Method):
     def velocity(self, net, batch: Batch) -> ODE:
         """The OT-ODE, d zt / d s2 = (zt - z1) / s2; in t = 1 - s2/total, d zt / dt = (z1 - zt) / (1 - t).
 
-        zt = t z1 + (1 - t) damaged solves it: straight lines at constant speed. An Euler step in t is one of
-        `sample`, only that even steps in t are equal shares of the variance, not equal numbers of intervals.
-        Between two times of the table, k is linear in s2. It ends at k = 1, the last time the network knows;
-        the clean estimate there is the last step of `sample`. SettingsError without ot_ode.
+        zt = t z1 + (1 - t) damaged solves it: straight lines at constant speed. An Euler step in t is a step of
+        `sample`, but even steps in t are equal shares of the variance, not equal numbers of intervals.
+        Between two times of the table, k is linear in s2. The ODE ends at k = 1, the last time that the network
+        knows; the clean estimate there is the last step of `sample`. Raises SettingsError without ot_ode.
         """
         if not self.ot_ode:
             raise SettingsError(f"solver: I2SB {self.no_ode}; allowed is auto")

@@ -1,11 +1,18 @@
 """Stochastic interpolants with data-dependent couplings (Albergo et al. 2023, arXiv:2310.03725).
 
-The paper's symbols -> ours: x_1 -> z1, x_0 -> z0, x_t = I_t -> zt, alpha_t and beta_t alike, xi (what the coupling conditions on) -> cond,
-b_t -> v, m(x_1) + sigma zeta -> zlo + sigma * mask * noise.
+The paper's symbols -> ours:
+    x_1, x_0              z1, z0
+    x_t = I_t             zt
+    alpha_t, beta_t       alpha, beta
+    b_t                   v
+    xi                    cond, what the coupling conditions on
+    m(x_1) + sigma zeta   zlo + sigma * mask * noise
+
+The path, its velocity and its ODE are
 
     zt = alpha(t) z0 + beta(t) z1,    v(t, z) = E[alpha' z0 + beta' z1 | zt = z],    dz/dt = v(t, z)
 
-carries the distribution of z0 at t = 0 to that of z1 at t = 1.
+The ODE carries the distribution of z0 at t = 0 to that of z1 at t = 1.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +39,8 @@ class Interpolant(Method):
     sigma: float = 1.0
     # train and sample on t_min <= t <= 1 - t_min; in (0, 0.5)
     t_min: float = 1e-3
-    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score takes the network to have seen zlo
+    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score assumes that
+    # the network sees zlo
     eps0: float = 0.0
 
     def __post_init__(self):
@@ -51,7 +59,7 @@ class Interpolant(Method):
 
     @property
     def solver(self) -> str:
-        """What samples when the user names no solver: the ODE's, or this method's own stochastic one."""
+        """Used where the user names no solver: dopri5 on the ODE, or this method's own stochastic sampler."""
         return "own" if self.eps0 else "dopri5"
 
     def path_at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,7 +74,7 @@ class Interpolant(Method):
         return batch.zlo if self.coupling == "dependent" else torch.zeros_like(batch.zlo)
 
     def start(self, batch: Batch) -> Tensor:
-        """z0 (B, C, H, W), drawn from the coupling (section 3.1, eq. 10); known pixels of inpainting hold zlo throughout."""
+        """z0 (B, C, H, W), drawn from the coupling (section 3.1, eq. 10). Known pixels of inpainting hold zlo."""
         return keep_known(self.center(batch) + self.sigma * batch.randn_like(batch.zlo), batch)
 
     def loss(self, net, batch: Batch) -> Tensor:
@@ -92,10 +100,12 @@ class Interpolant(Method):
         def clean(t, z):
             return keep_known(self.ends(t, z, v(t, z))[1], batch)
 
-        return ODE(v, self.start(batch), self.t_min, 1 - self.t_min, clean, rho=3.0)  # benchmarks/README.md: of 1, 1.5, 2, 3, 4 the best
+        # rho = 3 is the best of 1, 1.5, 2, 3, 4 in benchmarks/README.md
+        return ODE(v, self.start(batch), self.t_min, 1 - self.t_min, clean, rho=3.0)
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W): dopri5 on the ODE (midpoint when `steps` is given); with eps0 > 0 the SDE in `steps` (100) Euler-Maruyama steps."""
+        """(B, C, H, W). At eps0 = 0 dopri5 solves the ODE, or midpoint where `steps` is given.
+        Above it the SDE is solved, in `steps` Euler-Maruyama steps (None: 100)."""
         ode = self.velocity(net, batch)
         if not self.eps0:
             return ode_int.solve(ode, "midpoint" if steps else "dopri5", steps, trace=trace)
@@ -106,7 +116,8 @@ class Interpolant(Method):
             z0_hat, z1_hat = self.ends(t, z, v)
             if trace is not None:
                 trace.append((float(t), z, keep_known(z1_hat, batch)))
-            # dz = (v + eps score) dt + sqrt(2 eps) dW, score = -(E[z0 | zt] - center) / (alpha sigma^2): alpha cancels in eps * score
+            # dz = (v + eps score) dt + sqrt(2 eps) dW,  score = -(E[z0 | zt] - center) / (alpha sigma^2)
+            # eps = eps0 alpha, so alpha cancels in eps * score
             drift = v - self.eps0 * (z0_hat - self.center(batch)) / self.sigma**2
             noise = (2 * self.eps0 * self.path_at(t)[0] * dt).sqrt() * batch.randn_like(z)
             z = z + batch.mask * (drift * dt + noise)

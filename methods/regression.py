@@ -1,7 +1,7 @@
 """Regression, the baseline: one pass of the network from the damaged image to the clean one, under squared error.
 
-Its answer tends to E[z1 | zlo], the mean of all that the image may have been: no method has a better PSNR in the limit,
-and what the damage leaves open comes out smooth (SR3, arXiv:2104.07636, table 1, row "Regression").
+Its answer tends to E[z1 | zlo], the mean over all clean images that zlo may come from. In that limit no method has a
+better PSNR, but details that the damage erased come out smooth (SR3, arXiv:2104.07636, table 1, row "Regression").
 """
 from dataclasses import dataclass
 

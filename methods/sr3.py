@@ -26,7 +26,7 @@ from ode_int import ODE
 
 @dataclass(frozen=True)
 class SR3(Method):
-    # steps of the noise schedule, and of the sampler where it is not told otherwise
+    # steps of the noise schedule; the sampler takes as many unless it is given another number
     T: int = 2000
     # how beta = 1 - alpha grows from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
     # not at all: beta_end (constant), linearly over the first warmup * T steps and no further (warmup)
@@ -43,7 +43,7 @@ class SR3(Method):
     clamp: bool = True
 
     has_ode = True
-    quick = 100  # sampler steps that will do for the pictures in training
+    quick = 100  # sampler steps that are enough for the pictures in training
 
     def __post_init__(self):
         if self.T < 1:
@@ -53,7 +53,8 @@ class SR3(Method):
         if not 0 < self.beta_end < 1:
             raise SettingsError(f"sr3.beta_end = {self.beta_end}: must be between 0 and 1")
         if not 0 < self.beta_start <= self.beta_end:
-            raise SettingsError(f"sr3.beta_start = {self.beta_start}: must be above 0, at most beta_end = {self.beta_end}")
+            bounds = f"above 0, at most beta_end = {self.beta_end}"
+            raise SettingsError(f"sr3.beta_start = {self.beta_start}: must be {bounds}")
         if not 0 < self.warmup <= 1:
             raise SettingsError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
         if self.norm not in ("l1", "l2"):

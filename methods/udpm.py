@@ -58,17 +58,17 @@ class UDPM(Method):
         for name in ("alphas", "sigmas", "l1_weight", "lpips_weight", "adv_weight", "grad_penalty"):
             values, positive = getattr(self, name), name in ("alphas", "sigmas")
             if len(values) != max(self.levels, 1) or not all(0 <= v < inf for v in values) or positive and 0 in values:
-                bound = "above 0" if positive else "from 0"
-                raise SettingsError(f"udpm.{name} = {values}: allowed are finite numbers {bound}, as many as udpm.alphas")
+                allowed = "finite numbers " + ("above 0" if positive else "from 0") + ", as many as udpm.alphas"
+                raise SettingsError(f"udpm.{name} = {values}: allowed are {allowed}")
         if self.disc_channels < 8 or self.disc_channels % 8:
             raise SettingsError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
 
     def check(self):
-        """Before a run: SettingsError in one line where LPIPS is wanted and its package or weights cannot be had."""
+        """Raises SettingsError, one line, where LPIPS is wanted but its package or weights are missing."""
         if any(self.lpips_weight):
             load_lpips(self.lpips_path)
 
-    # The diffusion. A level is a number on the host, and so are its coefficients, in float64.
+    # The diffusion. A level is a Python number, and so are its coefficients, in float64.
 
     @property
     def levels(self) -> int:
@@ -77,23 +77,24 @@ class UDPM(Method):
     @cached_property
     def A(self) -> list[float]:
         """A[l] = alpha_1 .. alpha_l, and A[0] = 1."""
-        return [prod(self.alphas[:l]) for l in range(self.levels + 1)]
+        return [prod(self.alphas[:level]) for level in range(self.levels + 1)]
 
     @cached_property
     def S(self) -> list[float]:
         """S[l]^2 = A_l^2 sum_{k <= l} sigma_k^2 / A_k^2, so that q(x_l | x_0) = N(A_l H^l x_0, S_l^2 I)."""
         ratios = [s / A for s, A in zip(self.sigmas, self.A[1:])]
-        return [A * hypot(*ratios[:l]) for l, A in enumerate(self.A)]
+        return [A * hypot(*ratios[:level]) for level, A in enumerate(self.A)]
 
     def scale(self, level: int) -> float:
-        """Bounds the root mean square of x_l: that of its noise and of an image with |pixel| = 1."""
+        """An upper bound on the root mean square of x_l, reached by an image whose pixels are all -1 or all 1."""
         return hypot(2**level * self.A[level], self.S[level])
 
     def posterior(self, x: Tensor, clean: Tensor, level: int, noise: Tensor) -> Tensor:
         """Draws p(x_{l-1} | x_l, x_0), l >= 2, with unit `noise`; it and clean = H^{l-1} x_0 have twice x's sides.
 
-        Cov = [(a^2/s^2) H'H + I/S_{l-1}^2]^-1, mean = Cov [(a/s^2) H' x_l + (A_{l-1}/S_{l-1}^2) H^{l-1} x_0]. H'H is a
-        projection: off its range this is N(A_{l-1} H^{l-1} x_0, S_{l-1}^2 I), on it one scalar Kalman step further.
+        Cov = [(a^2/s^2) H'H + I/S_{l-1}^2]^-1,  mean = Cov [(a/s^2) H' x_l + (A_{l-1}/S_{l-1}^2) H^{l-1} x_0].
+        H'H is a projection. Off its range this is the prior, N(A_{l-1} H^{l-1} x_0, S_{l-1}^2 I). On its range x_l
+        updates the prior by one scalar Kalman step.
         """
         a, s, S = self.alphas[level - 1], self.sigmas[level - 1], self.S[level - 1]
         prior = self.A[level - 1] * clean
@@ -111,19 +112,27 @@ class UDPM(Method):
     def check_sides(self, image: Tensor):
         sides, factor = tuple(image.shape[2:]), 2**self.levels
         if any(side % factor for side in sides):
-            raise SettingsError(f"image sides = {sides}: UDPM allows multiples of {factor}, it halves {self.levels} times")
+            allowed = f"multiples of {factor}, it halves {self.levels} times"
+            raise SettingsError(f"image sides = {sides}: UDPM allows {allowed}")
 
     # Sampling.
 
     def latent(self, batch: Batch) -> list[Tensor]:
-        """Unit noise, level L to 1: x_L / S_L, then what goes into x_{L-1} .. x_1. All of a sample but cond and y."""
+        """Unit noise from level L to level 1: x_L / S_L, then the noise that goes into x_{L-1} .. x_1.
+
+        Together with cond and y it determines the sample.
+        """
         self.check_sides(batch.zlo)
         B, C, height, width = batch.zlo.shape
-        return [batch.randn_like(batch.zlo.new_empty(B, C, height >> l, width >> l)) for l in range(self.levels, 0, -1)]
+        sides = [(height >> level, width >> level) for level in range(self.levels, 0, -1)]
+        return [batch.randn_like(batch.zlo.new_empty(B, C, *side)) for side in sides]
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None,
                noise: list[Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) by L network evaluations, from the latent `noise` if given. SettingsError for another count."""
+        """(B, C, H, W) by L network evaluations, from the latent `noise` if it is given.
+
+        Raises SettingsError where steps is neither None nor L.
+        """
         if steps not in (None, self.levels):
             raise SettingsError(f"steps = {steps}: UDPM allows {self.levels}, one a level")
         noise = self.latent(batch) if noise is None else noise
@@ -147,7 +156,7 @@ class UDPM(Method):
         return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
-        """(B,) L1 + LPIPS + softplus(-D), the last with a discriminator only, whose parameters get no gradient."""
+        """(B,) L1 + LPIPS + softplus(-D). The last term needs a discriminator; its parameters get no gradient."""
         level, guess, truth = self.noised_pair(net, batch)
         loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
         if self.lpips_weight[level - 1]:
@@ -155,7 +164,10 @@ class UDPM(Method):
         if disc is not None and self.adv_weight[level - 1]:
             disc.eval()
             constants = {name: p.detach() for name, p in disc.named_parameters()}
-            frozen = lambda *x: torch.func.functional_call(disc, constants, x)
+
+            def frozen(*x):
+                return torch.func.functional_call(disc, constants, x)
+
             logit = self.logits(frozen, guess, level, batch, self.noise_std(disc))
             loss = loss + self.adv_weight[level - 1] * F.softplus(-logit)
         return loss
@@ -172,7 +184,7 @@ class UDPM(Method):
         return (F.softplus(on_guess) + F.softplus(-on_truth)) / 2 + penalty
 
     def logits(self, disc, image: Tensor, level: int, batch: Batch, std) -> Tensor:
-        """(B,) the discriminator's logits of the noised image; fp32, for the penalty differentiates twice."""
+        """(B,) the discriminator's logits of the noised image, in fp32 because the penalty differentiates twice."""
         cond = None if batch.cond is None else average(batch.cond, level - 1)
         with torch.autocast(image.device.type, enabled=False):
             return disc(image + std * batch.randn_like(image), level, batch.y, cond)
@@ -260,7 +272,7 @@ def swap(a: list[Tensor], b: list[Tensor], level: int) -> list[Tensor]:
 
 
 def perturb(noise: list[Tensor], strength: float, level: int) -> list[Tensor]:
-    """The latent, the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise."""
+    """The latent with the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise."""
     redrawn = [(1 - strength**2) ** 0.5 * x + strength * torch.randn_like(x) for x in noise]
     return swap(noise, redrawn, level)
 
@@ -269,9 +281,12 @@ def perturb(noise: list[Tensor], strength: float, level: int) -> list[Tensor]:
 
 @cache
 def load_lpips(path: str | None) -> nn.Module:
-    """The lpips package's network, frozen; VGG-16's weights from `path` or downloaded. SettingsError if not to be had."""
+    """The network of the lpips package, frozen, with VGG-16's weights from `path`, or downloaded where it is None.
+
+    Raises SettingsError where the package or the weights are missing.
+    """
     try:
-        # the package draws random weights first: fork, or the run's random numbers would depend on when that happens
+        # The package first draws random weights. Without the fork, the run's random numbers would depend on when.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
             from lpips import LPIPS
@@ -281,12 +296,12 @@ def load_lpips(path: str | None) -> nn.Module:
         else:
             from torchvision.models import VGG16_Weights
             weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True, check_hash=True)
-        # its slice2.5.weight is torchvision's features.5.weight
+        # the package's slice2.5.weight is torchvision's features.5.weight
         net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in net.net.state_dict()})
-    except Exception as error:  # no package, network, file, or not VGG-16: the ways on are the same
+    except Exception as error:  # no package, no network, no file, or a file of another network: the advice is the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SettingsError(
-            f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights, not to be had here ({reason}); "
+            f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights ({reason}); "
             "give --udpm.lpips-path FILE (torchvision's vgg16 .pth), or --udpm.lpips-weight 0 0 0 for none") from error
     return net.eval().requires_grad_(False)
 

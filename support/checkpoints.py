@@ -24,7 +24,8 @@ class Run:
     num_classes: int  # that the network knows; 0: it sees no labels
     step: int  # training steps done
     images_seen: int
-    weights: dict[str, dict[str, Tensor]]  # "ema": the averaged network, "raw": the trained one; an exported file holds one
+    # "ema": the averaged network, "raw": the trained one; an exported file holds one of them
+    weights: dict[str, dict[str, Tensor]]
     checkpoint: dict | None = None  # all that a resumed run needs; None of an exported file
 
     @property
@@ -36,13 +37,13 @@ class Run:
         """The weights to sample with. Raises SettingsError where an exported file holds the others."""
         kind = "ema" if ema else "raw"
         if kind not in self.weights:
-            there, = self.weights
-            raise SettingsError(f"ema = {ema}: {self.path} holds the {dict(ema='averaged', raw='raw')[there]} weights only")
+            there = "averaged" if "ema" in self.weights else "raw"
+            raise SettingsError(f"ema = {ema}: {self.path} holds the {there} weights only")
         return self.weights[kind]
 
 
 def open_run(path: str | Path, config_class) -> Run:
-    """A run's folder, a checkpoint or an exported file -> Run, its config an instance of `config_class`. Raises SettingsError."""
+    """A run's folder, a checkpoint or an exported file -> Run with a `config_class`. Raises SettingsError."""
     if Path(path).suffix == EXPORTED:
         return open_exported(str(path), config_class)
     file = run_folder(path) / "checkpoints" / "last.pt" if Path(path).is_dir() else Path(path)
@@ -52,9 +53,11 @@ def open_run(path: str | Path, config_class) -> Run:
         c = torch.load(file, map_location="cpu", weights_only=True)
         config = from_plain(config_class, c["config"])
         seen = c.get("images_seen", c["step"] * config.batch_size)
-        return Run(str(path), config, c["classes"], c["num_classes"], c["step"], seen, dict(ema=c["ema"], raw=c["players"][0]), c)
+        weights = dict(ema=c["ema"], raw=c["players"][0])
+        return Run(str(path), config, c["classes"], c["num_classes"], c["step"], seen, weights, c)
     except Exception as failure:  # a file of anything fails in many ways
-        raise SettingsError(f"run = {str(path)!r}: {file} is not a checkpoint of this trainer ({one_line(failure)[:100]})") from None
+        reason = one_line(failure)[:100]
+        raise SettingsError(f"run = {str(path)!r}: {file} is not a checkpoint of this trainer ({reason})") from None
 
 
 def open_exported(path: str, config_class) -> Run:
@@ -66,7 +69,8 @@ def open_exported(path: str, config_class) -> Run:
         step = about.get("step", 0)
         config = from_plain(config_class, about["config"])
         seen = about.get("images_seen", step * config.batch_size)
-        return Run(path, config, about["classes"], about["num_classes"], step, seen, {"ema" if about["ema"] else "raw": weights})
+        kind = "ema" if about["ema"] else "raw"
+        return Run(path, config, about["classes"], about["num_classes"], step, seen, {kind: weights})
     except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError, safetensors.SafetensorError) as failure:
         raise SettingsError(f"run = {path!r}: not a file that --export wrote ({one_line(failure)[:100]})") from None
 
@@ -74,7 +78,8 @@ def open_exported(path: str, config_class) -> Run:
 def export(run: Run, path: Path, ema: bool = True) -> int:
     """Writes the weights; in the file's header, as JSON, the rest of what open_run gives. -> its size in bytes"""
     safetensors = import_safetensors()
-    about = dict(config=asdict(run.config), num_classes=run.num_classes, classes=run.classes, ema=ema, step=run.step, images_seen=run.images_seen)
+    about = dict(config=asdict(run.config), num_classes=run.num_classes, classes=run.classes, ema=ema, step=run.step,
+                 images_seen=run.images_seen)
     weights = {name: w.contiguous() for name, w in run.network(ema).items()}
     content = safetensors.torch.save(weights, {"run": json.dumps(about)})
     write_atomically(path, lambda f: f.write(content))
@@ -89,7 +94,7 @@ def import_safetensors():
         raise SettingsError("exported files need one more package: pip install safetensors") from None
 
 
-# --------------------------------------------------------------------------------------------------------- a run's folder
+# ------------------------------------------------------------------------------------------------------ a run's folder
 
 def new_folder(out_dir: str, method: str, task: str) -> Path:
     """Makes the run's folder, named by its method, task and the time. Raises SettingsError."""

@@ -13,7 +13,7 @@ from images.files import save_png, write_atomically
 
 
 class Log:
-    """Numbers and pictures to every sink: the run's files, and wandb if it is wanted. A sink that fails never ends a run."""
+    """Numbers and pictures to every sink: the run's files, and wandb if wanted. A sink that fails never ends a run."""
 
     def __init__(self, folder: Path, step: int, wandb: dict | None = None):
         """step: where the run goes on. wandb: project, entity, id (None: a new one) and config; None: no wandb."""
@@ -47,8 +47,9 @@ class Files:
     def __init__(self, folder: Path, step: int):
         self.folder, self.lines = folder, folder / "metrics.jsonl"
         if step and self.lines.exists():  # what came after the checkpoint is about to come again
-            kept = [line for line in self.lines.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_atomically(self.lines, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+            lines = [line for line in self.lines.read_text().splitlines() if line.endswith("}")]
+            kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+            write_atomically(self.lines, lambda f: f.write(kept.encode()))
 
     def log(self, numbers: dict, pictures: dict) -> bool:
         """True: the disk may have room again the next time."""
@@ -74,8 +75,8 @@ class Wandb:
 
         self.wandb, mode = wandb, wandb_mode()
         os.environ.setdefault("WANDB_SILENT", "true")
-        how = dict(project=project, entity=entity, id=id, name=folder.name, dir=str(folder), config=config, resume="allow",
-                   settings=wandb.Settings(init_timeout=30, console="off"))
+        how = dict(project=project, entity=entity, id=id, name=folder.name, dir=str(folder), config=config,
+                   resume="allow", settings=wandb.Settings(init_timeout=30, console="off"))
         try:
             self.run = wandb.init(mode=mode, **how)
         except Exception as failure:
@@ -87,7 +88,8 @@ class Wandb:
             print(f"wandb: offline; `wandb sync {self.run.settings.sync_dir}` uploads the run later")
         else:
             print(f"wandb: {self.run.url}")
-        self.run.define_metric("*", step_metric="step")  # an own axis: wandb drops points behind its internal one after a resume
+        # an axis of our own: wandb drops points behind its internal one after a resume
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, numbers: dict, pictures: dict) -> bool:
         def send():

@@ -32,7 +32,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:") and world > 1:
-        raise SettingsError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, each on a GPU of its own")
+        raise SettingsError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, "
+                            "each on a GPU of its own")
     try:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
@@ -52,7 +53,7 @@ def bf16_helps(device: torch.device) -> bool:
 
 
 def set_up(device: torch.device, precision: str = "auto") -> str:
-    """Makes `device` the current GPU, with TF32 for what remains float32; -> the precision of the activations, bf16 or fp32."""
+    """Makes `device` the current GPU, with TF32 for what stays float32; -> the activations' precision, bf16 or fp32."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -16,7 +16,7 @@ from support.checkpoints import Run
 from support.machine import autocast, hashed, pick_device, set_up
 from unet import Counted, Guided, Tiled, Unet
 
-# An interpolant's dopri5 takes ten times the evaluations of this solver, and ends within a grey level of it (RESULTS.md).
+# For an interpolant: within one level of 255 of dopri5's result, at a tenth of its evaluations (benchmarks/README.md).
 QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
 
 
@@ -26,8 +26,8 @@ def make_unet(c, num_classes: int) -> Unet:
     """The network that the method and task need; in float32."""
     upscale = c.recipe.upscale
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
-    return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes, blocks=c.unet_blocks,
-                dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
+    return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes,
+                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
 
 
 def make_players(c, net: nn.Module, num_classes: int) -> list:
@@ -42,12 +42,13 @@ def load_network(run: Run, ema: bool = True) -> Unet:
     try:
         net.load_state_dict(run.network(ema))
     except RuntimeError as failure:
-        raise SettingsError(f"run = {run.path!r}: its weights do not fit its settings ({one_line(failure)[:100]} ...)") from None
+        reason = one_line(failure)[:100]
+        raise SettingsError(f"run = {run.path!r}: its weights do not fit its settings ({reason} ...)") from None
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def compile_network(net: nn.Module, rehearse):
-    """torch.compile in place, tried by `rehearse()`: where that fails, for want of a C++ compiler say, it is left out, with a warning."""
+    """torch.compile in place, tried by `rehearse()`: without a C++ compiler, say, it warns and leaves net as it was."""
     net.compile(dynamic=False)
     try:
         rehearse()
@@ -66,7 +67,10 @@ def silent_net(c):
 
 
 def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
-    """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from. `trace`: see ode_int.solve."""
+    """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from.
+
+    `trace`, a list if given, receives (t, state, clean estimate) at each step.
+    """
     method = c.recipe
     if c.sampler == "own":
         frames = FirstFrame() if trace is None else trace
@@ -85,6 +89,11 @@ class FirstFrame(list):
             super().append(frame)
 
 
+def batched(items: list, size: int) -> list[list]:
+    """The items in lists of at most `size`."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 class Streams:
     """A randn_like (see Batch) whose rows come from random streams of their own, so that no image depends on its batch.
 
@@ -92,7 +101,10 @@ class Streams:
     """
 
     def __init__(self, rows: list[list[tuple]], device):
-        self.rows = [[(weight, torch.Generator(device).manual_seed(hashed(key))) for weight, key in row] for row in rows]
+        def stream(key):
+            return torch.Generator(device).manual_seed(hashed(key))
+
+        self.rows = [[(weight, stream(key)) for weight, key in row] for row in rows]
 
     def __call__(self, x: Tensor) -> Tensor:
         def noise(generator):
@@ -105,15 +117,19 @@ class Streams:
 class Model:
     """A trained run, ready to sample.
 
-    solver, steps, tolerance, guidance, precision: None takes the run's own (an interpolant's dopri5 becomes midpoint in 5 steps).
-    tile: side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network;
-    None: the side trained on, 0: one piece always. batch_size: images at a time; those larger than trained on count as several.
+    ema          the averaged weights, or the raw ones
+    solver, steps, tolerance, guidance, precision
+                 None takes the run's own, but for an interpolant: its dopri5 becomes midpoint in 5 steps
+    tile         side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the
+                 network; None: the side trained on, 0: one piece always
+    batch_size   images at a time; those larger than trained on count as several
+
     Raises SettingsError where an argument does not fit the run.
     """
 
     def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
-                 tolerance: float | None = None, guidance: float | None = None, tile: int | None = None, batch_size: int = 64,
-                 device: str = "auto", precision: str | None = None):
+                 tolerance: float | None = None, guidance: float | None = None, tile: int | None = None,
+                 batch_size: int = 64, device: str = "auto", precision: str | None = None):
         self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
         self.tasks, self.batch_size = parts(c.task), batch_size
@@ -139,18 +155,19 @@ class Model:
             return self.classes.index(label)
         if str(label).isdecimal() and int(label) < len(self.classes):
             return int(label)
-        raise SettingsError(f"label = {label!r}: allowed is all, or from {', '.join(self.classes)}, 0 to {len(self.classes) - 1}")
+        names = ", ".join(self.classes)
+        raise SettingsError(f"label = {label!r}: allowed is all, or from {names}, 0 to {len(self.classes) - 1}")
 
     def at_a_time(self, height: int, width: int) -> int:
         """How many images of these sides make a batch."""
         return max(1, self.batch_size * self.config.image_size**2 // (height * width))
 
-    def restore(self, image: Image.Image | Tensor, *, mask: Image.Image | Tensor | None = None, label: str | int | None = None,
-                seed: int = 0) -> Image.Image | Tensor:
+    def restore(self, image: Image.Image | Tensor, *, mask: Image.Image | Tensor | None = None,
+                label: str | int | None = None, seed: int = 0) -> Image.Image | Tensor:
         """A damaged PIL image -> a restored one; or float tensors (B, C, h, w) -> (B, C, H, W), in [-1, 1].
 
         mask, for inpainting: white (1 in a tensor) is to be made; without it, what is transparent in the image.
-        The same seed gives the same picture. Raises SettingsError, and ode_int.SolverError for a network that is not finite.
+        The same seed gives the same picture. Raises SettingsError, and SolverError for an output that is not finite.
         """
         if self.tasks == ["generate"]:
             raise SettingsError("the run makes images from noise: use generate")
@@ -158,9 +175,11 @@ class Model:
         if isinstance(image, Image.Image):
             zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
             if "inpaint" in self.tasks:
-                hole = to_tensor(alpha(image))[None] < 255 if mask is None else to_tensor(flatten(mask, 1))[None] >= 128
+                hole = to_tensor(alpha(image)) < 255 if mask is None else to_tensor(flatten(mask, 1)) >= 128
+                hole = hole[None]
         if hole is not None and hole.shape[2:] != zlo.shape[2:]:
-            raise SettingsError(f"mask: its sides, {tuple(hole.shape[2:])}, are not the image's, {tuple(zlo.shape[2:])}")
+            sides = tuple(hole.shape[2:]), tuple(zlo.shape[2:])
+            raise SettingsError(f"mask: its sides, {sides[0]}, are not the image's, {sides[1]}")
         labels = [None if label is None else self.label_number(label)] * len(zlo)
         made = self.sample(self.full_size(zlo), hole, labels, [[(1.0, (seed, "", i))] for i in range(len(zlo))])
         return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made
@@ -169,30 +188,38 @@ class Model:
         """`count` new images, of a class or of none. Raises SettingsError."""
         if "generate" not in self.tasks:
             raise SettingsError(f"the run restores damaged images (task {self.config.task}): use restore")
-        number, rows = None if label is None else self.label_number(label), [[(1.0, (seed, "", i))] for i in range(count)]
-        made = [self.sample(*self.nothing(len(some)), [number] * len(some), some)
-                for some in (rows[i:i + self.batch_size] for i in range(0, count, self.batch_size))]
-        return [to_image(to_uint8(x)) for batch in made for x in batch]
+        number, made = None if label is None else self.label_number(label), []
+        for some in batched([[(1.0, (seed, "", i))] for i in range(count)], self.batch_size):
+            made += self.sample(*self.nothing(len(some)), [number] * len(some), some)
+        return [to_image(to_uint8(image)) for image in made]
 
     def nothing(self, count: int) -> tuple[Tensor, Tensor]:
         """What `sample` takes to make images from noise: zlo, hole."""
-        c = self.config
-        return torch.zeros(count, c.channels, c.image_size, c.image_size), torch.ones(count, 1, c.image_size, c.image_size)
+        side = self.config.image_size
+        return torch.zeros(count, self.config.channels, side, side), torch.ones(count, 1, side, side)
 
     def full_size(self, zlo: Tensor) -> Tensor:
         """Damaged images as they come in files -> on z1's grid."""
         return to_full_size(zlo, self.factor, self.config.damage.up) if self.factor > 1 else zlo
 
     @torch.no_grad()
-    def sample(self, zlo: Tensor, hole: Tensor | None, labels: list[int | None], noise: list, trace: list | None = None) -> Tensor:
+    def sample(self, zlo: Tensor, hole: Tensor | None, labels: list[int | None], noise: list,
+               trace: list | None = None) -> Tensor:
         """-> images (B, C, H, W) float on the CPU.
 
-        zlo (B, C, H, W) on z1's grid, any sides; hole (B, 1, H, W) or None; a label, or None, and Streams' row an image.
-        `trace` receives (t, state, clean estimate) at each step, padded to multiples of `align`.
+        zlo      (B, C, H, W) on z1's grid, any sides
+        hole     (B, 1, H, W) 1 where zlo knows nothing, or None
+        labels   B numbers, None: no label
+        noise    B rows of Streams
+        trace    receives (t, state, clean estimate) at each step, padded to multiples of `align`
         """
         c, net, (height, width) = self.config, self.net, zlo.shape[2:]
-        margin = (0, -width % self.align, 0, -height % self.align)
-        zlo, hole = (None if x is None else F.pad(x.float().to(self.device), margin, mode="replicate") for x in (zlo, hole))
+
+        def padded(x):
+            margin = (0, -width % self.align, 0, -height % self.align)
+            return F.pad(x.float().to(self.device), margin, mode="replicate")
+
+        zlo, hole = padded(zlo), None if hole is None else padded(hole)
         y = None
         if self.num_classes:
             y = torch.tensor([self.num_classes if label is None else label for label in labels], device=self.device)
@@ -209,13 +236,17 @@ class Model:
 
 def sampling_config(c, solver: str | None = None, steps: int | None = None, tolerance: float | None = None):
     """The run's settings with the sampler that is asked for. Raises SettingsError."""
-    atol, rtol = tolerance or c.integration_atol, tolerance or c.integration_rtol
-    own_steps = None if solver else c.sample_steps  # the run's count is for the run's solver
-    c = replace(c, solver=solver or c.solver, sample_steps=steps or own_steps, integration_atol=atol, integration_rtol=rtol)
+    if solver:
+        c = replace(c, solver=solver, sample_steps=None)  # the run's count is for the run's solver
+    if steps:
+        c = replace(c, sample_steps=steps)
+    if tolerance:
+        c = replace(c, integration_atol=tolerance, integration_rtol=tolerance)
     if c.solver == "auto" and c.sampler == "dopri5" and solver is None and tolerance is None:
         c = replace(c, solver=QUICK_SOLVER, sample_steps=c.sample_steps or QUICK_STEPS)
     if c.solver != "auto" and not c.recipe.has_ode:
-        raise SettingsError(f"solver = {c.solver!r}: {c.method} has no ODE; allowed is auto")
+        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.recipe.no_ode}; allowed is auto")
     if c.sampler == "dopri5" and c.sample_steps is not None:
-        raise SettingsError(f"steps = {c.sample_steps}: dopri5 chooses its own; add --solver midpoint, or leave steps out")
+        raise SettingsError(f"steps = {c.sample_steps}: dopri5 chooses its own; add --solver midpoint, "
+                            "or leave steps out")
     return c

@@ -17,20 +17,22 @@ from methods.udpm import UDPM
 from support.machine import processes
 
 # two CPU cores, a few minutes
-SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600, sample_every=300, sample_count=16)
+SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600,
+             sample_every=300, sample_count=16)
 
-# I2SB section 5: ImageNet at 256, ADM's network (the paper starts from its weights), no conditioning on the damaged image
-I2SB_256 = dict(method="i2sb", dataset="data/imagenet", image_size=256, condition=False, overfit=False, batch_size=256, base_lr=5e-5,
-                lr_decay=0.99, ema_decay=0.99, max_steps=1_000_000, unet_channels=256, unet_dim_mults=(1, 1, 2, 2, 4, 4), unet_use_classes=False)
+# I2SB section 5: ImageNet at 256, ADM's network (the paper starts from its weights), without the damaged image as input
+I2SB_256 = dict(method="i2sb", dataset="data/imagenet", image_size=256, condition=False, overfit=False, batch_size=256,
+                base_lr=5e-5, lr_decay=0.99, ema_decay=0.99, max_steps=1_000_000, unet_channels=256,
+                unet_dim_mults=(1, 1, 2, 2, 4, 4), unet_use_classes=False)
 OT = I2SB(beta_max=1.0, ot_ode=True)
 
 # EDM table 7: CIFAR-10 sees 200 M images, the rate rises over 10 M, the average's half-life is 0.5 M
-EDM_CIFAR = dict(method="edm", task="generate", overfit=False, batch_size=512, base_lr=1e-3, warmup_steps=19_531, max_steps=390_625,
-                 ema_decay=0.9993, unet_dim_mults=(2, 2, 2), unet_blocks=4, unet_dropout=0.13)
+EDM_CIFAR = dict(method="edm", task="generate", overfit=False, batch_size=512, base_lr=1e-3, warmup_steps=19_531,
+                 max_steps=390_625, ema_decay=0.9993, unet_dim_mults=(2, 2, 2), unet_blocks=4, unet_dropout=0.13)
 
 # UDPM: 600,000 steps; level 3 of a 32x32 image works at 4x4, hence no more than three levels in the network
-UDPM_CIFAR = dict(method="udpm", task="generate", overfit=False, batch_size=64, base_lr=1e-4, warmup_steps=5000, max_steps=600_000,
-                  unet_dim_mults=(2, 2, 2), unet_blocks=4)
+UDPM_CIFAR = dict(method="udpm", task="generate", overfit=False, batch_size=64, base_lr=1e-4, warmup_steps=5000,
+                  max_steps=600_000, unet_dim_mults=(2, 2, 2), unet_blocks=4)
 UDPM_64 = UDPM_CIFAR | dict(image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_use_classes=False)
 
 PRESETS = {  # name: what differs from Config's defaults
@@ -44,9 +46,9 @@ PRESETS = {  # name: what differs from Config's defaults
         method="udpm", task="generate", unet_dim_mults=(2, 2, 2), max_steps=1000, sample_every=500,
         udpm=UDPM(l1_weight=(1, 1, 1), lpips_weight=(0, 0, 0), disc_channels=32)),
     "sr3-faces128": dict(
-        method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"), overfit=False,
-        batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128, unet_dim_mults=(1, 2, 4, 8, 8),
-        unet_blocks=3, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
+        method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
+        overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,
+        unet_dim_mults=(1, 2, 4, 8, 8), unet_blocks=3, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
     "i2sb-sr4-pool": I2SB_256 | dict(damage=Damage(factor=4)),
     "i2sb-sr4-bicubic": I2SB_256 | dict(damage=Damage(factor=4, down="bicubic")),
     "i2sb-jpeg5": I2SB_256 | dict(task="jpeg", damage=Damage(quality=5)),
@@ -59,11 +61,14 @@ PRESETS = {  # name: what differs from Config's defaults
     "i2sb-paired": I2SB_256 | dict(task="paired", dataset="data/clean", paired_path="data/damaged", condition=True),
     "edm-cifar10": EDM_CIFAR | dict(label_drop=0.0),
     "edm-cifar10-guided": EDM_CIFAR | dict(guidance=2.5, edm=EDM(sampler="euler")),
-    "edm-fashion-mnist": EDM_CIFAR | dict(dataset="fashion-mnist", channels=1, max_steps=50_000, unet_channels=64, unet_blocks=2),
-    "edm-celeba": EDM_CIFAR | dict(dataset="celeba", image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_blocks=2, unet_use_classes=False),
+    "edm-fashion-mnist": EDM_CIFAR | dict(
+        dataset="fashion-mnist", channels=1, max_steps=50_000, unet_channels=64, unet_blocks=2),
+    "edm-celeba": EDM_CIFAR | dict(
+        dataset="celeba", image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_blocks=2, unet_use_classes=False),
     "udpm-cifar10": UDPM_CIFAR,
     "udpm-ffhq64": UDPM_64 | dict(dataset="data/ffhq64", udpm=UDPM(disc_dropout=0.2, grad_penalty=(0.1, 0.4, 0.8))),
-    "udpm-afhq64": UDPM_64 | dict(dataset="data/afhqv2", unet_dropout=0.1, udpm=UDPM(disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
+    "udpm-afhq64": UDPM_64 | dict(
+        dataset="data/afhqv2", unet_dropout=0.1, udpm=UDPM(disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
 }
 
 
@@ -88,7 +93,7 @@ def first_look(arguments: list[str]) -> FirstLook:
 
 
 def preset(name: str, device: str) -> dict:
-    """What the recipe of that name changes of Config's defaults; auto: the one that the device is up to. Raises SettingsError."""
+    """What that recipe changes of Config's defaults; auto: the one that the device is up to. Raises SettingsError."""
     if name == "auto":
         cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
         name = "small" if cpu else "cifar10-sr"
@@ -101,22 +106,27 @@ def preset(name: str, device: str) -> dict:
 
 
 def from_plain(kind, plain: dict):
-    """A dataclass from the plain dict that asdict made; keys it does not know (another version's) are dropped with a warning."""
+    """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning."""
     known = {f.name: f for f in fields(kind)}
     if unknown := set(plain) - set(known):
         warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
     values = {}
     for name in set(plain) & set(known):
         value, default = plain[name], known[name].default_factory
-        values[name] = from_plain(default, value) if is_dataclass(default) else tuple(value) if isinstance(value, list) else value
+        if is_dataclass(default):
+            value = from_plain(default, value)
+        elif isinstance(value, list):  # JSON knows no tuples
+            value = tuple(value)
+        values[name] = value
     return kind(**values)
 
 
 def parse(kind, arguments: list[str], description: str, default=None):
-    """The dataclass `kind` from the command line, by tyro. Raises SettingsError, one line, where it does not fit; exits after --help."""
+    """The dataclass `kind` from the command line, by tyro. Raises SettingsError, in one line; exits after --help."""
     with redirect_stderr(io.StringIO()) as errors:
         try:
-            return tyro.cli(kind, args=arguments, description=description, **({} if default is None else {"default": default}))
+            how = {} if default is None else dict(default=default)
+            return tyro.cli(kind, args=arguments, description=description, **how)
         except SystemExit as end:
             if not end.code:
                 raise

@@ -1,4 +1,5 @@
-"""What evaluate.py and judge.py say is checked against closed forms, other implementations, and the network's own call counter."""
+"""What evaluate.py and judge.py say is checked against closed forms, other implementations, and a count of the
+network's calls."""
 
 import json
 import math
@@ -68,7 +69,7 @@ def truth(batch):
     return batch.z1
 
 
-# --------------------------------------------------------------------------------------------------------------- Frechet
+# -------------------------------------------------------------------------------------------------------------- Frechet
 
 
 def test_frechet_of_gaussians_in_one_dimension():
@@ -118,7 +119,7 @@ def test_frechet_is_torchmetrics_fid():
     assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
 
 
-# --------------------------------------------------------------------------------------------------------- single metrics
+# ------------------------------------------------------------------------------------------------------- single metrics
 
 
 def test_psnr_against_numpy_and_torchmetrics():
@@ -202,7 +203,7 @@ def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
     )  # a flat image is a flat image
 
 
-# --------------------------------------------------------------------------------------------- classifier, halves, floor
+# -------------------------------------------------------------------------------------------- classifier, halves, floor
 
 
 def test_the_classifier_tells_dark_from_bright(judge, config):
@@ -297,7 +298,7 @@ def test_data_without_classes_and_too_few_images(folder, config):
     assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
 
 
-# ------------------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------------------------ the cache
 
 
 def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch):
@@ -344,7 +345,7 @@ def test_digest_sees_every_value():
     assert judging.digest(x.T, 1) == judging.digest(x, 1)
 
 
-# ------------------------------------------------------------------------------------------ what can't be had is left out
+# ---------------------------------------------------------------------------------------- what can't be had is left out
 
 
 def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
@@ -375,7 +376,7 @@ def test_packages_that_are_not_there(config, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------- samplers, costs
+# ------------------------------------------------------------------------------------------------------ samplers, costs
 
 SMALL = dict(image_size=16, unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, device="cpu")
 
@@ -446,10 +447,15 @@ def test_flops_are_the_mean_over_levels():
 def test_regression_is_least_squares():
     batch = one_batch(Config(**SMALL), 0)
     method = Regression()
-    oracle = lambda x, t, y, cond: batch.z1 - batch.zlo  # noqa: E731
+
+    def oracle(x, t, y, cond):
+        return batch.z1 - batch.zlo
+
+    def off(x, t, y, cond):
+        return batch.z1 - batch.zlo + 0.5
+
     assert method.loss(oracle, batch).abs().max() < 1e-10
     assert torch.allclose(method.sample(oracle, replace(batch, z1=None)), batch.z1)
-    off = lambda x, t, y, cond: batch.z1 - batch.zlo + 0.5  # noqa: E731
     assert torch.allclose(method.loss(off, batch), torch.full((3,), 0.25))
     with pytest.raises(ValueError, match="allows 1"):
         method.sample(oracle, batch, steps=2)

@@ -1,4 +1,5 @@
-"""Every method on every task goes through the whole trainer: two steps, pictures, checkpoints, and a resume that is bit for bit."""
+"""Every method on every task goes through the whole trainer: two steps, pictures, checkpoints, and a resume that is
+bit for bit."""
 
 import contextlib
 import shutil
@@ -45,8 +46,9 @@ def pictures(tmp_path_factory) -> Path:
 def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[Path, Path]:
     """A run of two steps, and a copy of its folder as it was after the first one."""
     flags = (
-        f"--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 --batch-size 4 --sample-count 2 "
-        f"--print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb --dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
+        "--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 "
+        "--batch-size 4 --sample-count 2 --print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb "
+        f"--dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
         f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method]} {more}"
     )
     if task == "paired":

@@ -69,8 +69,9 @@ def wiggly_net(x, t, y, cond):
 
 
 def impulses():
-    """A randn_like: row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0 zeros alone: the
-    sampler's response to each of its draws, so that moments over its noise are sums of squares, without Monte Carlo."""
+    """A randn_like: row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0
+    zeros alone: the sampler's response to each of its draws, so that moments over its noise are sums of squares,
+    without Monte Carlo."""
     draws = iter(range(1, 10**6))
 
     def randn_like(x):
@@ -306,7 +307,10 @@ def test_dopri5_follows_the_exact_flow_and_sample_converges_to_it():
 def test_euler_in_the_odes_time_is_the_papers_sampler(task, clip):
     """Where all intervals have the same variance, even steps in t and in k are the same."""
     method, batch = I2SB(n=40, beta_max=40 * 1e-4, ot_ode=True, clip_denoise=clip), make_batch(task)
-    sharp = lambda x, t, y, cond: -20 * wiggly_net(x, t, y, cond)  # noqa: E731 - so that clipping matters
+
+    def sharp(x, t, y, cond):
+        return -20 * wiggly_net(x, t, y, cond)  # so large that clipping matters
+
     torch.manual_seed(4)
     sample = method.sample(sharp, batch)
     torch.manual_seed(4)

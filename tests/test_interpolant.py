@@ -1,4 +1,5 @@
-"""The stochastic interpolant on Gaussian pairs, whose velocity field is known, and with a network that knows the answer."""
+"""The stochastic interpolant on Gaussian pairs, whose velocity field is known, and with a network that knows the
+answer."""
 
 import math
 import warnings
@@ -54,7 +55,8 @@ def oracle(path: str, z1):
 
 
 def gaussian_net(path: str, mean0, mean1, cov):
-    """E[alpha' z0 + beta' z1 | zt] where (z0, z1) is Gaussian in every pixel, with these means given cond and this covariance."""
+    """E[alpha' z0 + beta' z1 | zt] where (z0, z1) is Gaussian in every pixel, with these means given cond and this
+    covariance."""
 
     def net(x, t, y, cond):
         alpha, beta, d_alpha, d_beta = per_image(path, t)
@@ -257,7 +259,8 @@ def test_ode_is_the_exact_affine_map_between_gaussians(path, coupling):
 @COUPLINGS
 @SAMPLERS
 def test_every_sampler_draws_from_the_posterior(path, coupling, sampler):
-    """Given zlo, samples are N(E[z1 | zlo], Var[z1 | zlo]): for the ODE and, thanks to the score, for the SDE of any strength."""
+    """Given zlo, samples are N(E[z1 | zlo], Var[z1 | zlo]): for the ODE and, thanks to the score, for the SDE of any
+    strength."""
     size, sigma, eps0 = 80, 0.7, 0.8
     batch = gaussian_batch(2, size, condition=True)
     batch.zlo = batch.cond = torch.tensor([-0.6, 0.9])[:, None, None, None].expand(2, 3, size, size).contiguous()

@@ -71,7 +71,10 @@ def test_order_of_convergence(solver, order, t1, steps):
 
 
 def test_steps_that_shorten_towards_the_data():
-    """Of a velocity that pulls back to the data as 1/(1 - t), as an interpolant's does; z = 1 + (1 - t) g has g' = 1/(1 - t)."""
+    """The velocity pulls back to the data as 1/(1 - t), as an interpolant's does.
+
+    z = 1 + (1 - t) g has g' = 1/(1 - t).
+    """
 
     def exact(t, z0):
         return 1 + (z0.double() - 1) * (1 - t) - (1 - t) * math.log(1 - t)

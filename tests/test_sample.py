@@ -1,4 +1,5 @@
-"""sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written out here."""
+"""sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written
+out here."""
 
 import re
 import sys
@@ -39,7 +40,10 @@ METHODS = dict(
 
 
 def make_run(folder: Path, identity=False, **settings) -> str:
-    """A run's folder with random weights, or one whose samples are the damaged images themselves (a bridge without noise, an output of 0)."""
+    """A run's folder with random weights, or one whose samples are the damaged images themselves.
+
+    The latter is a bridge without noise whose network's output is 0.
+    """
     settings = (
         dict(unet_channels=8, unet_dim_mults=(1, 2), unet_blocks=1, image_size=16, overfit=False, precision="fp32")
         | settings
@@ -92,7 +96,8 @@ def test_odd_files(tmp_path, capsys):
     put(
         tmp_path / "in/exif.png",
         rgb,
-        exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00",
+        exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01"
+        b"\x00\x06\x00\x00\x00\x00\x00\x00",
     )
     put(tmp_path / "in/alpha.png", np.concatenate([rgb, np.full((14, 9, 1), 255, np.uint8)], 2) * (rgb[..., :1] < 128))
     Image.fromarray(rgb).quantize(17).save(tmp_path / "in/palette.gif")
@@ -573,7 +578,10 @@ def test_export_without_the_package_says_so(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_of_the_trainer(tmp_path, capsys):
-    arguments = "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 --unet-blocks 1 --no-use-wandb"
+    arguments = (
+        "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 "
+        "--unet-blocks 1 --no-use-wandb"
+    )
     assert (
         trainer.main(
             [

@@ -44,8 +44,8 @@ from unet import Guided
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode):
     """With everything that draws random numbers switched on: dropout, labels dropped, flips, shuffled epochs."""
     flags = (
-        f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 --print-loss-every 2 "
-        "--checkpoint-every 1"
+        f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 "
+        "--print-loss-every 2 --checkpoint-every 1"
     )
     victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 10000".split())
     until(lambda: list(tmp_path.glob("killed/*/checkpoints/last.pt")), victim)
@@ -330,7 +330,8 @@ def ranks(count):
 
 
 def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
-    # Adam enlarges the rounding of small gradients, hence the low rate, and groups of two channels: with one, a bias before a norm has none
+    # Adam enlarges the rounding of small gradients, hence the low rate, and groups of two channels: with groups of one,
+    # a bias before a norm has no gradient
     flags = "--precision fp32 --unet-channels 16 --base-lr 5e-5 --grad-clip 1000 --max-steps 3 --print-loss-every 1"
     arguments = f"{TINY} --out-dir {tmp_path}/two {flags}".split()
     both = [process(share, arguments, tmp_path / f"seen-{rank}", env=env) for rank, env in enumerate(ranks(2))]
@@ -369,7 +370,8 @@ def trainer_weights(run) -> list[dict]:
 
 
 def interrupted(arguments, rank, moment):
-    """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears from the other."""
+    """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears
+    from the other."""
 
     def strike(*_):
         if rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):

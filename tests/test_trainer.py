@@ -188,7 +188,8 @@ def test_labels_can_be_switched_off(tmp_path, folder, finished):
     "flags, null, flipped", [("--overfit", 0, 0), ("--no-overfit", 0.3, 0.5), ("--no-overfit --label-drop 0", 0, 0.5)]
 )
 def test_labels_drop_and_images_flip_in_their_share(tmp_path, folder, flags, null, flipped):
-    """Each image is one of the data set's or its mirror image, with its own label or the null label, and its damage follows it."""
+    """Each image is one of the data set's or its mirror image, with its own label or the null label, and its damage
+    follows it."""
     run = make(f"--out-dir {tmp_path} --dataset {folder} --batch-size 6 --label-drop 0.3 {flags}")
     known = {tuple(x.flatten().tolist()): (y, mirrored) for mirrored in (False, True) for x, y in zip(
         run.images.train.flip(3) if mirrored else run.images.train, run.images.train_y.tolist())}

@@ -237,9 +237,10 @@ def test_a_map_of_the_latent_reaches_its_level_and_finer_ones():
     assert all(torch.equal(x, y) for x, y in zip(first, states(a)))
     for level in (1, 2, 3):
         swapped = udpm.swap(a, b, level)
-        assert [x is y for x, y in zip(swapped, a)] == [l != level for l in (3, 2, 1)]
+        assert [x is y for x, y in zip(swapped, a)] == [other != level for other in (3, 2, 1)]
         assert swapped[3 - level] is b[3 - level]
-        assert [torch.equal(x, y) for x, y in zip(first, states(swapped))] == [l > level for l in (3, 2, 1, 0)]
+        same = [torch.equal(x, y) for x, y in zip(first, states(swapped))]
+        assert same == [other > level for other in (3, 2, 1, 0)]
     for level in (0, 4):
         with pytest.raises(ValueError, match="level = "):
             udpm.swap(a, b, level)
@@ -344,7 +345,9 @@ def test_penalty_and_its_own_gradient_against_finite_differences():
     batch = make_batch(side=16)
     batch = replace(batch, z1=batch.z1.double(), y=torch.tensor([0, 1]))
     disc = Discriminator(1, 0, 3, 2, 8, 0.0).double()
-    net = lambda x, t, y, cond: F.interpolate(x, scale_factor=2).double()
+
+    def net(x, t, y, cond):
+        return F.interpolate(x, scale_factor=2).double()
 
     def loss():
         return at_level(method, 3, lambda: method.disc_loss(disc, batch, net, 0.0))
@@ -546,9 +549,11 @@ def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
         heads = [lin.model[-1].weight for lin in package.lins]
         return sum((w * (x - y) ** 2).sum(1).mean((1, 2)) for w, x, y in zip(heads, features(a), features(b)))
 
-    distance = lambda a, b: udpm.lpips_distance(a, b, vgg_file)
+    def distance(a, b):
+        return udpm.lpips_distance(a, b, vgg_file)
+
     batch, net = make_batch(channels=3, side=32), Toy(3)
-    guess, truth = at_level(method, 2, lambda: method.draw(net, batch)[1:])
+    guess, truth = at_level(method, 2, lambda: method.noised_pair(net, batch)[1:])
     expected = formula(guess, truth)
     assert expected.min() > 1e-4
     torch.testing.assert_close(distance(guess, truth), expected, rtol=5e-3, atol=0)  # it rounds mean and std

@@ -1,0 +1,129 @@
+"""A trained run in a user's own Python, as the README shows it; and runs made before the files moved."""
+import lzma
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import start
+from test_sample import get, make_run, photo, put
+
+import sample
+import trainer
+from images import SettingsError
+from images.pictures import to_float
+from sample import open_model
+
+HERE = Path(__file__).parent
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def test_the_readmes_example(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs/NAME", identity=True)
+    put(tmp_path / "photo.png", photo(9, 14))
+    monkeypatch.chdir(tmp_path)
+    code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
+    exec(code, {})
+    np.testing.assert_array_equal(get(tmp_path / "restored.png"), photo(9, 14).repeat(2, 0).repeat(2, 1))
+
+
+def test_a_tensor_in_a_tensor_out(tmp_path):
+    model = open_model(make_run(tmp_path / "run", identity=True))
+    zlo = to_float(torch.from_numpy(photo(6, 4)).permute(2, 0, 1))[None]
+    made = model.restore(torch.cat([zlo, -zlo]))
+    assert made.dtype == torch.float32 and made.shape == (2, 3, 8, 12)
+    torch.testing.assert_close(made[:1], zlo.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(made[1], -made[0])
+
+
+def test_the_seed_and_the_label_decide_and_nothing_else(tmp_path):
+    path = make_run(tmp_path / "run", method="edm", sample_steps=2)
+    low, first = Image.fromarray(photo(8, 8)), open_model(path)
+    once = pixels(first.restore(low, seed=1, label="dog"))
+    np.testing.assert_array_equal(once, pixels(open_model(path).restore(low, seed=1, label=1)))
+    assert (once != pixels(first.restore(low, seed=2, label="dog"))).any()
+    assert (once != pixels(first.restore(low, seed=1, label="cat"))).any()
+    with pytest.raises(SettingsError, match="label = 'bird'"):
+        first.restore(low, label="bird")
+
+
+def test_grey_transparent_and_turned_images_are_read_as_from_files(tmp_path):
+    model = open_model(make_run(tmp_path / "run", identity=True))
+    grey = Image.fromarray(photo(5, 5, 1))
+    np.testing.assert_array_equal(pixels(model.restore(grey))[::2, ::2], np.stack([pixels(grey)] * 3, 2))
+    clear = Image.fromarray(np.dstack([photo(5, 5), np.zeros((5, 5), np.uint8)]))
+    assert (pixels(model.restore(clear)) == 255).all()  # over white
+
+
+def test_inpainting_by_mask_and_by_transparency(tmp_path):
+    model, rgb = open_model(make_run(tmp_path / "run", method="edm", sample_steps=2, task="inpaint")), photo(8, 8)
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:5] = 255
+    by_mask = pixels(model.restore(Image.fromarray(rgb), mask=Image.fromarray(hole)))
+    by_alpha = pixels(model.restore(Image.fromarray(np.dstack([rgb, 255 - hole]))))
+    np.testing.assert_array_equal(by_mask, by_alpha)
+    np.testing.assert_array_equal(by_mask[hole == 0], rgb[hole == 0])
+    assert (by_mask[hole > 0] != rgb[hole > 0]).any()
+    with pytest.raises(SettingsError, match="mask: its sides"):
+        model.restore(Image.fromarray(rgb), mask=Image.fromarray(hole[:4]))
+
+
+def test_generation_of_n_images_of_a_label(tmp_path):
+    model = open_model(make_run(tmp_path / "run", method="edm", task="generate", sample_steps=2), batch_size=2)
+    cats = model.generate(3, label="cat")
+    assert [image.size for image in cats] == [(16, 16)] * 3
+    assert len({image.tobytes() for image in cats}) == 3
+    few = model.generate(2, label="cat")  # an image depends on the seed and its number, not on how many there are
+    assert [image.tobytes() for image in few] == [image.tobytes() for image in cats[:2]]
+    with pytest.raises(SettingsError, match="use generate"):
+        model.restore(cats[0])
+    with pytest.raises(SettingsError, match="use restore"):
+        open_model(make_run(tmp_path / "other")).generate()
+
+
+# runs of an earlier version: tests/before holds a checkpoint and an exported file that it wrote after two steps
+
+@pytest.fixture
+def before(tmp_path) -> Path:
+    folder = tmp_path / "before"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.pt").write_bytes(lzma.decompress((HERE / "before/last.pt.xz").read_bytes()))
+    shutil.copy(HERE / "before/exported.safetensors", folder)
+    return folder
+
+
+def test_an_old_checkpoint_is_resumed(before):
+    assert trainer.main(["--resume", str(before), "--max-steps", "4"]) == 0
+    state = torch.load(before / "checkpoints/last.pt", weights_only=True)
+    total = sum(weight.double().abs().sum().item() for weight in state["players"][0].values())
+    assert state["step"] == 4 and total == pytest.approx(1573.5834, abs=0.02)  # as then; at step 2 it was 1573.4844
+
+
+def test_old_files_restore_the_same_picture(before):
+    low = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    put(before / "in.png", low)
+    for path in (before, before / "exported.safetensors"):
+        if path.suffix:
+            pytest.importorskip("safetensors")
+        out = before / f"out{path.suffix}"
+        flags = "--input", before / "in.png", "--output", out, "--precision", "fp32"
+        assert sample.main([str(argument) for argument in (path, *flags)]) == 0
+        corner = get(out / "in.png")[0, :4].astype(int)  # as it came out then
+        assert abs(corner - [[255, 0, 177], [255, 215, 255], [131, 4, 255], [54, 71, 165]]).max() <= 1
+
+
+def test_every_way_to_name_a_run_gives_the_same_model(tmp_path):
+    pytest.importorskip("safetensors")
+    run = start(tmp_path / "runs", "--max-steps 1 --precision fp32")
+    assert sample.main([str(run), "--export", str(tmp_path / "model.safetensors")]) == 0
+    low = Image.fromarray(photo(8, 8))
+    first, *others = (pixels(open_model(path).restore(low)) for path in
+                      (run, run / "checkpoints/last.pt", tmp_path / "model.safetensors"))
+    for other in others:
+        np.testing.assert_array_equal(first, other)
