@@ -6,7 +6,6 @@
 """
 import copy
 import json
-import math
 import signal
 import sys
 import time
@@ -31,11 +30,11 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import machine
-from support.checkpoints import new_folder, open_run, run_folder, save_checkpoint
+from support import checkpoints, machine
 from support.logs import Log, attempt
 from support.model import compile_network, draw, make_players, make_unet, silent_net
-from support.settings import PRESETS, first_look, parse, preset
+from support.settings import check, first_look, parse, preset
+from support.watch import Watch
 from unet import Counted, Guided
 
 COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
@@ -65,11 +64,13 @@ class Config:
     max_steps: int | None = None
     batch_size: int = 128  # images a step, of all GPUs together
     base_lr: float = 2e-4  # AdamW's learning rate
+    weight_decay: float = 0.0  # AdamW's, a step: rate times this
     warmup_steps: int = 0  # steps over which the rate rises from 0
     lr_decay: float = 1.0  # factor on the rate every 1,000 steps
     grad_clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.9999  # of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
-    label_drop: float = 0.1  # share of labels replaced by the null label, for guidance; 0 when overfitting
+    # share of labels replaced by the null label, for guidance; 0 when overfitting, unless guidance is asked for
+    label_drop: float = 0.1
     seed: int = 0  # of weights, data order and noise
 
     # THE NETWORK. Channels of its first level, a multiple of 8
@@ -92,9 +93,12 @@ class Config:
 
     # WHAT IS KEPT. Each run makes a folder in this one
     out_dir: str = "runs"
+    # of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
+    name: str | None = None
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
     print_loss_every: int = 50  # steps between logged losses
     checkpoint_every: int = 500  # steps between checkpoints
+    keep_every: int | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
     use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
     wandb_project: str = "couplings"  # wandb's project
     wandb_entity: str | None = None  # wandb's user or team; None: the account's default
@@ -141,6 +145,16 @@ class Config:
         return self.compile == "on" or self.compile == "auto" and self.steps >= COMPILE_FROM and not self.recipe.levels
 
     @property
+    def dropped(self) -> float:
+        """The share of labels that training drops: none when overfitting, unless guidance needs it."""
+        return self.label_drop if not self.overfit or self.guidance != 1 else 0.0
+
+    @property
+    def trains_null_label(self) -> bool:
+        """Whether the network learns what an image without a label is, which guidance starts from."""
+        return self.unet_use_classes and self.dropped > 0
+
+    @property
     def generates(self) -> bool:
         """Whether images are made from noise alone."""
         return parts(self.task) == ["generate"]
@@ -150,46 +164,16 @@ class Config:
         return self.damage(self.task, z1, y, self.condition, zlo)
 
     def check(self):
-        """Raises SettingsError, one line that names field, value and what is allowed."""
-        def need(name, good, allowed):
-            if not good:
-                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
-
-        need("preset", self.preset in PRESETS or self.preset == "auto", "auto, " + ", ".join(PRESETS))
-        for name in ("image_size", "batch_size", "unet_channels", "unet_blocks", "sample_every", "sample_count",
-                     "print_loss_every", "checkpoint_every"):
-            need(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("max_steps", "sample_steps"):
-            need(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more, or None")
-        for name in ("base_lr", "lr_decay", "grad_clip", "integration_atol", "integration_rtol"):
-            need(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("ema_decay", "unet_dropout"):
-            need(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
-        need("label_drop", 0 <= self.label_drop <= 1, "from 0 to 1")
-        need("warmup_steps", self.warmup_steps >= 0, "0 or more")
-        need("guidance", math.isfinite(self.guidance), "a finite number")
-        need("channels", self.channels in (1, 3), "1 or 3")
-        need("unet_channels", self.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
-        mults = self.unet_dim_mults
-        need("unet_dim_mults", mults and min(mults) >= 1, "one or more whole numbers from 1")
-        tasks = parts(self.task)
-        paired = self.paired_path is not None
-        need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
-        self.damage.check(self.task, self.image_size)
-        need("solver", self.solver == "auto" or self.solver in ode_int.SOLVERS, "auto, " + ", ".join(ode_int.SOLVERS))
-        if self.solver != "auto" and not self.recipe.has_ode:
-            raise SettingsError(f"solver = {self.solver!r}: {self.method} {self.recipe.no_ode}; allowed is auto")
-        if self.sampler == "dopri5" and self.sample_steps is not None:
-            raise SettingsError(f"sample_steps = {self.sample_steps}: dopri5 chooses its own steps; "
-                                "add --solver midpoint, or leave sample_steps out")
-        self.recipe.check()
+        """Raises SettingsError, one line that names the field, its value and what is allowed."""
+        check(self)
 
 
 class Trainer:
     """A run: data, networks, optimizers, log and checkpoints. Raises SettingsError before the first step."""
 
     def __init__(self, config: Config, checkpoint: dict | None = None):
-        self.config, self.step, self.images_seen, self.saved = config, 0, 0, True
+        self.config, self.step, self.images_seen = config, 0, 0
+        self.saved, self.due = True, False  # whether the last checkpoint was written; whether one is to be caught up on
         self.signals, (self.rank, self.world) = machine.Signals(), machine.processes()
         self.device = machine.pick_device(config.device)
         self.precision = machine.set_up(self.device, config.precision)
@@ -207,35 +191,40 @@ class Trainer:
         config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off")
         self.config = config
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
+        if config.guidance != 1 and not self.num_classes:
+            raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
         self.rehearse()
 
         machine.reseed("weights", config.seed)
         self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = make_players(config, self.net, self.num_classes)
-        self.optimizers = [torch.optim.AdamW(module.parameters(), config.base_lr, weight_decay=0.0, fused=True)
-                           for module, _ in self.players]
-        self.loss = torch.zeros(2, device=self.device)  # since the last report: sum, steps
-        self.skipped = torch.zeros(2, device=self.device)  # steps whose gradient was not finite: in all, in a row
+        how = dict(lr=config.base_lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizers = [torch.optim.AdamW(module.parameters(), **how) for module, _ in self.players]
+        self.watch = Watch(self.device)
 
-        self.folder = None
+        self.folder = checkpoints.run_folder(config.resume) if checkpoint else None
         if checkpoint:
-            self.folder = run_folder(config.resume)
             self.load(checkpoint)
         if self.rank == 0:
-            self.open_folder(checkpoint["wandb_id"] if checkpoint else None)
+            self.open_folder(checkpoint)
         if config.compiles:
             if self.rank == 0:
                 print("compiling the network, which takes minutes (--compile off leaves it out)")
-            compile_network(self.net, self.gradients_of_a_batch)
+            compile_network(self.net, self.rehearse_step)
 
-    def open_folder(self, wandb_id: str | None):
+    def open_folder(self, checkpoint: dict | None):
         """The run's folder, its settings and its log; tells what is about to be trained."""
         c = self.config
-        self.folder = self.folder or new_folder(c.out_dir, c.method, c.task)
+        if self.folder is None and c.name:
+            self.folder = checkpoints.named_folder(c.out_dir, c.name)
+        self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
+        self.lock = checkpoints.lock_folder(self.folder)
+        checkpoints.remove_leftovers(self.folder)
         plain = json.dumps(asdict(c), indent=1)
         write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
         self.announce()
+        wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
         self.log = Log(self.folder, self.step, wandb if c.use_wandb else None)
 
@@ -244,9 +233,12 @@ class Trainer:
         """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
         draw(self.config.quick, silent_net(self.config), self.held_out()[:1])
 
-    def gradients_of_a_batch(self):
-        with machine.autocast(self.device, self.precision):
-            self.players[0][1](self.net, self.batch(self.step)).mean().backward()
+    def rehearse_step(self):
+        """Forward and backward of a batch; of a method that draws a level for each, of so many that all have come."""
+        net, loss = self.players[0]
+        for step in range(8 * self.config.recipe.levels or 1):
+            with machine.autocast(self.device, self.precision):
+                loss(net, self.batch(step)).mean().backward()
 
     def announce(self):
         c, n = self.config, self.images
@@ -272,12 +264,12 @@ class Trainer:
             zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
         if not self.num_classes:
             y = None
-        elif not c.overfit and c.label_drop:
-            y = torch.where(torch.rand(len(y), device=self.device) < c.label_drop, self.num_classes, y)
+        elif c.dropped:
+            y = torch.where(torch.rand(len(y), device=self.device) < c.dropped, self.num_classes, y)
         return c.damaged(z1, y, zlo)
 
-    def train_step(self) -> Tensor:
-        """One step of every player -> the network's loss, left on the device."""
+    def train_step(self):
+        """One step of every player. Its losses stay on the device."""
         c, losses = self.config, []
         batch = self.batch(self.step)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
@@ -295,13 +287,11 @@ class Trainer:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             losses.append(value.detach())
-        skip = torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax()
-        self.skipped = torch.stack([self.skipped[0], self.skipped[1] * skip]) + skip
+        self.watch.count(losses[0], torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax())
         self.step, self.images_seen = self.step + 1, self.images_seen + c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # or the average would keep a graph of all its steps
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
-        return losses[0]
 
     def run(self) -> int:
         """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
@@ -309,6 +299,7 @@ class Trainer:
             stopped = self.loop()
             if self.rank == 0:
                 self.log.close()
+                self.lock = None
             machine.leave_processes()
         return stopped
 
@@ -320,8 +311,7 @@ class Trainer:
         if self.step and self.step % c.sample_every == 0 and self.rank == 0 and not self.picture.exists():
             self.show()  # the run was stopped before it could
         while self.step < c.steps and not stopped:
-            loss = self.train_step()
-            self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+            self.train_step()
             bar.update()
             last = self.step == c.steps
             if last or self.step % c.print_loss_every == 0:
@@ -333,7 +323,8 @@ class Trainer:
                 self.show()
                 clock += time.perf_counter() - paused
             stopped = self.asked_to_stop()
-            if last or stopped or self.step % c.checkpoint_every == 0:
+            overdue = self.due and self.step % c.print_loss_every == 0
+            if last or stopped or overdue or self.step % c.checkpoint_every == 0:
                 self.save()
         bar.close()
         return stopped
@@ -348,23 +339,24 @@ class Trainer:
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
-        if self.world > 1:
-            machine.average_over_processes([self.loss])
-        (loss, count), (skipped, in_a_row) = self.loss.tolist(), self.skipped.tolist()
+        loss, skipped, in_a_row = self.watch.report()
         images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
-        loss = loss / count if count else None
-        self.loss.zero_()
         if self.rank == 0:
             self.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
-            line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.0f} images/s"
+            line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
             bar.set_postfix_str(line)
             if bar.disable:
                 print(f"step {self.step:,}: {line}", flush=True)
         if in_a_row >= MAX_SKIPPED:
-            self.save()  # its weights are finite: they are those of before
-            raise FloatingPointError(
-                f"the last {in_a_row:.0f} gradients were not finite and their steps were skipped: lower base_lr "
-                f"({self.config.base_lr}), or go on in full precision: --resume {self.folder} --precision fp32")
+            raise FloatingPointError(f"the last {in_a_row} gradients were not finite and their steps were skipped: "
+                                     f"{self.advice()}")
+
+    def advice(self) -> str:
+        """What to do about a run that diverges."""
+        lower = f"lower base_lr ({self.config.base_lr})"
+        if not self.folder or not checkpoints.has_checkpoint(self.folder):
+            return f"{lower} and start again"
+        return f"go on from the last good checkpoint, --resume {self.folder}, and {lower} or add --precision fp32"
 
     # ------------------------------------------------------------------------------------------------------ pictures
 
@@ -429,29 +421,40 @@ class Trainer:
         """
         if self.rank:
             return
+        c = self.config
         checkpoint = dict(
-            step=self.step, images_seen=self.images_seen, config=asdict(self.config), classes=self.images.classes,
-            num_classes=self.num_classes, wandb_id=self.log.wandb_id, loss=self.loss, skipped=self.skipped,
+            step=self.step, images_seen=self.images_seen, config=asdict(c), classes=self.images.classes,
+            num_classes=self.num_classes, wandb_id=self.log.wandb_id, absolute_paths=checkpoints.absolute_paths(c),
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
-        self.saved = bool(attempt("the checkpoint", lambda: save_checkpoint(self.folder, checkpoint)))
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.watch.state())
+        if reason := self.watch.unfit(checkpoint):
+            if not self.due:
+                tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
+            self.saved, self.due = False, True
+            return
+        self.due = False
+        keep = c.keep_every is not None and self.step % c.keep_every == 0
+        path = attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
+        self.saved = path is not None
 
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""
         c = self.config
-        state = checkpoint["players"], checkpoint["optimizers"]
         try:
+            state = checkpoint["players"], checkpoint["optimizers"]
             self.ema.load_state_dict(checkpoint["ema"])
             for (module, _), optimizer, weights, moments in zip(self.players, self.optimizers, *state, strict=True):
                 module.load_state_dict(weights)
                 optimizer.load_state_dict(moments)
+            self.watch.load(checkpoint)
+        except KeyError as failure:
+            raise SettingsError(f"resume = {c.resume!r}: its checkpoint lacks {failure}, can't go on") from None
         except (RuntimeError, ValueError) as failure:
             reason = one_line(failure)[:200]
             raise SettingsError(f"resume = {c.resume!r}: its network is not the one these settings describe "
                                 f"({reason} ...)") from None
         self.step = checkpoint["step"]
         self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
-        self.loss, self.skipped = checkpoint["loss"].to(self.device), checkpoint["skipped"].to(self.device)
         if self.step >= c.steps:
             raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
 
@@ -460,19 +463,30 @@ class Trainer:
 
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
     """The run's Config, and the checkpoint that --resume names. Raises SettingsError, exits after --help."""
-    first, checkpoint = first_look(arguments), None
-    if first.resume:
-        run = open_run(first.resume, Config)
-        start, checkpoint = replace(run.config, resume=first.resume), run.checkpoint
+    first, run = first_look(arguments), None
+    resume = first.resume
+    if resume == "":
+        raise SettingsError("resume = '': allowed is a run's folder")
+    if first.name is not None:
+        if resume is not None:
+            raise SettingsError("of --name and --resume one is allowed: --name goes on by itself")
+        folder = checkpoints.named_folder(first.out_dir, first.name)
+        resume = str(folder) if checkpoints.has_checkpoint(folder) else None
+    if resume is not None:
+        run = checkpoints.open_run(resume, Config)
+        start = replace(run.config, resume=resume)
     else:
         start = Config(**preset(first.preset, first.device))
     config = parse(Config, arguments, __doc__, start)
+    if run:
+        checkpoints.refuse_another_network(run.config, config)
     if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
         config = replace(config, max_steps=first.max_steps)
         if config.overfit:
             config = replace(config, warmup_steps=first.warmup_steps or 0)
     config.check()
-    return config, checkpoint
+    config.recipe.check()
+    return config, run.checkpoint if run else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -480,7 +494,11 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:
-        trainer = Trainer(*read_command_line(sys.argv[1:] if arguments is None else arguments))
+        config, checkpoint = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        if config.name and checkpoint and checkpoint["step"] >= config.steps:  # a scheduler may start it once more
+            print(f"{config.out_dir}/{config.name} is done: step {checkpoint['step']:,} of {config.steps:,}")
+            return 0
+        trainer = Trainer(config, checkpoint)
         stopped = trainer.run()
     except SettingsError as failure:
         print(f"trainer.py: {failure}", file=sys.stderr)

@@ -1,17 +1,22 @@
 """A run's folder and what is in it; a trained run as a folder, a checkpoint or an exported file."""
 import json
+import os
 import time
-from dataclasses import asdict, dataclass
+import warnings
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from images import SettingsError, one_line
+from images import SettingsError, data, one_line
 from images.files import write_atomically
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
+KEYS = {"step", "config", "classes", "num_classes", "ema", "players"}  # that a checkpoint has to have to be sampled
 
 
 @dataclass
@@ -43,21 +48,62 @@ class Run:
 
 
 def open_run(path: str | Path, config_class) -> Run:
-    """A run's folder, a checkpoint or an exported file -> Run with a `config_class`. Raises SettingsError."""
+    """A run's folder, a checkpoint or an exported file -> Run with a `config_class`. Raises SettingsError.
+
+    Where a folder's last checkpoint is damaged, the one before it is taken, with a warning.
+    """
     if Path(path).suffix == EXPORTED:
         return open_exported(str(path), config_class)
-    file = run_folder(path) / "checkpoints" / "last.pt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise SettingsError(f"run = {str(path)!r}: there is no checkpoint {file}")
+    if not Path(path).is_dir():
+        return open_checkpoint(str(path), Path(path), config_class)
+    last, previous = (Path(path) / "checkpoints" / name for name in ("last.pt", "previous.pt"))
     try:
+        return open_checkpoint(str(path), last, config_class)
+    except DamagedError as failure:
+        try:
+            run = open_checkpoint(str(path), previous, config_class)
+        except SettingsError:
+            raise failure from None
+        warnings.warn(f"{failure}; previous.pt, of step {run.step:,}, takes its place: what came after is lost")
+        return run
+
+
+class DamagedError(SettingsError):
+    """A checkpoint that is not there or not whole."""
+
+
+def open_checkpoint(name: str, file: Path, config_class) -> Run:
+    """`name`: the run as the user named it. Raises SettingsError."""
+    if not file.is_file():
+        raise DamagedError(f"run = {name!r}: there is no checkpoint {file}")
+    try:
+        with zipfile.ZipFile(file) as whole:
+            if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
+                raise ValueError(f"the checksum of {damaged} is wrong")
         c = torch.load(file, map_location="cpu", weights_only=True)
-        config = from_plain(config_class, c["config"])
-        seen = c.get("images_seen", c["step"] * config.batch_size)
-        weights = dict(ema=c["ema"], raw=c["players"][0])
-        return Run(str(path), config, c["classes"], c["num_classes"], c["step"], seen, weights, c)
+        missing = KEYS - c.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except PermissionError as failure:
+        raise SettingsError(f"run = {name!r}: {file} can't be read ({failure.strerror})") from None
     except Exception as failure:  # a file of anything fails in many ways
         reason = one_line(failure)[:100]
-        raise SettingsError(f"run = {str(path)!r}: {file} is not a checkpoint of this trainer ({reason})") from None
+        raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({reason})") from None
+    config = read_config(name, c["config"], config_class)
+    there = {field: path for field, path in c.get("absolute_paths", {}).items() if Path(path).exists()}
+    config = replace(config, **there)  # the folder one stands in may be another today
+    seen, weights = c.get("images_seen", c["step"] * config.batch_size), dict(ema=c["ema"], raw=c["players"][0])
+    return Run(name, config, c["classes"], c["num_classes"], c["step"], seen, weights, c)
+
+
+def read_config(name: str, plain: dict, config_class):
+    """The settings of a run, checked like those of the command line. Raises SettingsError."""
+    try:
+        config = from_plain(config_class, plain)
+        config.check()
+        return config
+    except SettingsError as failure:
+        raise SettingsError(f"run = {name!r}: its settings can't be used: {failure}") from None
 
 
 def open_exported(path: str, config_class) -> Run:
@@ -66,13 +112,11 @@ def open_exported(path: str, config_class) -> Run:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["run"])
         weights = safetensors.torch.load_file(path)
-        step = about.get("step", 0)
-        config = from_plain(config_class, about["config"])
-        seen = about.get("images_seen", step * config.batch_size)
-        kind = "ema" if about["ema"] else "raw"
-        return Run(path, config, about["classes"], about["num_classes"], step, seen, {kind: weights})
+        kind, plain = "ema" if about["ema"] else "raw", about["config"]
+        rest = about["classes"], about["num_classes"], about.get("step", 0), about.get("images_seen", 0)
     except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError, safetensors.SafetensorError) as failure:
         raise SettingsError(f"run = {path!r}: not a file that --export wrote ({one_line(failure)[:100]})") from None
+    return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
 
 
 def export(run: Run, path: Path, ema: bool = True) -> int:
@@ -111,12 +155,89 @@ def new_folder(out_dir: str, method: str, task: str) -> Path:
     raise SettingsError(f"out_dir = {out_dir!r}: it holds 100 runs of this second")
 
 
-def save_checkpoint(folder: Path, checkpoint: dict) -> Path:
-    """checkpoints/last.pt in the run's folder, replaced atomically."""
-    path = folder / "checkpoints" / "last.pt"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda f: torch.save(checkpoint, f))
-    return path
+def named_folder(out_dir: str, name: str) -> Path:
+    """out_dir/name, made if need be. Raises SettingsError."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise SettingsError(f"name = {name!r}: allowed is a folder's name, without slashes")
+    folder = Path(out_dir) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise SettingsError(f"name = {name!r}: no folder {folder} can be made ({failure.strerror})") from None
+    return folder
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
+    """checkpoints/last.pt in the run's folder, replaced atomically; the one before it becomes previous.pt.
+
+    keep: also step_N.pt, which stays.
+    """
+    last = folder / "checkpoints" / "last.pt"
+    new = last.with_name(".next.pt")
+    last.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(new, lambda f: torch.save(checkpoint, f))
+    if last.exists():
+        link(last, last.with_name("previous.pt"))
+    os.replace(new, last)
+    if keep:
+        link(last, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
+    return last
+
+
+def link(file: Path, other: Path):
+    """`other` becomes a second name of the file, or a copy where the disk knows no second names."""
+    new = other.with_name(f".{other.name}.{os.getpid()}")
+    try:
+        os.link(file, new)
+        os.replace(new, other)
+    except OSError:
+        write_atomically(other, lambda f: f.write(file.read_bytes()))
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def refuse_another_network(trained, config):
+    """A run goes on with the method and the network that it began with. Raises SettingsError."""
+    for name in ("method", "channels", "condition",
+                 "unet_channels", "unet_dim_mults", "unet_blocks", "unet_use_classes"):
+        before, now = getattr(trained, name), getattr(config, name)
+        if before != now:
+            raise SettingsError(f"{name} = {now!r}: the run was trained with {before!r}, and goes on with it")
+
+
+def absolute_paths(c) -> dict[str, str]:
+    """Where the data is, whatever folder one stands in when the run goes on."""
+    named = dict(data_path=c.data_path, paired_path=c.paired_path)
+    if c.dataset not in (*data.DOWNLOADS, "shapes"):
+        named["dataset"] = c.dataset
+    return {name: str(Path(path).expanduser().resolve()) for name, path in named.items() if path}
+
+
+def lock_folder(folder: Path):
+    """An open file that keeps every other trainer out of the run's folder until it, or this process, is gone.
+
+    Raises SettingsError where another one has it. A disk that knows no locks is used without, with a warning.
+    """
+    try:
+        import fcntl  # not on Windows
+        file = open(folder / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
+    except (ImportError, OSError) as failure:
+        warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
+
+
+def remove_leftovers(folder: Path):
+    """What a process that was killed while it wrote has left behind."""
+    for leftover in [*folder.glob("**/.*.tmp"), *folder.glob("checkpoints/.*.pt*")]:
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def run_folder(run: str | Path) -> Path:

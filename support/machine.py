@@ -34,6 +34,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name.startswith("cuda:") and world > 1:
         raise SettingsError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, "
                             "each on a GPU of its own")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise SettingsError(f"device = {named!r}: allowed is auto, cuda, cuda:1 or cpu")
     try:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
@@ -117,7 +119,7 @@ def average_over_processes(tensors: list[Tensor]):
 # -------------------------------------------------------------------------------------------------------------- signals
 
 class Signals:
-    """SIGINT and SIGTERM while a run trains. The first one ends the run after its step, or cuts short what is
+    """SIGINT, SIGTERM and SIGHUP while a run trains. The first one ends the run after its step, or cuts short what is
     `interruptible`; a second one ends it at once, by KeyboardInterrupt.
 
     What comes within a second counts as one: a scheduler may signal each process, and torchrun then does so again.
@@ -127,7 +129,11 @@ class Signals:
         self.number, self.came, self.interruptible = 0, None, False  # the last signal, when the first came
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows knows no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+                self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):

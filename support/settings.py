@@ -1,15 +1,18 @@
 """Settings from the command line and from plain dicts; PRESETS, whole recipes on this project's UNet."""
 import io
+import math
 import warnings
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import dropwhile, takewhile
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
+import ode_int
 from images import SettingsError
-from images.corruptions import Damage
+from images.corruptions import Damage, parts
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
@@ -78,6 +81,8 @@ class FirstLook:
 
     preset: str = "auto"
     resume: str | None = None
+    name: str | None = None
+    out_dir: str = "runs"
     device: str = "auto"
     max_steps: int | None = None
     warmup_steps: int | None = None
@@ -106,7 +111,12 @@ def preset(name: str, device: str) -> dict:
 
 
 def from_plain(kind, plain: dict):
-    """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning."""
+    """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning.
+
+    Raises SettingsError for a value of another type.
+    """
+    if not isinstance(plain, dict):
+        raise SettingsError(f"{plain!r} is given for {kind.__name__}: allowed is its fields by name")
     known = {f.name: f for f in fields(kind)}
     if unknown := set(plain) - set(known):
         warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
@@ -115,10 +125,30 @@ def from_plain(kind, plain: dict):
         value, default = plain[name], known[name].default_factory
         if is_dataclass(default):
             value = from_plain(default, value)
-        elif isinstance(value, list):  # JSON knows no tuples
-            value = tuple(value)
+        else:
+            value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+            hint = get_type_hints(kind)[name]
+            if not fits(value, hint):
+                raise SettingsError(f"{name} = {value!r}: allowed is {getattr(hint, '__name__', hint)}")
         values[name] = value
     return kind(**values)
+
+
+def fits(value, hint) -> bool:
+    """Whether a value has the type that a field is annotated with."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in arguments
+    if kind is tuple:  # tuple[X, ...], or one type an entry
+        if not isinstance(value, tuple):
+            return False
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if arguments:  # a union
+        return any(fits(value, each) for each in arguments)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def parse(kind, arguments: list[str], description: str, default=None):
@@ -133,3 +163,43 @@ def parse(kind, arguments: list[str], description: str, default=None):
     # the first paragraph of tyro's box, whose frame is drawn in ASCII where the terminal knows no better
     lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
     raise SettingsError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))
+
+
+def check(c):
+    """Raises SettingsError, one line that names the field of a trainer.Config, its value and what is allowed."""
+    def need(name, good, allowed):
+        if not good:
+            raise SettingsError(f"{name} = {getattr(c, name)!r}: allowed is {allowed}")
+
+    need("preset", c.preset in PRESETS or c.preset == "auto", "auto, " + ", ".join(PRESETS))
+    for name, most in dict(image_size=8192, batch_size=10**6, unet_channels=8192, unet_blocks=100, sample_every=10**12,
+                           sample_count=10**6, print_loss_every=10**12, checkpoint_every=10**12).items():
+        need(name, 1 <= getattr(c, name) <= most, f"1 to {most:,}")
+    for name in ("max_steps", "sample_steps", "keep_every"):
+        need(name, getattr(c, name) is None or 1 <= getattr(c, name) <= 10**12, "1 or more, or None")
+    for name in ("base_lr", "lr_decay", "grad_clip", "integration_atol", "integration_rtol"):
+        need(name, 0 < getattr(c, name) < math.inf, "a number above 0")
+    for name in ("ema_decay", "unet_dropout"):
+        need(name, 0 <= getattr(c, name) < 1, "from 0 to below 1")
+    need("label_drop", 0 <= c.label_drop <= 1, "from 0 to 1")
+    need("weight_decay", 0 <= c.weight_decay < math.inf, "0 or more")
+    for name in ("warmup_steps", "seed"):
+        need(name, 0 <= getattr(c, name) < 2**63, "0 or more")
+    need("guidance", math.isfinite(c.guidance), "a finite number")
+    need("channels", c.channels in (1, 3), "1 or 3")
+    need("unet_channels", c.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
+    mults = c.unet_dim_mults
+    need("unet_dim_mults", mults and min(mults) >= 1, "one or more whole numbers from 1")
+    tasks = parts(c.task)
+    paired = c.paired_path is not None
+    need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
+    c.damage.check(c.task, c.image_size)
+    need("solver", c.solver == "auto" or c.solver in ode_int.SOLVERS, "auto, " + ", ".join(ode_int.SOLVERS))
+    if c.solver != "auto" and not c.recipe.has_ode:
+        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.recipe.no_ode}; allowed is auto")
+    if c.sampler == "dopri5" and c.sample_steps is not None:
+        raise SettingsError(f"sample_steps = {c.sample_steps}: dopri5 chooses its own steps; "
+                            "add --solver midpoint, or leave sample_steps out")
+    if c.guidance != 1 and not c.trains_null_label:
+        raise SettingsError(f"guidance = {c.guidance}: allowed is 1 where no label is dropped in training; "
+                            "--label-drop 0.1 drops a tenth of them")

@@ -104,27 +104,50 @@ def test_lines_after_the_checkpoint_and_half_lines_are_dropped(copy):
     )
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "another object", "another program's"])
-def test_a_damaged_checkpoint_is_one_line(copy, capsys, damage):
-    path = copy / "checkpoints" / "last.pt"
+DAMAGE = pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "empty", "text", "another object", "another program's"])
+
+
+def damage_file(path, damage):
     if damage == "another object":
         torch.save([1, 2], path)
     elif damage == "another program's":
         torch.save({"model": torch.zeros(2), "step": 7}, path)
     else:
-        path.write_bytes({"truncated": path.read_bytes()[:-2000], "empty": b"", "text": b"epoch 3\n"}[damage])
+        content = path.read_bytes()
+        flipped = content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:]  # one bit, in somebody's weights
+        path.unlink()  # previous.pt may be the same file
+        path.write_bytes(dict(truncated=content[:-2000], flipped=flipped, empty=b"", text=b"epoch 3\n")[damage])
+
+
+@DAMAGE
+def test_a_damaged_checkpoint_is_one_line(copy, capsys, damage):
+    for name in ("last.pt", "previous.pt"):
+        damage_file(copy / "checkpoints" / name, damage)
     capsys.readouterr()
     resume(copy, "--max-steps 6", status=2)
     error = one_line(capsys)
     assert "run = " in error and str(copy) in error
 
 
+@DAMAGE
+def test_the_checkpoint_before_takes_a_damaged_ones_place(copy, capsys, damage):
+    path = copy / "checkpoints" / "last.pt"
+    straight = checkpoint(copy)
+    damage_file(path, damage)
+    with pytest.warns(UserWarning, match="previous.pt, of step 2, takes its place"):
+        resume(copy, "--max-steps 4")
+    same(checkpoint(copy), straight)
+
+
 @pytest.mark.parametrize("flags, words", [
     ("", ["max_steps = 4", "step 4"]),
     ("--max-steps 3", ["max_steps = 3", "step 4"]),
-    ("--max-steps 6 --unet-channels 16", ["resume", "network"]),
-    ("--max-steps 6 --no-unet-use-classes", ["resume", "network"]),
-    ("--max-steps 6 --no-condition", ["resume", "network"]),
+    ("--max-steps 6 --unet-channels 16", ["unet_channels = 16", "trained with 8"]),
+    ("--max-steps 6 --no-unet-use-classes", ["unet_use_classes = False"]),
+    ("--max-steps 6 --no-condition", ["condition = False"]),
+    ("--max-steps 6 --method i2sb", ["method = 'i2sb'", "trained with 'interpolant'"]),
+    ("--max-steps 6 --name other", ["--name", "--resume"]),
 ])
 def test_a_resume_that_cannot_be_changes_nothing(finished, capsys, flags, words):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}

@@ -1,4 +1,5 @@
 """The whole run, on a tiny network: settings, data, gradients."""
+import copy
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import FINISHED, TINY, at_step, checkpoint, finite, kept, leaves, make, metrics, one_line, resume, same, start
+from runs import FINISHED, TINY, at_step, checkpoint, finite, leaves, make, metrics, one_line, resume, same, start
 
 import methods.udpm
 import trainer
@@ -120,7 +121,15 @@ def poison(monkeypatch, steps):
 
 def test_a_gradient_that_is_not_finite_skips_its_step(tmp_path, monkeypatch):
     poison(monkeypatch, {1, 4, 5})
-    states = kept(monkeypatch)
+    states, original = {}, Trainer.train_step
+
+    def train_step(self):
+        original(self)
+        state = dict(players=[net.state_dict() for net, _ in self.players], ema=self.ema.state_dict(),
+                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        states[self.step] = copy.deepcopy(state)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     run = start(tmp_path, "--max-steps 6 --print-loss-every 1 --checkpoint-every 1")
     moved = {
         step: not torch.equal(states[step]["players"][0]["stem.weight"], states[step - 1]["players"][0]["stem.weight"])
@@ -142,16 +151,18 @@ def test_many_in_a_row_end_the_run_with_advice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "MAX_SKIPPED", 3)
     with monkeypatch.context() as patch:
         poison(patch, range(2, 100))
-        run = start(tmp_path, "--max-steps 50 --print-loss-every 1", status=1)
-    error = one_line(capsys)
+        run = start(tmp_path, "--max-steps 50 --print-loss-every 1 --checkpoint-every 1", status=1)
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "step 2 is not saved: the last 1 gradients were not finite" in warning
     assert "base_lr" in error and "--precision fp32" in error
     state = checkpoint(run)
-    assert finite(state) and state["step"] == 4 and state["skipped"][0] == 3
-    command = error[error.index("--resume"):]  # what it says to do works
-    assert trainer.main([*command.split(), "--max-steps", "6"]) == 0 and checkpoint(run)["skipped"].tolist() == [3, 0]
+    assert finite(state) and state["step"] == 1  # the last good one
+    command = [word.strip(",;") for word in error[error.index("--resume"):].split()[:2]]  # what it says to do works
+    assert trainer.main([*command, "--precision", "fp32", "--max-steps", "6"]) == 0
+    assert checkpoint(run)["step"] == 6 and checkpoint(run)["skipped"].tolist() == [0, 0]
 
 
-def test_one_of_two_players_alone_can_end_the_run(tmp_path, monkeypatch):
+def test_one_of_two_players_alone_can_end_the_run(tmp_path, monkeypatch, capsys):
     """A healthy discriminator must not hide a network that never learns, nor the other way round."""
     monkeypatch.setattr(trainer, "MAX_SKIPPED", 3)
     for sick in (0, 1):
@@ -164,7 +175,9 @@ def test_one_of_two_players_alone_can_end_the_run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Interpolant, "players", players, raising=False)
         run = start(tmp_path / str(sick), "--max-steps 6 --print-loss-every 1", status=1)
-        assert finite(checkpoint(run)) and checkpoint(run)["skipped"].tolist() == [3, 3]
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "the last 3 gradients were not finite" in error and "start again" in error
+        assert not list(run.rglob("*.pt"))  # nothing good was there to be saved
 
 
 # ---------------------------------------------------------------------------------------------------- labels and flips

@@ -1,0 +1,65 @@
+"""Whether a run is well: its losses, the gradients that were not finite, whether its state may replace a good one."""
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from support.machine import average_over_processes
+
+DIVERGED = 100  # times the lowest loss: a run that stands above it replaces no checkpoint
+
+
+class Watch:
+    """Counts on the device; the host looks when it reports and when it saves."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros(2, device=device)  # since the last report: sum of the finite ones, their number
+        self.skipped = torch.zeros(2, device=device)  # steps whose gradient was not finite: in all, in a row
+        self.first = torch.full((), math.nan, device=device)  # the first loss that was counted
+        self.recent = self.lowest = None  # mean losses between two reports: the last one, the lowest one
+
+    def count(self, loss: Tensor, skip: Tensor):
+        """A step's loss, and whether it was skipped (1) or not (0), both scalars on the device."""
+        self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+        self.skipped = torch.stack([self.skipped[0], self.skipped[1] * skip]) + skip
+        self.first = torch.where(self.first.isnan(), loss, self.first)
+
+    def report(self) -> tuple[float | None, int, int]:
+        """The mean loss since the last report, over all processes; the steps skipped in all, and in a row."""
+        if dist.is_initialized():
+            average_over_processes([self.loss])
+        loss, count = self.loss.tolist()
+        self.loss.zero_()
+        mean = loss / count if count else None
+        self.recent = math.inf if mean is None else mean
+        seen = [value for value in (self.lowest, self.first.item(), mean) if value is not None and math.isfinite(value)]
+        self.lowest = min(seen, default=None)
+        return mean, *map(int, self.skipped.tolist())
+
+    def unfit(self, checkpoint: dict) -> str | None:
+        """Why a checkpoint of this moment must not replace a good one; None: it may."""
+        (loss, count), in_a_row = self.loss.tolist(), int(self.skipped[1])
+        recent = loss / count if count else self.recent
+        if in_a_row:
+            return f"the last {in_a_row} gradients were not finite"
+        if recent is not None and self.lowest is not None and recent > DIVERGED * self.lowest > 0:
+            return f"the loss is {recent:.3g}, {DIVERGED} times and more above the {self.lowest:.3g} where it was"
+        if not is_finite(checkpoint):
+            return "the weights or the optimizer's averages are not finite"
+
+    def state(self) -> dict:
+        return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest)
+
+    def load(self, checkpoint: dict):
+        self.loss, self.skipped = (checkpoint[name].to(self.loss.device) for name in ("loss", "skipped"))
+        self.lowest = checkpoint.get("lowest_loss")
+
+
+def is_finite(checkpoint) -> bool:
+    """Whether every number in nested dicts and lists of tensors is."""
+    if torch.is_tensor(checkpoint):
+        return bool(checkpoint.isfinite().all())
+    if isinstance(checkpoint, dict):
+        return is_finite(list(checkpoint.values()))
+    return not isinstance(checkpoint, list) or all(map(is_finite, checkpoint))

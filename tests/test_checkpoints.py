@@ -1,0 +1,254 @@
+"""What a run keeps: nothing good is overwritten by what is bad, one trainer a folder, and the same command goes on."""
+import json
+import math
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from runs import FINISHED, TINY, at_step, checkpoint, finite, metrics, one_line, resume, same, start, until
+
+import trainer
+from images import SettingsError
+from support import checkpoints
+from support.watch import Watch
+from trainer import Config, Trainer
+
+
+def named(out: Path, flags: str = "", status=0, name="mine") -> Path:
+    assert trainer.main(f"{TINY} --out-dir {out} --name {name} {flags}".split()) == status
+    return out / name
+
+
+# ------------------------------------------------------------------------------------------- bad does not replace good
+
+@pytest.mark.parametrize("rate", ["10", "1e6", "1e38"])
+def test_a_run_that_diverges_keeps_its_good_checkpoint_and_its_advice_works(tmp_path, capsys, rate):
+    often = "--print-loss-every 2 --checkpoint-every 2 --sample-every 1000"
+    run = start(tmp_path, f"--max-steps 6 {often}")
+    good = checkpoint(run)
+    capsys.readouterr()
+    status = trainer.main(f"--resume {run} --max-steps 60 {often} --base-lr {rate} --grad-clip 1e9".split())
+    said = capsys.readouterr().err
+    state = checkpoint(run)
+    assert status == 1 and finite(state), said
+    assert "is not saved" in said and f"--resume {run}" in said and "base_lr" in said
+    # what it says to do works: from there the loss falls
+    assert trainer.main(f"--resume {run} --max-steps {state['step'] + 20} {often} --base-lr 1e-3".split()) == 0
+    losses = [line["loss"] for line in metrics(run) if "loss" in line]
+    assert math.isfinite(losses[-1])
+    assert checkpoint(run)["lowest_loss"] <= good["lowest_loss"]
+
+
+def test_nan_in_the_optimizers_averages_is_not_saved(tmp_path, monkeypatch, capsys):
+    original = Trainer.train_step
+
+    def train_step(self):
+        original(self)
+        if self.step == 3:  # the next steps have finite gradients and go on
+            next(iter(self.optimizers[0].state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    run = start(tmp_path, "--max-steps 4 --checkpoint-every 2 --sample-every 1000", status=1)
+    assert checkpoint(run)["step"] == 2 and "averages are not finite" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_put_off_is_caught_up_on(tmp_path, monkeypatch, capsys):
+    """Step 2 is skipped, and so not saved; the next report finds the run well again."""
+    saved, original = [], trainer.checkpoints.save_checkpoint
+    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint",
+                        lambda folder, state, keep: saved.append(state["step"]) or original(folder, state, keep))
+    unfit = Watch.unfit
+
+    def says_so(self, state):
+        return "a test says so" if state["step"] == 2 else unfit(self, state)
+
+    monkeypatch.setattr(Watch, "unfit", says_so)
+    start(tmp_path, "--max-steps 5 --checkpoint-every 2 --print-loss-every 1 --sample-every 1000")
+    assert saved == [3, 4, 5] and capsys.readouterr().err.count("is not saved") == 1
+
+
+@pytest.mark.parametrize("recent, lowest, fit", [(0.5, 0.4, True), (39.0, 0.4, True), (41.0, 0.4, False),
+                                                 (math.inf, 0.4, False), (7.0, None, True)])
+def test_what_counts_as_diverged(recent, lowest, fit):
+    watch = Watch(torch.device("cpu"))
+    watch.recent, watch.lowest = recent, lowest
+    assert (watch.unfit(dict(weights=[torch.ones(2)])) is None) == fit
+
+
+def test_the_lowest_loss_starts_from_the_first_and_survives(tmp_path):
+    run = start(tmp_path, "--max-steps 4 --print-loss-every 2 --sample-every 1000")
+    logged = [line["loss"] for line in metrics(run) if "loss" in line]
+    before = checkpoint(run)["lowest_loss"]
+    assert before <= min(logged) + 1e-6
+    resume(run, "--max-steps 6 --base-lr 1e-9")
+    assert checkpoint(run)["lowest_loss"] <= before
+
+
+# ------------------------------------------------------------------------------------------------------ what there is
+
+def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, capsys):
+    run = start(tmp_path, "--max-steps 7 --checkpoint-every 2 --keep-every 4 --sample-every 1000")
+    folder = run / "checkpoints"
+    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.iterdir()}
+    assert steps == {"last.pt": 7, "previous.pt": 6, "step_000004.pt": 4}
+    straight = start(tmp_path / "straight", "--max-steps 4 --checkpoint-every 2 --sample-every 1000")
+    kept = torch.load(folder / "step_000004.pt", weights_only=True)
+    same(kept, checkpoint(straight), ("ema", "players", "optimizers"))
+
+
+def test_where_files_can_have_one_name_only_the_one_before_is_a_copy(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    run = start(tmp_path, "--max-steps 4 --checkpoint-every 2 --keep-every 4 --sample-every 1000")
+    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in (run / "checkpoints").iterdir()}
+    assert steps == {"last.pt": 4, "previous.pt": 2, "step_000004.pt": 4}
+
+
+def test_what_a_killed_writer_left_is_cleared_away(copy):
+    leftovers = [copy / "checkpoints" / ".next.pt", copy / ".config.json.123.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    resume(copy, "--max-steps 5")
+    assert not any(path.exists() for path in leftovers) and checkpoint(copy)["step"] == 5
+
+
+def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
+    (tmp_path / "here").mkdir()
+    shutil.copytree(folder, tmp_path / "here" / "pictures")
+    monkeypatch.chdir(tmp_path / "here")
+    run = start(tmp_path / "runs", "--dataset pictures --max-steps 2")
+    monkeypatch.chdir(tmp_path)
+    resume(run, "--max-steps 3")
+    assert checkpoint(run)["step"] == 3
+    assert json.loads((run / "config.json").read_text())["dataset"] == str(tmp_path / "here" / "pictures")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["config"].update(batch_size="many"), ["batch_size = 'many'", "int"]),
+    (lambda c: c["config"].update(unet_dim_mults=[1, "2"]), ["unet_dim_mults"]),
+    (lambda c: c["config"]["damage"].update(factor=1000), ["damage.factor = 1000"]),
+    (lambda c: c["config"].update(damage=3), ["3 is given for Damage"]),
+    (lambda c: c.update(config="nothing"), ["'nothing' is given for Config"]),
+    (lambda c: c.pop("classes"), ["it lacks classes"]),
+    (lambda c: c.pop("optimizers"), ["lacks 'optimizers'"]),
+])
+def test_a_checkpoint_with_nonsense_in_it_is_one_line(copy, capsys, change, words):
+    state = checkpoint(copy)
+    change(state)
+    for path in (copy / "checkpoints").iterdir():
+        torch.save(state, path)
+    capsys.readouterr()
+    resume(copy, "--max-steps 6", status=2)
+    error = one_line(capsys)
+    assert all(word in error for word in words), error
+
+
+def test_a_checkpoint_that_may_not_be_read_is_one_line(copy, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", refused)
+    capsys.readouterr()
+    resume(copy, "--max-steps 6", status=2)
+    assert "last.pt can't be read (Permission denied)" in one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------- one trainer a folder
+
+def test_a_second_trainer_in_a_folder_is_refused(tmp_path, process, capsys):
+    run = start(tmp_path, "--max-steps 2")
+    other = process(trainer.main, f"--resume {run} --max-steps 100000 --checkpoint-every 50".split())
+    until(lambda: other.log.exists() and "steps 2 to" in other.log.read_text(), other)
+    capsys.readouterr()
+    resume(run, "--max-steps 3", status=2)
+    assert "another trainer is at work in this folder" in one_line(capsys)
+    os.kill(other.pid, signal.SIGKILL)  # its lock dies with it
+    other.join()
+    step = checkpoint(run)["step"]
+    resume(run, f"--max-steps {step + 1}")
+    assert checkpoint(run)["step"] == step + 1
+
+
+def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="can't be locked"):
+        assert checkpoint(start(tmp_path, "--max-steps 1"))["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------- the same command goes on
+
+def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, finished, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run = named(tmp_path, FINISHED, status=143)
+    assert checkpoint(run)["step"] == 3
+    assert named(tmp_path, FINISHED) == run
+    same(checkpoint(run), checkpoint(finished))
+    assert metrics(run) == metrics(finished)
+
+
+def test_a_finished_command_says_so_and_succeeds(tmp_path, capsys):
+    run = named(tmp_path, "--max-steps 2")
+    before = checkpoint(run)
+    capsys.readouterr()
+    named(tmp_path, "--max-steps 2")
+    assert "mine is done: step 2 of 2" in capsys.readouterr().out
+    same(checkpoint(run), before)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--name mine --method sr3", ["method = 'sr3'", "trained with 'interpolant'"]),
+    ("--name mine --unet-channels 16", ["unet_channels = 16"]),
+    ("--name a/b", ["name = 'a/b'", "without slashes"]),
+    ("--name ..", ["name = '..'"]),
+])
+def test_a_name_is_a_name_and_stands_for_one_network(tmp_path, capsys, flags, words):
+    named(tmp_path, "--max-steps 1")
+    capsys.readouterr()
+    assert trainer.main(f"{TINY} --out-dir {tmp_path} --max-steps 2 {flags}".split()) == 2
+    error = one_line(capsys)
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("arguments", [["--resume", ""], ["--resume="], ["--name", ""]])
+def test_an_empty_name_is_refused(capsys, arguments):
+    assert trainer.main(arguments) == 2
+    assert arguments[0].strip("-=") + " = ''" in one_line(capsys)
+
+
+def test_hangup_saves_like_the_others_unless_it_is_ignored(tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    run = start(tmp_path / "a", "--max-steps 4", status=128 + signal.SIGHUP)
+    assert checkpoint(run)["step"] == 2
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert checkpoint(start(tmp_path / "b", "--max-steps 4"))["step"] == 4
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+def test_guidance_needs_a_trained_null_label(tmp_path, capsys):
+    for flags in ("--guidance 2 --label-drop 0", "--guidance 0 --label-drop 0 --no-overfit",
+                  "--guidance 2 --no-unet-use-classes"):
+        with pytest.raises(SettingsError, match="guidance = "):
+            trainer.read_command_line(f"{TINY} {flags}".split())
+    config, _ = trainer.read_command_line(f"{TINY} --guidance 2".split())
+    assert config.overfit and config.dropped == 0.1  # the demo drops labels where guidance needs it
+    assert Config().dropped == 0 and Config(overfit=False).dropped == 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guided = "--preset edm-cifar10-guided --overfit --max-steps 2 --solver auto --sample-steps 2"
+        assert trainer.main(f"{TINY} {guided} --out-dir {tmp_path}".split()) == 0
