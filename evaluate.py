@@ -3,9 +3,11 @@
     python evaluate.py RUN [RUN ...]                           runs' folders, or checkpoints
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
 
-Into --output go one JSON file a run, written after each figure, table.md, quality.pdf and quality.png. A RUN that is such a JSON
-file joins the table as it is, under the file's name. pip install torchmetrics lpips torch-fidelity matplotlib: for SSIM, LPIPS,
-FID and the plot. All else is measured without them; metrics.py says how.
+Into --output go one JSON file a run, written after each figure, table.md, quality.pdf and quality.png. A RUN that is
+such a JSON file joins the table as it is, under the file's name. evaluation/judge.py says how each column is measured.
+SSIM, LPIPS, FID and the plot need more packages; all else is measured without them:
+
+    pip install torchmetrics lpips torch-fidelity matplotlib
 """
 import json
 import math
@@ -41,22 +43,27 @@ class Options:
     """What is measured, on what, and where the results go."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # runs' folders, checkpoints, or JSON files of an earlier evaluation
-    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out (EDM's Heun takes odd ones)
+    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
+    # takes odd ones only
     nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
     default: bool = True  # also the method's own sampler with its own count
-    # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE, if it has one
+    # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE, where
+    # it has one
     solver: str = "auto"
     count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
     metrics: tuple[str, ...] = METRICS  # the columns
-    classifier_epochs: int = 8  # passes over the training images for the classifier behind accuracy and FD, which is trained once
+    # passes over the training images for the classifier behind accuracy and FD, which is trained once
+    classifier_epochs: int = 8
     ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    data_path: str | None = None  # where the data set is now, if it moved: the folder itself, or that of a downloaded set
+    # where the data set is now, if it moved: the folder itself, or that of a downloaded set
+    data_path: str | None = None
     paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
     output: str | None = None  # folder of the results; None: a new one in runs/
     batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
     seed: int = 0  # of damage and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network's activations; auto: bf16 where the chip computes in it
+    # of the network's activations; auto: bf16 where the chip computes in it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
@@ -72,7 +79,7 @@ class Options:
             need(name, getattr(self, name) >= 1, "1 or more")
 
 
-# ------------------------------------------------------------------------------------------------------ samplers and costs
+# --------------------------------------------------------------------------------------------------- samplers and costs
 
 def evaluations(config: Config, batch: Batch) -> float:
     """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
@@ -85,7 +92,8 @@ def evaluations(config: Config, batch: Batch) -> float:
 
 
 def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
-    """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE for which there is none."""
+    """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE
+    left out, since no count of steps takes exactly those."""
     own = replace(config, solver="auto", sample_steps=None)
     few = replace(own, solver=solver if config.recipe.has_ode else "auto")
     if few.sampler == "dopri5":  # it chooses its own steps
@@ -103,15 +111,18 @@ def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> 
             found.append(setting)
         else:
             missing.append(n)
-    return found + [own] * (default and own not in found), missing
+    if default and own not in found:
+        found.append(own)
+    return found, missing
 
 
 def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:
     """Floating-point operations of a training step, forward and backward, of every player, an image.
 
-    A method with levels (UDPM; else 0) draws one for each step: the mean over levels, which are told apart by what they cost.
+    A method with levels (UDPM; else 0) draws one for each step: the mean over levels, told apart by what they cost.
     """
-    costs, levels = [set() for _ in players], max(levels, 1)
+    levels = max(levels, 1)
+    costs = [set() for _ in players]
     for number in range(8 * levels):
         reseed("flops", number)
         for cost, (module, loss) in zip(costs, players):
@@ -126,43 +137,51 @@ def training_flops(levels: int, players: list, batch: Batch, precision: str) -> 
     return sum(sum(cost) / len(cost) for cost in costs) / len(batch.zlo)
 
 
-# -------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
-    """All that the table, the plot and the reader need to know of a run but the figures, as plain values; and its network.
+    """All but the figures that the table, the plot and the reader need of a run, as plain values; and its network.
 
     The run's settings say where the data is now. Raises SettingsError for what can't be measured.
     """
     c, device = run.config, judge.device
     if run.num_classes and run.classes != judge.images.classes:
-        raise SettingsError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run.path} was trained on")
+        raise SettingsError(f"data_path = {o.data_path!r}: {judge.images.name} has other classes than {run.path} "
+                            "was trained on")
     net = load_network(run, o.ema).to(device)
-    left_out, flops = judge.left_out(c, run.num_classes > 0), None
     players = make_players(c, net.requires_grad_(True), run.num_classes)
+    parameters = [sum(p.numel() for p in module.parameters()) for module, _ in players]
+    left_out = judge.left_out(c, run.num_classes > 0)
+    flops = None
     try:
-        flops = run.images_seen * training_flops(c.recipe.levels, players, first_images(judge, c, run.num_classes, 2), o.precision)
-    except SettingsError as failure:  # a loss with LPIPS, whose weights are not to be had
+        batch = first_images(judge, c, run.num_classes, 2)
+        flops = run.images_seen * training_flops(c.recipe.levels, players, batch, o.precision)
+    except SettingsError as failure:  # a loss with LPIPS, whose weights are not available
         left_out["training FLOPs"] = one_line(failure)
-    network = {f.name: getattr(c, f.name) for f in fields(c) if f.name.startswith("unet_")}
-    return dict(
-        name=run.name, run=run.path, method=c.method,
-        problem=dict(task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
-                     split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy, seed=o.seed),
-        training=dict(network=", ".join(f"{name.removeprefix('unet_').replace('_', ' ')} {value}" for name, value in network.items()),
-                      labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
-                      weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit),
-        costs=dict(parameters=[sum(p.numel() for p in module.parameters()) for module, _ in players], training_flops=flops,
-                   steps=run.step, global_batch=c.batch_size),
-        record=dict(reference="the same test images, undamaged; FID and FD: the other half of them", quantised="uint8, clamped",
-                    dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
-                    device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__),
-        rows=[], baselines=[], left_out=left_out, nfe_left_out=[],
-        config=asdict(c)), net.eval().requires_grad_(False)
+    knobs = [f.name for f in fields(c) if f.name.startswith("unet_")]
+    network = ", ".join(f"{knob.removeprefix('unet_').replace('_', ' ')} {getattr(c, knob)}" for knob in knobs)
+    problem = dict(
+        task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
+        split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy,
+        seed=o.seed)
+    training = dict(
+        network=network, labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
+        weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit)
+    costs = dict(parameters=parameters, training_flops=flops, steps=run.step, global_batch=c.batch_size)
+    record = dict(
+        reference="the same test images, undamaged; FID and FD: the other half of them", quantised="uint8, clamped",
+        dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
+        device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__)
+    result = dict(
+        name=run.name, run=run.path, method=c.method, problem=problem, training=training, costs=costs, record=record,
+        rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
+    return result, net.eval().requires_grad_(False)
 
 
 def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: list[Config], file: Path):
     """Fills in the rows, one for each sampler of `settings`. `file` holds the result as far as it goes."""
     classes = net.num_classes
+    own = replace(c, solver="auto", sample_steps=None)
     for setting in settings:
         counted = Counted(net)
 
@@ -170,8 +189,10 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
             with autocast(judge.device, o.precision):
                 return draw(setting, Guided(counted, c.guidance), batch)[0]
 
-        sampler = setting.sampler if setting.sampler != "own" else f"own {getattr(c.recipe, 'sampler', '')}".strip()
-        row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == replace(c, solver="auto", sample_steps=None), nfe=None)
+        sampler = setting.sampler
+        if sampler == "own":
+            sampler = f"own {getattr(c.recipe, 'sampler', '')}".strip()
+        row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == own, nfe=None)
         try:
             if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
                 with torch.no_grad():
@@ -193,21 +214,25 @@ def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
 
 
 def task(config: Config) -> str:
-    """The task and the knobs that make it what it is. How sr enlarges its input again is the method's affair, not the task's."""
+    """The task and the knobs that make it what it is: how sr enlarges its input again is the method's affair."""
     knobs = dict(sr=("factor", "down"), inpaint=("mask",), blur=("kernel", "width", "sigma"), jpeg=("quality",))
-    named = {name: ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in knobs.get(name, ())) for name in parts(config.task)}
-    return " or ".join(name + f" ({settings})" * bool(settings) for name, settings in named.items())
+    described = []
+    for name in dict.fromkeys(parts(config.task)):
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in knobs.get(name, ()))
+        described.append(f"{name} ({settings})" if settings else name)
+    return " or ".join(described)
 
 
 def code_version() -> str:
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
@@ -229,22 +254,25 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is in the output folder."""
+    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
-        device, folder = pick_device(o.device), Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
+        device = pick_device(o.device)
+        folder = Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
         o = replace(o, precision=set_up(device, o.precision))
         earlier = {path: read_result(path) for path in o.runs if Path(path).suffix == ".json"}
         runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
         names = [earlier[path]["name"] if path in earlier else runs[path].name for path in o.runs]
         if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file may have another")
+            raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file "
+                                "may have another")
         try:
             (folder if o.output else folder.parent).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise SettingsError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
-        judges, baselines, results, jobs = {}, {}, [], []
+        judges = {}  # of each data set
+        results, jobs = [], []
         for path in o.runs:  # everything is described before anything is measured: what is wrong shows at once
             if path in earlier:
                 results.append(earlier[path])
@@ -253,15 +281,19 @@ def main(arguments: list[str] | None = None) -> int:
             key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
             if key not in judges:
                 judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
-            result, net = describe(runs[path], o, judges[key])
-            settings, result["nfe_left_out"] = samplers(c, o.nfe, first_images(judges[key], c, net.num_classes, 2), o.solver, o.default)
+            judge = judges[key]
+            result, net = describe(runs[path], o, judge)
+            batch = first_images(judge, c, net.num_classes, 2)
+            settings, result["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
             if not settings:
-                raise SettingsError(f"nfe = {o.nfe}: the {c.method} sampler of {path} can do none of them exactly; leave --no-default out")
-            jobs.append((result, net, c, judges[key], settings, (key, result["problem"]["task"])))
+                raise SettingsError(f"nfe = {o.nfe}: the {c.method} sampler of {path} can do none of them exactly; "
+                                    "leave --no-default out")
+            jobs.append((result, net, c, judge, settings, (key, result["problem"]["task"])))
             results.append(result)
         folder.mkdir(exist_ok=True)
         for difference in differences(results):
             print(f"not one comparison: {difference}", file=sys.stderr)
+        baselines = {}  # of each data set and task
         try:
             for result, net, c, judge, settings, key in jobs:
                 if key not in baselines:

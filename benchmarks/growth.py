@@ -3,7 +3,8 @@
     python benchmarks/growth.py                                     the preset that trainer.py takes here
     python benchmarks/growth.py --preset cifar10-sr --widths 64 128
 
-Prints a Markdown table, with the power laws that fit it best, and writes JSON. benchmarks/README.md explains the columns.
+Prints a Markdown table, with the power laws that fit it best, and writes JSON. benchmarks/README.md explains the
+columns.
 """
 import math
 import statistics
@@ -62,11 +63,12 @@ def show_growth(report: dict) -> str:
     table, laws = [], []
     for row in report["grow"]:
         milliseconds, images_per_second, _ = cells(row)
-        arithmetic = ["", ""]
+        gflop = tflops = ""
         if "turns" in row:
-            arithmetic = [f"{row['flop_an_image'] / 1e9:.3g}", f"{row['flop_an_image'] * row['images_per_second'] / 1e12:.3g}"]
+            gflop = f"{row['flop_an_image'] / 1e9:.3g}"
+            tflops = f"{row['flop_an_image'] * row['images_per_second'] / 1e12:.3g}"
         sizes = [row[field] for field in ("batch_size", "image_size", "unet_channels")]
-        table.append([*sizes, milliseconds, images_per_second, *arithmetic, size(row.get("peak_bytes"))])
+        table.append([*sizes, milliseconds, images_per_second, gflop, tflops, size(row.get("peak_bytes"))])
     for field in dict.fromkeys(row["varies"] for row in report["grow"]):
         some = [row for row in report["grow"] if row["varies"] == field and "turns" in row]
         x = [row[field] for row in some]
@@ -83,7 +85,8 @@ def show_growth(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
-    started, arguments = time.time(), sys.argv[1:] if arguments is None else arguments
+    started = time.time()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         o = parse(Options, arguments, __doc__)
         config, device = o.config()
@@ -92,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as failure:
         print(f"growth.py: {failure}", file=sys.stderr)
         return 2
-    report = dict(command=" ".join(["python benchmarks/growth.py", *arguments]), machine=machine(device), config=asdict(config))
+    command = " ".join(["python benchmarks/growth.py", *arguments])
+    report = dict(command=command, machine=machine(device), config=asdict(config))
     print(describe(report))
     measure_growth(o, config, device, report)
     print(show_growth(report))

@@ -3,8 +3,9 @@
     python benchmarks/memory.py                    every preset of one network
     python benchmarks/memory.py cifar10-sr small   these
 
-The step runs on tensors without content (FakeTensorMode), so a network of any size and batch can be counted on any machine, and
-torch's MemTracker follows what is alive. A device's allocator and libraries come on top. Prints a Markdown table.
+The step runs on tensors without content (FakeTensorMode), so a network of any size and batch can be counted on any
+machine, and torch's MemTracker follows what is alive. A device's allocator and libraries come on top. Prints a Markdown
+table.
 """
 import sys
 import warnings
@@ -24,18 +25,22 @@ from trainer import Config
 
 CLASSES = 10
 FIXED = 20  # bytes a parameter: weight, gradient, AdamW's two moments, and the average, float32 each
+HEAD = ("preset", "parameters", "batch", "side", "weights, optimizer, GiB", "activations, GiB", "in all, GiB",
+        "with checkpointing, GiB")
 
 
 def count(config: Config) -> tuple[int, int]:
-    """Parameters of the network; the most bytes of activations and temporaries that are alive at any moment of a step."""
+    """Parameters of the network; the most bytes of activations and temporaries alive at any moment of a step."""
     c, side = config, config.image_size
+    paired = "paired" in parts(c.task)
     with torch.no_grad():  # methods make their tables once: now, of real numbers
         few = torch.zeros(1, c.channels, side, side)
-        c.recipe.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if "paired" in parts(c.task) else None))
+        c.recipe.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net, tracker = make_unet(c, CLASSES * c.unet_use_classes), MemTracker()
+        net = make_unet(c, CLASSES if c.unet_use_classes else 0)
         z1, y = torch.randn(c.batch_size, c.channels, side, side), torch.zeros(c.batch_size, dtype=torch.long)
-        batch = c.damaged(z1, y if c.unet_use_classes else None, z1 if "paired" in parts(c.task) else None)
+        batch = c.damaged(z1, y if c.unet_use_classes else None, z1 if paired else None)
+        tracker = MemTracker()
         tracker.track_external(net)
         with tracker:
             with torch.autocast("cpu", torch.bfloat16):
@@ -56,15 +61,16 @@ def main(names: list[str]) -> int:
         print(f"memory.py: preset = {unknown[0]!r}: allowed are {', '.join(one_network)}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
-    print("| preset | parameters | batch | side | weights, optimizer, GiB | activations, GiB | in all, GiB | with checkpointing, GiB |")
-    print("|---" * 8 + "|", flush=True)
+    print(f"| {' | '.join(HEAD)} |")
+    print("|---" * len(HEAD) + "|", flush=True)
     for name in names or one_network:
         config = Config(**PRESETS[name])
         parameters, activations = count(config)
         _, fewer = count(replace(config, unet_checkpointing=True))
-        fixed, gib = FIXED * parameters, 2**30
-        print(f"| {name} | {parameters / 1e6:.1f}M | {config.batch_size} | {config.image_size} | {fixed / gib:.2f} | {activations / gib:.2f} "
-              f"| {(fixed + activations) / gib:.2f} | {(fixed + fewer) / gib:.2f} |", flush=True)
+        fixed = FIXED * parameters
+        sizes = [f"{size / 2**30:.2f}" for size in (fixed, activations, fixed + activations, fixed + fewer)]
+        cells = [name, f"{parameters / 1e6:.1f}M", str(config.batch_size), str(config.image_size), *sizes]
+        print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 
 

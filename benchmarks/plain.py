@@ -41,7 +41,8 @@ class PlainLoop:
         self.config, self.device = config, device
         pairs = PlainPairs(images, config)
         endless = RandomSampler(pairs, replacement=True, num_samples=2**40)
-        self.loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=pinned)
         self.batches = None
         self.ahead = workers * self.loader.prefetch_factor  # batches that are ready soon after the workers start
         reseed("weights", config.seed)
@@ -51,7 +52,8 @@ class PlainLoop:
     def run(self, n: int, train: bool) -> float:
         """Seconds of n batches, or steps, once the head start of the workers is used up.
 
-        The workers stay for the next call: a step after a fork would be slow, for it writes to pages that it shares with them.
+        The workers stay for the next call: a step after a fork would be slow, for it writes to pages that it shares
+        with them.
         """
         self.batches = self.batches or iter(self.loader)
         for _ in range(1 + self.ahead):

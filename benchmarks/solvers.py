@@ -1,15 +1,16 @@
-"""Which solver, in how many steps: network evaluations (NFE) against distance from dopri5's result at 1e-5, for a trained run.
+"""Which solver, in how many steps: a trained run's network evaluations (NFE) against the distance from dopri5 at 1e-5.
 
     python benchmarks/solvers.py RUN                     held-out images of the run's data
     python benchmarks/solvers.py RUN --precisions bf16 fp32
 
-Every row starts from the same noise. Distance is the root mean square over pixels, in levels of 255, of what the solver makes
-of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler step is the regression answer, and scores best there. FD
-is metrics.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
+Every row starts from the same noise. Distance is the root mean square over pixels, in levels of 255, of what the solver
+makes of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler step is the regression answer, and scores
+best there. FD is evaluation/judge.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
 """
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +40,8 @@ class Options:
     solvers: tuple[Literal["euler", "midpoint", "heun", "rk4"], ...] = tuple(ode_int.FIXED_STEP)  # with each of `steps`
     steps: tuple[int, ...] = (2, 3, 4, 5, 7, 10, 15, 20)  # of those
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4)  # of dopri5, absolute and relative, beside the reference at 1e-5
-    precisions: tuple[Literal["bf16", "fp32"], ...] | None = None  # of the fixed steps; None: bf16 where the chip computes in it
+    # of the fixed steps; None: bf16 where the chip computes in it
+    precisions: tuple[Literal["bf16", "fp32"], ...] | None = None
     count: int = 500  # images
     batch_size: int = 100  # images at a time; dopri5's steps depend on it a little
     frechet: bool = True  # also the Frechet distance, by a classifier that is trained once, some minutes on a CPU
@@ -59,7 +61,7 @@ class Options:
 
 
 def levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Root mean square of x - reference (B, C, H, W), both clamped, in levels of 255: of all pixels, of the worst image's."""
+    """RMS of x - reference (B, C, H, W), both clamped, in levels of 255: of all pixels, of the worst image's."""
     error = (x.clamp(-1, 1) - reference.clamp(-1, 1)).mul(127.5).square().flatten(1).mean(1)
     return error.mean().sqrt().item(), error.max().sqrt().item()
 
@@ -68,10 +70,14 @@ def candidates(o: Options, config: Config, device: torch.device) -> list[tuple[s
     """(name, settings, precision), the reference first."""
     precisions = o.precisions or ("bf16" if bf16_helps(device) else "fp32",)
     adaptive = replace(config, solver="dopri5", sample_steps=None)
-    result = [(f"dopri5, {tolerance:g}", replace(adaptive, integration_atol=tolerance, integration_rtol=tolerance), "fp32")
-              for tolerance in (1e-5, *o.tolerances)]
-    return result + [(f"{solver}, {steps} steps", replace(config, solver=solver, sample_steps=steps), precision)
-                     for precision in precisions for solver in o.solvers for steps in o.steps]
+    result = []
+    for tolerance in (1e-5, *o.tolerances):
+        setting = replace(adaptive, integration_atol=tolerance, integration_rtol=tolerance)
+        result.append((f"dopri5, {tolerance:g}", setting, "fp32"))
+    for precision, solver, steps in product(precisions, o.solvers, o.steps):
+        setting = replace(config, solver=solver, sample_steps=steps)
+        result.append((f"{solver}, {steps} steps", setting, precision))
+    return result
 
 
 def measure(o: Options, config: Config, net, judge, device: torch.device) -> list[dict]:
@@ -103,10 +109,11 @@ def measure(o: Options, config: Config, net, judge, device: torch.device) -> lis
 
 
 def cheapest(table: list[dict], rms: float = 1.0, share: float = 0.02) -> dict | None:
-    """The row of fewest evaluations within `rms` levels of the first, with a Frechet distance at most `share` above its."""
+    """The row of fewest evaluations within `rms` levels of the first, of a Frechet distance at most `share` larger."""
     def good(row):
         near = row.get("rms", float("inf")) <= rms
         return near and (row["frechet"] is None or row["frechet"] <= (1 + share) * table[0]["frechet"])
+
     return min(filter(good, table), key=lambda row: (row["nfe"], row["rms"]), default=None)
 
 
@@ -120,15 +127,17 @@ def show(report: dict) -> str:
         cells.append([row["name"], row["precision"], *numbers])
     head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s an image", "FD"]
     best, first = cheapest(report["table"]), report["table"][0]
-    within = "one level" + " and 2% of FD" * (first["frechet"] is not None)
-    choice = f"Fewest evaluations within {within}: {best['name']}, {best['precision']}: {best['nfe']:.0f} NFE instead of {first['nfe']:.0f}."
+    within = "one level" if first["frechet"] is None else "one level and 2% of FD"
+    choice = (f"Fewest evaluations within {within}: {best['name']}, {best['precision']}: {best['nfe']:.0f} NFE "
+              f"instead of {first['nfe']:.0f}.")
     missing = f"\nNo FD: {report['no_frechet']}." if report["no_frechet"] else ""
     return markdown(f"{report['count']} held-out images, {report['run']}.", head, cells) + f"\n{choice}{missing}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 the reference can't be had, 2 bad input."""
-    started, arguments = time.time(), sys.argv[1:] if arguments is None else arguments
+    """Exit status: 0 done, 1 dopri5 failed at 1e-5, 2 bad input."""
+    started = time.time()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         o = parse(Options, arguments, __doc__)
         o.check()
@@ -137,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         config, net = trained(o.run, device)
         config = replace(config, dataset=o.dataset or config.dataset)
         if not config.recipe.has_ode:
-            raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, this one is {config.method}")
+            raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, and {config.method} "
+                                "has none")
         about = machine(device)
         judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
         table = measure(o, config, net, judge, device)

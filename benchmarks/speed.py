@@ -1,12 +1,12 @@
-"""How fast training, sampling and the data pipeline are on this machine, beside the plain way of doing each, in one run.
+"""How fast training, sampling and the data pipeline are on this machine, beside the plain way of doing each.
 
     python benchmarks/speed.py                                          the preset that trainer.py takes here
     python benchmarks/speed.py --preset cifar10-sr --batch-size 16      the 34.4M network
 
-The plain recipe: fp32 (TF32 on CUDA), NCHW, eager, PIL transforms of one image at a time in DataLoader workers, torchdiffeq's
-dopri5 at 1e-5. What is compared is timed in turns, A B C A B C ..., so that a machine that slows down slows all of them; a ratio
-is the median of the turns' ratios. Prints Markdown tables and writes JSON that holds every turn. benchmarks/README.md explains
-the columns.
+The plain recipe: fp32 (TF32 on CUDA), NCHW, eager, PIL transforms of one image at a time in DataLoader workers,
+torchdiffeq's dopri5 at 1e-5. What is compared is timed in turns, A B C A B C ..., so that a machine that slows down
+slows all of them; a ratio is the median of the turns' ratios. Prints Markdown tables and writes JSON that holds every
+turn. benchmarks/README.md explains the columns.
 """
 import contextlib
 import copy
@@ -46,8 +46,10 @@ class Options(Common):
 
     # step: the training step alone; loop: training with its data; data: the data pipeline alone; sample: the samplers
     parts: tuple[Literal["step", "loop", "data", "sample"], ...] = ("step", "loop", "data", "sample")
-    startup: bool = True  # also start each kind of step in a process of its own: start-up and compile seconds, peak memory
-    compile: Literal["auto", "on", "off"] = "auto"  # also compile, the repeated blocks or the whole network; auto: on a GPU
+    # also start each kind of step in a process of its own: start-up and compile seconds, peak memory
+    startup: bool = True
+    # also compile, the repeated blocks or the whole network; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"
     workers: int | None = None  # processes of the plain recipe's DataLoader; None: one a CPU core, 8 at most
 
     run: str | None = None  # a trained run whose network samples; None: a network of a few training steps
@@ -78,9 +80,10 @@ def measure_loop(o: Options, config: Config, device: torch.device, report: dict,
 
 
 def show_loop(report: dict, part: str) -> str:
-    title = dict(loop="Training with its data", data="Data alone, until a damaged batch is on the device")[part]
-    return markdown(f"{title}, batch {report['config']['batch_size']}.", ["", "ms a batch (min-max)", "images/s", "x plain"],
-                    [[row["name"], *cells(row)] for row in report[part]])
+    what = dict(loop="Training with its data", data="Data alone, until a damaged batch is on the device")[part]
+    title = f"{what}, batch {report['config']['batch_size']}."
+    table = [[row["name"], *cells(row)] for row in report[part]]
+    return markdown(title, ["", "ms a batch (min-max)", "images/s", "x plain"], table)
 
 
 def trained(path: str, device: torch.device) -> tuple[Config, torch.nn.Module]:
@@ -102,7 +105,8 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
     if o.run:
         config, net = trained(o.run, device)
         batch = held_out(config, net.num_classes > 0, count, device)
-        count, report["sample_net"] = len(batch.zlo), f"the network of {o.run}"
+        count = len(batch.zlo)
+        report["sample_net"] = f"the network of {o.run}"
     else:
         net, batch = trainer.ema, one_batch(config, device, count)
         report["sample_net"] = f"a network of {trainer.step} training steps (NFE of dopri5 needs a trained one: --run)"
@@ -119,14 +123,18 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and name != plain):
                 sample(counted)
             evaluations[name] = counted.rows / count
+
         work[name] = timer(call, device)
 
     def ours(solver, steps=None):
         return lambda net: draw(replace(config, solver=solver, sample_steps=steps), net, batch)
 
-    plain, n, precision = "dopri5 as it comes, NCHW (plain)", o.solver_steps, ", bf16" * bf16
+    plain = "dopri5 as it comes, NCHW (plain)"
+    precision = ", bf16" if bf16 else ""
+    n = o.solver_steps
     if config.recipe.has_ode:
-        add(plain, lambda net: plain_sample(config, net, batch), copy.deepcopy(net).to(memory_format=torch.contiguous_format))
+        nchw = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+        add(plain, lambda net: plain_sample(config, net, batch), nchw)
         add("dopri5", ours("dopri5"), net)
         for solver, steps in dict(euler=2 * n, midpoint=n, heun=n, rk4=max(1, n // 2)).items():
             add(f"{solver}, {steps} steps{precision}", ours(solver, steps), net)
@@ -153,7 +161,8 @@ def show_samplers(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
-    started, arguments = time.time(), sys.argv[1:] if arguments is None else arguments
+    started = time.time()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         o = parse(Options, arguments, __doc__)
         if o.quick:
@@ -168,10 +177,11 @@ def main(arguments: list[str] | None = None) -> int:
     set_up(device)
     torch.backends.cudnn.benchmark = True
     parameters = sum(p.numel() for p in unet(config).parameters())
-    report = dict(command=" ".join(["python benchmarks/speed.py", *arguments]), machine=machine(device), config=asdict(config),
-                  parameters=parameters)
+    command = " ".join(["python benchmarks/speed.py", *arguments])
+    report = dict(command=command, machine=machine(device), config=asdict(config), parameters=parameters)
     print(describe(report))
-    print(f"Preset {config.preset}: {parameters / 1e6:.1f}M parameters, {config.image_size}x{config.image_size} pixels.\n")
+    side = config.image_size
+    print(f"Preset {config.preset}: {parameters / 1e6:.1f}M parameters, {side}x{side} pixels.\n")
 
     def done(table: str):
         print(table, flush=True)

@@ -42,7 +42,8 @@ class Variant:
 def variants(device: torch.device, compiled: bool) -> list[Variant]:
     """The plain one first, then what changes, one at a time."""
     fp32 = full_precision_name(device)
-    result = [Variant(f"{fp32}, NCHW (plain)", bf16=False, channels_last=False), Variant(f"{fp32}, channels_last", bf16=False)]
+    result = [Variant(f"{fp32}, NCHW (plain)", bf16=False, channels_last=False)]
+    result.append(Variant(f"{fp32}, channels_last", bf16=False))
     if bf16_helps(device):
         result += [Variant("bf16, NCHW", channels_last=False), Variant("bf16, channels_last")]
     last = result[-1]
@@ -74,12 +75,17 @@ def one_batch(config: Config, device: torch.device, count: int | None = None) ->
 
 
 def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], torch.Tensor | None]:
-    """Forward, backward, clipping and AdamW on a batch that stays where it is: nothing but the network's own cost. -> the loss"""
+    """Forward, backward, clipping and AdamW on a batch that stays where it is: nothing but the network's own cost.
+
+    -> a call that makes a step and returns its loss.
+    """
     device = batch.zlo.device
     reseed("weights", config.seed)
-    net = unet(config).to(device, memory_format=torch.channels_last if variant.channels_last else torch.contiguous_format)
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    net = unet(config).to(device, memory_format=layout)
     compile_in_place(net, variant.compile)
-    optimizer = torch.optim.AdamW(net.parameters(), config.base_lr, weight_decay=0.0, fused=True, capturable=variant.graph)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), config.base_lr, weight_decay=0.0, fused=True, capturable=variant.graph)
 
     def step():
         optimizer.zero_grad()
@@ -117,6 +123,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
     def replay(step=step):  # whose network and optimizer live as long as their graph
         graph.replay()
+
     return replay
 
 
@@ -130,13 +137,15 @@ def flop_an_image(config: Config, device: torch.device) -> int:
 
 def matmul(device: torch.device, kind: str, side: int) -> Callable[[], object]:
     """A product of two square matrices in bf16, fp32 or TF32."""
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     if kind != "fp32":  # TF32 is allowed everywhere else
         return lambda: a @ b
 
     def full():
         with ode_int.full_precision(device.type):
             return a @ b
+
     return full
 
 
@@ -146,16 +155,20 @@ def in_process(config: Config, variant: Variant, turns: int, seconds: float, cac
     """What `child` returns, from a fresh process; {"error": why} if it breaks."""
     say(f"in a process of its own: {variant.name}")
     job = dict(config=asdict(config), variant=asdict(variant), turns=turns, seconds=seconds, spawned=time.time())
-    environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": str(caches)} if caches else {})
+    environment = dict(os.environ)
+    if caches:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(caches)
     done = subprocess.run([sys.executable, __file__, json.dumps(job)], env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return dict(error="out of memory" if "OutOfMemory" in last or done.returncode == -9 else last[:150])
+        if "OutOfMemory" in last or done.returncode == -9:
+            last = "out of memory"
+        return dict(error=last[:150])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def child(job: dict) -> dict:
-    """Seconds of import, construction and first step; peak bytes after that, and seconds a step of each of `turns` turns."""
+    """Seconds of import, construction and first step; peak bytes after that; seconds a step in each turn."""
     imported = time.time()
     config, variant = from_plain(Config, job["config"]), Variant(**job["variant"])
     device = pick_device(config.device)
@@ -196,8 +209,11 @@ def peak(device: torch.device) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- a table
 
 def measure_steps(o, config: Config, device: torch.device, report: dict, caches: Path):
-    """Training steps of each variant, and the matrix products that say what the device can do, in turns. o: speed.py's Options."""
-    todo, fp32 = variants(device, o.compiles(device)), full_precision_name(device)
+    """Training steps of each variant, and the matrix products that say what the device can do, in turns.
+
+    o: speed.py's Options.
+    """
+    todo = variants(device, o.compiles(device))
     fresh = {}  # what each takes in a process of its own
     for v in todo if o.startup else []:
         if not o.quick or v == eager(todo):
@@ -206,8 +222,13 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
                 fresh[v]["cached"] = in_process(config, v, 0, o.seconds, caches / v.compile)
 
     flop, batch = flop_an_image(config, device), one_batch(config, device)
-    side = 128 if o.quick else 8192 if device.type == "cuda" else 2048
-    kinds = dict.fromkeys(["bf16"] * bf16_helps(device) + [fp32, "fp32"])
+    side = 8192 if device.type == "cuda" else 2048
+    if o.quick:
+        side = 128
+    fp32 = full_precision_name(device)
+    kinds = [fp32] if fp32 == "fp32" else [fp32, "fp32"]
+    if bf16_helps(device):
+        kinds.insert(0, "bf16")
     work = {kind: timer(matmul(device, kind, side), device) for kind in kinds}
     broken = {}
     for v in todo:
@@ -221,7 +242,8 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
     times = in_turns(work, o.repeats, o.seconds) | broken
 
     report["flop_an_image"] = flop
-    report["matmul_flop_per_second"] = rates = {kind: 2 * side**3 / statistics.median(times[kind]) for kind in kinds}
+    rates = {kind: 2 * side**3 / statistics.median(times[kind]) for kind in kinds}
+    report["matmul_flop_per_second"] = rates
     measured = {v.name: times[v.name] for v in todo}
     table = dict(zip(todo, rows(measured, plain=todo[0].name, images=config.batch_size)))
     first = fresh.get(eager(todo), {}).get("first_step_s")
@@ -232,7 +254,8 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
         if v.compile and not v.graph and first and "first_step_s" in row["fresh"]:
             row["compile_s"] = row["fresh"]["first_step_s"] - first
             row["compile_cached_s"] = row["fresh"]["cached"].get("first_step_s", math.nan) - first
-            row["pays_after_steps"] = pays_after(row["compile_s"], table[eager(todo)].get("seconds"), row.get("seconds"))
+            before, after = table[eager(todo)].get("seconds"), row.get("seconds")
+            row["pays_after_steps"] = pays_after(row["compile_s"], before, after)
     report["step"] = list(table.values())
 
 
@@ -244,31 +267,39 @@ def cached_in(folder: Path):
     try:
         yield
     finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def pays_after(once: float, before: float | None, after: float | None) -> float | None:
     """Steps until what is spent once is saved; None: never."""
-    return max(once, 0) / (before - after) if before and after and after < before else None
+    saves = before and after and after < before
+    return max(once, 0) / (before - after) if saves else None
 
 
 def show_steps(report: dict) -> str:
     rates = ", ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in report["matmul_flop_per_second"].items())
-    title = (f"Training step, batch {report['config']['batch_size']}, {report['flop_an_image'] / 1e9:.3g} GFLOP an image forward "
-             f"and backward. Matrix products, TFLOP/s: {rates}.")
+    gflop = report["flop_an_image"] / 1e9
+    title = (f"Training step, batch {report['config']['batch_size']}, {gflop:.3g} GFLOP an image forward and backward. "
+             f"Matrix products, TFLOP/s: {rates}.")
     table = []
     for row in report["step"]:
-        fresh, compiler = row["fresh"], ["", ""]
+        fresh = row["fresh"]
+        compiling = pays = ""
         start = [fresh.get(key, math.nan) for key in ("import_s", "build_s", "first_step_s")]
         if "compile_s" in row:
             steps = row["pays_after_steps"]
-            compiler = [f"{row['compile_s']:.1f} ({row['compile_cached_s']:.1f})"]
-            compiler += ["never" if steps is None else f"{steps:,.0f} steps"]
+            compiling = f"{row['compile_s']:.1f} ({row['compile_cached_s']:.1f})"
+            pays = "never" if steps is None else f"{steps:,.0f} steps"
         start_up = f"{sum(start):.1f}" if "import_s" in fresh else fresh.get("error", "")
         share = f"{row['share']:.1%}" if "share" in row else ""
-        table.append([row["name"], *cells(row), share, size(fresh.get("peak_bytes")), start_up, *compiler])
-    return markdown(title, ["forward + backward + step", "ms (min-max)", "images/s", "x plain", "share of matmul", "peak memory",
-                            "start-up s", "compile s (cached)", "pays after"], table)
+        memory = size(fresh.get("peak_bytes"))
+        table.append([row["name"], *cells(row), share, memory, start_up, compiling, pays])
+    head = ["forward + backward + step", "ms (min-max)", "images/s", "x plain", "share of matmul", "peak memory",
+            "start-up s", "compile s (cached)", "pays after"]
+    return markdown(title, head, table)
 
 
 if __name__ == "__main__":

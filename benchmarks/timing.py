@@ -25,7 +25,8 @@ from trainer import Config
 class Common:
     """What to measure. Times are wall-clock seconds."""
 
-    preset: str = "auto"  # method, network and batch of this preset of trainer.py; auto: cifar10-sr on a GPU, small on a CPU
+    # method, network and batch of this preset of trainer.py; auto: cifar10-sr on a GPU, small on a CPU
+    preset: str = "auto"
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
     repeats: int = 5  # turns that each time is the median of (samplers: 3 at most)
     seconds: float = 1.0  # that a turn takes at least
@@ -44,13 +45,20 @@ class Common:
             raise SettingsError(f"preset = {self.preset!r}: allowed are auto, {', '.join(PRESETS)}")
 
     def config(self, **sizes: int | None) -> tuple[Config, torch.device]:
-        """The training run that is measured, on drawn pictures: no speed depends on what is in them. Raises SettingsError."""
+        """The training run that is measured. Raises SettingsError.
+
+        It sees drawn pictures: no speed depends on what is in them.
+        """
         self.check()
         device = pick_device(self.device)
-        name = self.preset if self.preset != "auto" else "small" if device.type == "cpu" else "cifar10-sr"
-        config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False, device=self.device)
+        name = self.preset
+        if name == "auto":
+            name = "small" if device.type == "cpu" else "cifar10-sr"
+        config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False,
+                         device=self.device)
         if config.recipe.levels or "paired" in parts(config.task):
-            raise SettingsError(f"preset = {name!r}: allowed are those of one network and of tasks that make their damaged images")
+            raise SettingsError(f"preset = {name!r}: allowed are those of one network and of tasks that make their "
+                                "damaged images")
         if self.quick:
             config = replace(config, unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2)
         config = replace(config, **{field: size for field, size in sizes.items() if size})
@@ -67,6 +75,7 @@ def timer(call: Callable[[], object], device: torch.device) -> Callable[[int], f
             call()
         synchronize(device)
         return time.perf_counter() - start
+
     return turn
 
 
@@ -114,7 +123,7 @@ def failed(failure: Exception) -> str:
 
 
 def rows(times: dict[str, list[float] | str], plain: str | None, images: int) -> list[dict]:
-    """A row for each name: median seconds a call of `images` images, images/s, and how many times as fast as `plain` it is."""
+    """A row for each name: median seconds a call of `images` images, images/s, times as fast as `plain`."""
     result = []
     for name, turns in times.items():
         row = dict(name=name)
@@ -154,12 +163,14 @@ def machine(device: torch.device) -> dict:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0].strip("\t :")
-    result = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), bf16=bf16_helps(device), load=os.getloadavg()[0],
-                  system=platform.system(), python=platform.python_version(), torch=torch.__version__,
-                  torchvision=torchvision.__version__, torchdiffeq=torchdiffeq.__version__)
+    result = dict(
+        cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), bf16=bf16_helps(device),
+        load=os.getloadavg()[0], system=platform.system(), python=platform.python_version(), torch=torch.__version__,
+        torchvision=torchvision.__version__, torchdiffeq=torchdiffeq.__version__)
     if device.type == "cuda":
-        result |= dict(gpu=torch.cuda.get_device_name(device), gpu_bytes=torch.cuda.get_device_properties(device).total_memory,
-                       cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        gpu = torch.cuda.get_device_properties(device)
+        result |= dict(gpu=torch.cuda.get_device_name(device), gpu_bytes=gpu.total_memory, cuda=torch.version.cuda,
+                       cudnn=torch.backends.cudnn.version())
     return result
 
 
@@ -168,7 +179,8 @@ def describe(report: dict) -> str:
     chip = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
     busy = ""
     if m["load"] > m["cores"] / 4:
-        busy = f"\nThe machine was busy before this run (load {m['load']:.1f} on {m['cores']} cores): do not trust these figures."
+        busy = (f"\nThe machine was busy before this run (load {m['load']:.1f} on {m['cores']} cores): "
+                "do not trust these figures.")
     return f"{chip}; torch {m['torch']}, Python {m['python']}\n`{report['command']}`{busy}\n"
 
 

@@ -1,12 +1,12 @@
-"""What scores images: PSNR, SSIM, LPIPS, consistency, bias, and with a network's features Frechet distances and accuracy.
+"""What scores images: PSNR, SSIM, LPIPS, consistency, bias; by a network's features, Frechet distances and accuracy.
 
-SSIM needs torchmetrics, LPIPS lpips, FID torch-fidelity; the last two download weights. What can't be had is left out, with the
-reason. A small classifier, trained once on the data set itself and kept beside it, needs none of them: it gives the accuracy and
-FD, the Frechet distance on its features, which unlike Inception's mean something at 32x32.
+SSIM needs torchmetrics, LPIPS lpips, FID torch-fidelity; the last two download weights. What is not available is left
+out, with the reason. A small classifier, trained once on the data set itself and kept beside it, needs none of them: it
+gives the accuracy and FD, the Frechet distance on its features, which unlike Inception's mean something at 32x32.
 
-A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half of the
-images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of the truth against
-the other. Samples that equal the truth score the floor exactly.
+A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half
+of the images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of
+the truth against the other. Samples that equal the truth score the floor exactly.
 """
 import hashlib
 import math
@@ -39,12 +39,17 @@ METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "f
 class Judge:
     """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
 
-    metrics: names out of METRICS. epochs: of the classifier's training. `why`: metric -> why it can't be had.
+    metrics: names out of METRICS. epochs: of the classifier's training. `why`: metric -> why it is not measured.
     """
 
-    def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0, epochs=8):
-        self.device, self.metrics, self.seed, self.why = device, metrics, seed, {}
-        self.images = images = data.load(config.dataset, config.image_size, config.channels, config.data_path, config.paired_path)
+    def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0,
+                 epochs=8):
+        self.device = device
+        self.metrics = metrics
+        self.seed = seed
+        self.why = {}
+        self.images = images = data.load(
+            config.dataset, config.image_size, config.channels, config.data_path, config.paired_path)
         self.split = "train" if images.test is images.train else "test"
         order = data.batch_indices(len(images.test), min(count, len(images.test)), 0, 0)
         self.count, self.half, self.batches = len(order), len(order) // 2, order.split(batch_size)
@@ -53,8 +58,11 @@ class Judge:
         self.ssim = self.attempt("ssim", partial(load_ssim, config.image_size))
         self.lpips = self.attempt("lpips", partial(load_lpips_alex, device), "alexnet-owt-7be5be79.pth")
         inception = self.attempt("fid", partial(load_inception, device), "weights-inception-2015-12-05-6726825d.pth")
-        self.features, self.classifier, self.accuracy, self.key = {}, None, None, None  # metric -> (uint8 images -> features)
-        folder = Path(config.data_path) if config.dataset in (*data.DOWNLOADS, "shapes") else Path(config.dataset).expanduser().resolve().parent
+        self.features = {}  # metric -> (uint8 images -> features)
+        self.classifier = self.accuracy = self.key = None
+        folder = Path(config.data_path)
+        if config.dataset not in (*data.DOWNLOADS, "shapes"):  # a folder of the user's: beside it
+            folder = Path(config.dataset).expanduser().resolve().parent
 
         def file(kind: str, key: str) -> str:
             return f"{folder}/{kind}-{images.name}-{config.image_size}-{key}.pt"
@@ -78,7 +86,9 @@ class Judge:
         self.truth = {}  # metric -> the Gaussians of the truth's two halves
         for metric in [m for m in self.features if m in metrics and m not in self.why]:
             def make():
-                return self.halves(torch.cat([self.extract(metric, images.test[rows].to(device)) for rows in self.batches]))
+                features = [self.extract(metric, images.test[rows].to(device)) for rows in self.batches]
+                return self.halves(torch.cat(features))
+
             key = digest(metric, self.key if metric == "frechet" else "torch-fidelity", self.digest)
             self.truth[metric] = kept(file("statistics", key), make)
 
@@ -123,13 +133,15 @@ class Judge:
 
         labels: whether the network sees classes. Raises ode_int.SolverError for samples that are not finite.
         """
-        total, features, left_out = defaultdict(float), defaultdict(list), self.left_out(config, labels)
+        left_out = self.left_out(config, labels)
+        total, features = defaultdict(float), defaultdict(list)
         for number, rows in enumerate(tqdm(self.batches, desc="images", disable=None, leave=False)):
             z1, y, zlo = self.images.batch(rows, self.device, "test")
 
             def damaged(images, **knobs):  # the same draws for every method, and for the sample as for the truth
                 reseed("damage", self.seed, number)
-                return replace(config.damage, **knobs)(config.task, images, y if labels else None, config.condition, zlo)
+                damage = replace(config.damage, **knobs)
+                return damage(config.task, images, y if labels else None, config.condition, zlo)
 
             batch = damaged(z1)
             reseed("noise", self.seed, number)
@@ -160,7 +172,8 @@ class Judge:
         for metric, (first, second) in self.truth.items():
             one, other = self.halves(torch.cat(features[metric]))
             total[metric] = (frechet(one, second) + frechet(other, first)) / 2
-        return {metric: total[metric] for metric in (*METRICS, "seconds") if metric in total and metric in (*self.metrics, "seconds")}
+        wanted = [metric for metric in METRICS if metric in self.metrics]
+        return {metric: total[metric] for metric in (*wanted, "seconds") if metric in total}
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -169,36 +182,48 @@ class Judge:
 
     def baselines(self, config: Config) -> list[dict]:
         """The damaged input, the task's classical answer if it has one, and the floor: the truth itself."""
-        answers = {"input": ({}, lambda batch: batch.zlo)}
+        def damaged(batch):
+            return batch.zlo
+
+        answers = {"input": ({}, damaged)}
         if parts(config.task) == ["sr"]:
-            answers = {"input": (dict(up="nearest"), lambda batch: batch.zlo), "bicubic": (dict(up="bicubic"), lambda batch: batch.zlo)}
+            answers = {"input": (dict(up="nearest"), damaged), "bicubic": (dict(up="bicubic"), damaged)}
         elif parts(config.task) == ["inpaint"]:
             answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.hole)
         elif parts(config.task) == ["generate"]:
             answers = {}
-        rows = [dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make) for name, (knobs, make) in answers.items()]
-        for row in rows:
+        rows = []
+        for name, (knobs, make) in answers.items():
+            row = dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make)
             del row["seconds"]  # no network was asked
+            rows.append(row)
+        floor = dict(name="floor")
         truth = self(config, True, lambda batch: batch.z1)
-        floor = {metric: frechet(*halves) for metric, halves in self.truth.items()}
-        return rows + [dict(name="floor") | {metric: truth[metric] for metric in ("accuracy",) if metric in truth} | floor]
+        if "accuracy" in truth:
+            floor["accuracy"] = truth["accuracy"]
+        floor |= {metric: frechet(*halves) for metric, halves in self.truth.items()}
+        return [*rows, floor]
 
 
-# ------------------------------------------------------------------------------------------------- the project's classifier
+# --------------------------------------------------------------------------------------------- the project's classifier
 
 class Classifier(nn.Module):
-    """Images (B, C, side, side) in [-1, 1] -> `features` (B, 32, 64 or 128) -> `head`, logits. A CPU core takes a minute for an epoch of CIFAR-10."""
+    """Images (B, C, side, side) in [-1, 1] -> `features` (B, 32, 64 or 128) -> `head`, logits.
+
+    A CPU core takes a minute for an epoch of CIFAR-10.
+    """
 
     RECIPE = dict(batch_size=128, peak=5e-3, decay=5e-3)  # images a step, largest learning rate, weight decay
 
     def __init__(self, channels: int, classes: int, side: int):
         super().__init__()
-        dims = [channels] + [32 * min(2**level, 4) for level in range(max(1, round(math.log2(side)) - 2))]  # down to 4x4
+        levels = max(1, round(math.log2(side)) - 2)  # down to 4x4
+        dims = [channels] + [32 * min(2**level, 4) for level in range(levels)]
         self.features = nn.Sequential(*map(Block, dims, dims[1:]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dims[-1], classes)
 
     def learn(self, images: data.Images, epochs: int, device) -> dict:
-        """Trains on the training images, flipped at random -> its weights, and its accuracy (%) on the whole test split."""
+        """Trains on the training images, flipped at random -> its weights, and its accuracy (%) on all test images."""
         batch_size, peak, decay = self.RECIPE.values()
         self.to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(self.parameters(), peak, weight_decay=decay)
@@ -230,7 +255,7 @@ class Block(nn.Module):
         return x + self.stay(x)
 
 
-# ---------------------------------------------------------------------------------------------------------- single metrics
+# ------------------------------------------------------------------------------------------------------- single metrics
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     """Features (N, d) -> their mean (d,) and a factor F (min(N, d), d) of their covariance F'F, float64."""
@@ -242,10 +267,12 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Frechet distance of two Gaussians (arXiv:1706.08500, eq. 6).
 
-    With S = F'F, the eigenvalues of S1 S2 are the squared singular values of F1 F2': no root of a matrix that may be singular.
+    With S = F'F, the eigenvalues of S1 S2 are the squared singular values of F1 F2': no root of a matrix that may be
+    singular.
     """
     (mean1, f1), (mean2, f2) = one, other
-    return ((mean1 - mean2).square().sum() + f1.square().sum() + f2.square().sum() - 2 * torch.linalg.svdvals(f1 @ f2.T).sum()).item()
+    apart = (mean1 - mean2).square().sum() + f1.square().sum() + f2.square().sum()
+    return (apart - 2 * torch.linalg.svdvals(f1 @ f2.T).sum()).item()
 
 
 def load_ssim(side: int):
@@ -254,7 +281,8 @@ def load_ssim(side: int):
 
     if side < 6:
         raise SettingsError("it needs sides of 6 pixels or more")
-    return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0)  # it subtracts squares: float32 is not enough
+    # it subtracts squares: float32 is not enough
+    return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0)
 
 
 def load_lpips_alex(device):
@@ -266,7 +294,8 @@ def load_lpips_alex(device):
         net = lpips.LPIPS(net="alex", verbose=False).to(device)
 
     def distance(x: Tensor, truth: Tensor) -> Tensor:
-        a, b = (F.interpolate(to_float(image), scale_factor=-(-32 // min(image.shape[2:]))) for image in (x, truth))
+        repeat = -(-32 // min(x.shape[2:]))
+        a, b = (F.interpolate(to_float(image), scale_factor=repeat) for image in (x, truth))
         assert max(a.abs().max(), b.abs().max()) <= 1  # it takes [-1, 1]
         return net(a, b).mean()
 
@@ -282,7 +311,10 @@ def load_inception(device):
 
 
 def fill(x: Tensor, known: Tensor) -> Tensor:
-    """x (B, C, H, W) where `known` (B, 1, H, W) is 1, elsewhere the mean of what is near, on the finest scale that knows anything."""
+    """x (B, C, H, W) where `known` (B, 1, H, W) is 1, elsewhere the mean of what is near.
+
+    Near: on the finest scale that knows anything there.
+    """
     if known.min() > 0 or max(x.shape[2:]) == 1:
         return x
     weight = F.avg_pool2d(known, 2, ceil_mode=True)
@@ -291,7 +323,7 @@ def fill(x: Tensor, known: Tensor) -> Tensor:
     return torch.where(known > 0, x, F.interpolate(coarse, x.shape[2:], mode="bilinear"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------------------------ the cache
 
 def digest(*things) -> str:
     """8 hexadecimal digits of all that a kept file depends on: tensors, and what prints as what it is."""
@@ -305,11 +337,12 @@ def kept(path: str, make):
     """make() -> tensors and plain values, from the file that kept them the last time if it is there and whole."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many types
+    except Exception:  # it is not there, or damaged, which shows in many ways
         value = make()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda f: torch.save(value, f))
     except OSError as failure:
-        print(f"warning: {path} can't be written ({one_line(failure)}); the next evaluation makes it again", file=sys.stderr)
+        print(f"warning: {path} can't be written ({one_line(failure)}); the next evaluation makes it again",
+              file=sys.stderr)
     return value
