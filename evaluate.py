@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ode_int
 from evaluation.judge import METRICS, Judge
-from evaluation.report import COLUMNS, cell, differences, table, write_report
+from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import Batch, parts
 from images.files import write_atomically
@@ -47,8 +47,8 @@ class Options:
     # takes odd ones only
     nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
     default: bool = True  # also the method's own sampler with its own count
-    # at those NFE; auto: the method's own sampler (interpolant: euler); or euler, midpoint, heun, rk4 on its ODE, where
-    # it has one
+    # at those NFE; auto: the method's own sampler (interpolant: midpoint, or euler where that can't do so many); or
+    # euler, midpoint, heun, rk4 on its ODE, where it has one
     solver: str = "auto"
     count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
     metrics: tuple[str, ...] = METRICS  # the columns
@@ -59,6 +59,7 @@ class Options:
     data_path: str | None = None
     paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
     output: str | None = None  # folder of the results; None: a new one in runs/
+    cache: str = "runs/cache"  # folder where the classifier and the statistics of the truth are kept for the next time
     batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
     seed: int = 0  # of damage and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
@@ -72,11 +73,12 @@ class Options:
                 raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
 
         need("runs", self.runs, "one run or more")
-        need("nfe", all(n >= 1 for n in self.nfe) and (self.nfe or self.default), "numbers from 1")
+        need("nfe", all(1 <= n <= 10_000 for n in self.nfe) and (self.nfe or self.default), "numbers from 1 to 10,000")
         need("solver", self.solver in ("auto", *ode_int.FIXED_STEP), "auto, " + ", ".join(ode_int.FIXED_STEP))
         need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
         for name in ("count", "batch_size", "classifier_epochs"):
-            need(name, getattr(self, name) >= 1, "1 or more")
+            need(name, 1 <= getattr(self, name) <= 10**9, "1 or more")
+        need("seed", 0 <= self.seed < 2**63, "0 or more")
 
 
 # --------------------------------------------------------------------------------------------------- samplers and costs
@@ -95,25 +97,34 @@ def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> 
     """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE
     left out, since no count of steps takes exactly those."""
     own = replace(config, solver="auto", sample_steps=None)
-    few = replace(own, solver=solver if config.recipe.has_ode else "auto")
-    if few.sampler == "dopri5":  # it chooses its own steps
-        few = replace(few, solver="euler")
-    usual = evaluations(own, batch) if few.sampler == own.sampler else None
+    few = [replace(own, solver=solver if config.recipe.has_ode else "auto")]
+    if few[0].sampler == "dopri5":  # it chooses its own steps; in few, midpoint is better than euler where it fits
+        few = [replace(own, solver=name) for name in ("midpoint", "euler")]
+    usual = evaluations(own, batch) if few[0].sampler == own.sampler else None
     found, missing = [], []
     for n in sorted(set(nfe)):
-        setting, low, high = own, 1, n
-        cost = usual if usual == n else math.inf
-        while cost != n and low <= high:  # NFE grow with steps
-            setting = replace(few, sample_steps=(low + high) // 2)
-            cost = evaluations(setting, batch)
-            low, high = (setting.sample_steps + 1, high) if cost < n else (low, setting.sample_steps - 1)
-        if cost == n:
-            found.append(setting)
+        exact = [own] if usual == n else [c for c in (with_evaluations(each, n, batch) for each in few) if c]
+        if exact:
+            found.append(exact[0])
         else:
             missing.append(n)
     if default and own not in found:
         found.append(own)
     return found, missing
+
+
+def with_evaluations(config: Config, n: int, batch: Batch) -> Config | None:
+    """The sampler in as many steps as take exactly n evaluations, found by bisection; None where no count does."""
+    low, high = 1, n
+    while low <= high:  # evaluations grow with steps
+        setting = replace(config, sample_steps=(low + high) // 2)
+        cost = evaluations(setting, batch)
+        if cost == n:
+            return setting
+        if cost < n:
+            low = setting.sample_steps + 1
+        else:
+            high = setting.sample_steps - 1
 
 
 def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:
@@ -238,9 +249,10 @@ def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
     try:
         result = json.loads(Path(path).read_text()) | dict(name=Path(path).stem)
+        check_result(result)
         table([result])
         return result
-    except (OSError, ValueError, KeyError, TypeError) as failure:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as failure:
         raise SettingsError(f"run = {path!r}: it is no result of an evaluation ({one_line(failure)[:100]})") from None
 
 
@@ -280,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
             c = runs[path].config
             key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
             if key not in judges:
-                judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs)
+                judges[key] = Judge(
+                    c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
             judge = judges[key]
             result, net = describe(runs[path], o, judge)
             batch = first_images(judge, c, net.num_classes, 2)
@@ -309,6 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except torch.cuda.OutOfMemoryError:
         print("evaluate.py: out of GPU memory; lower batch_size", file=sys.stderr)
+        return 1
+    except OSError as failure:  # a full disk
+        print(f"evaluate.py: {one_line(failure)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

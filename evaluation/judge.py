@@ -39,11 +39,12 @@ METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "f
 class Judge:
     """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
 
-    metrics: names out of METRICS. epochs: of the classifier's training. `why`: metric -> why it is not measured.
+    metrics: names out of METRICS. epochs: of the classifier's training. cache: folder where it is kept afterwards.
+    `why`: metric -> why it is not measured.
     """
 
     def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0,
-                 epochs=8):
+                 epochs=8, cache=Path("runs/cache")):
         self.device = device
         self.metrics = metrics
         self.seed = seed
@@ -60,12 +61,9 @@ class Judge:
         inception = self.attempt("fid", partial(load_inception, device), "weights-inception-2015-12-05-6726825d.pth")
         self.features = {}  # metric -> (uint8 images -> features)
         self.classifier = self.accuracy = self.key = None
-        folder = Path(config.data_path)
-        if config.dataset not in (*data.DOWNLOADS, "shapes"):  # a folder of the user's: beside it
-            folder = Path(config.dataset).expanduser().resolve().parent
 
         def file(kind: str, key: str) -> str:
-            return f"{folder}/{kind}-{images.name}-{config.image_size}-{key}.pt"
+            return f"{cache}/{kind}-{images.name}-{config.image_size}-{key}.pt"
 
         if not images.classes:
             self.why |= dict.fromkeys(("accuracy", "frechet"), "the data has no classes to train a classifier on")

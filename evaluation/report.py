@@ -31,6 +31,21 @@ of images: compare them within this table only, and of fewer images than feature
 mostly bias. Training FLOPs: forward and backward of all networks."""
 
 
+def check_result(result: dict):
+    """Raises TypeError, ValueError or KeyError for what can't be a result of evaluate.py."""
+    kinds = dict(name=str, run=str, method=str, problem=dict, training=dict, costs=dict, record=dict, rows=list,
+                 baselines=list, left_out=dict, nfe_left_out=list)
+    for key, kind in kinds.items():
+        if not isinstance(result[key], kind):
+            raise TypeError(f"{key} is {result[key]!r}")
+    for row in [*result["rows"], *result["baselines"]]:
+        for column in COLUMNS:
+            values = row.get(column)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+                    raise ValueError(f"{column} is {value!r}")
+
+
 def cell(row: dict, column: str) -> str:
     value = row.get(column)
     if value is None:
@@ -202,7 +217,7 @@ def draw_runs(ax, metric: str, group: list[dict], name: Callable):
     for number, result in enumerate(r for r in group if r["method"] != "regression"):
         rows = [row for row in result["rows"] if metric in row]
         style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6], ms=3)
-        joined = sorted((row for row in rows if row["sampler"] == rows[0]["sampler"]), key=lambda row: row["nfe"])
+        joined = sorted((row for row in rows if row["sampler"] != "dopri5"), key=lambda row: row["nfe"])
         ax.plot([row["nfe"] for row in joined], [row[metric] for row in joined], label=name(result), **style)
         for row in rows:
             if row["default"]:

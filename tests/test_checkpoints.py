@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import FINISHED, TINY, at_step, checkpoint, finite, metrics, one_line, resume, same, start, until
 
 import trainer
 from images import SettingsError
+from runs import FINISHED, TINY, at_step, checkpoint, finite, metrics, one_line, resume, same, start, until
 from support import checkpoints
 from support.watch import Watch
 from trainer import Config, Trainer

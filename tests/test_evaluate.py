@@ -3,10 +3,12 @@ network's calls."""
 
 import json
 import math
+import os
 import re
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +38,15 @@ SIDE, TEST = 16, 42
 EXACT = 10 * math.log10(
     255**2 * 3 * SIDE**2
 )  # the PSNR of an image without an error: as if one value were off by a level
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """A folder to stand in, so that runs/cache is not this clone's."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +314,9 @@ def test_data_without_classes_and_too_few_images(folder, config):
 
 def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkeypatch):
     def files(kind):
-        return set(folder.parent.glob(f"{kind}-drawings-16-*.pt"))
+        return set(Path("runs/cache").glob(f"{kind}-drawings-16-*.pt"))
+
+    assert not list(folder.parent.glob("*.pt"))  # nothing beside the user's data
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
     before = files("classifier"), files("statistics")
@@ -319,6 +332,18 @@ def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkey
     other = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
     assert other.key != judge.key
     assert len(files("classifier") - before[0]) == 1 and len(files("statistics") - before[1]) == 2
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rows", {}), ("problem", []), ("baselines", None), ("method", 3), ("costs", "none"), ("left_out", [1]),
+    ("rows", [dict(sampler="euler", psnr="high")]), ("rows", [dict(sampler="euler", bias=[1, math.nan])])])
+def test_a_result_with_nonsense_in_it_is_one_line(results, tmp_path, capsys, key, value):
+    _, (good, _) = results
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(good | {key: value}))
+    assert evaluate.main([str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bad.json" in error and "no result of an evaluation" in error
 
 
 def test_kept(tmp_path):
@@ -539,7 +564,7 @@ def results(runs, tmp_path_factory):
 
 def test_the_json_holds_each_figure_with_its_record(results):
     _, (interpolant, udpm) = results
-    assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("euler", 3)]
+    assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("midpoint", 3)]
     assert (
         interpolant["rows"][2]["sampler"] == "dopri5"
         and interpolant["rows"][2]["default"]

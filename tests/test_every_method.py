@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import checkpoint, finite, metrics, resume, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +17,7 @@ import trainer
 from images import data
 from images.corruptions import TASKS
 from methods.udpm import UDPM
+from runs import checkpoint, finite, metrics, resume, same
 from trainer import Trainer
 
 METHODS = {  # few network evaluations, and no download

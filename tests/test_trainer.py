@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import FINISHED, TINY, at_step, checkpoint, finite, leaves, make, metrics, one_line, resume, same, start
 
 import methods.udpm
 import trainer
@@ -19,6 +18,7 @@ from images import data
 from images.corruptions import Damage
 from images.pictures import to_uint8
 from methods.interpolant import Interpolant
+from runs import FINISHED, TINY, at_step, checkpoint, finite, leaves, make, metrics, one_line, resume, same, start
 from support.machine import pick_device
 from support.model import make_unet
 from support.settings import PRESETS, from_plain
