@@ -307,13 +307,16 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
     height, width = plane.shape[2:]
     x = _level(plane - 1e-3)  # halves downwards, here only
-    x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+    # libjpeg repeats the last column until the halved rows fill their blocks, but the last row only until it has a
+    # partner: `_code` repeats the halved row
+    x = F.pad(x, (0, -width % 16, 0, height % 2), mode="replicate")
     # libjpeg rounds by adding a fraction and taking the floor. Two fractions take turns along a row: 1/4 and 1/2 where
     # it halves, 1/2 and 7/16 where it doubles.
     odd = torch.arange(x.shape[3], device=x.device) % 2
     x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
-    x = F.interpolate(_code(x, dct, step), scale_factor=2, mode="bilinear")
-    return (x + 1 / 2 - odd / 16).floor()[..., :height, :width] - 128
+    x = _code(x, dct, step)[..., : (width + 1) // 2]  # what fills the blocks does not reach the picture again
+    x = F.interpolate(x, scale_factor=2, mode="bilinear")
+    return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
 
 
 def jpeg(levels: Tensor, quality: int) -> Tensor:
