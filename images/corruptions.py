@@ -68,7 +68,7 @@ class Damage:
         rules = [  # task, field, its value, whether that is allowed, which values are
             ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
             ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, self.sigma > 0, "numbers above 0 (pixels)"),
+            ("blur", "sigma", self.sigma, 0.01 <= self.sigma < math.inf, "finite numbers from 0.01 (pixels)"),
             ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
         ]
         for name, field in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
@@ -211,6 +211,7 @@ def resize(levels: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 
 def blur(levels: Tensor, weights: list[float]) -> Tensor:
     """Convolution with the outer product of `weights` with itself; the image is mirrored at its edges."""
+    # not I2SB's own blur, which drops a tap, pads with zeros and mixes up rows: no convolution with the kernel it names
     reach, (height, width) = len(weights) // 2, levels.shape[2:]
     x = F.pad(levels, (reach,) * 4, mode="reflect")
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
@@ -321,6 +322,7 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
 
 def jpeg(levels: Tensor, quality: int) -> Tensor:
     """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0)."""
+    # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
     dct, luma, chroma = tables(quality, levels.device)
     if levels.shape[1] == 1:
         return _code(levels, dct, luma)

@@ -1,5 +1,6 @@
 """The corruptions against PIL, libjpeg and scipy, and the invariants that methods rely on."""
 import io
+import math
 
 import numpy as np
 import pytest
@@ -93,6 +94,12 @@ def test_blur_is_scipy_rounded(damage, filter, knobs):
     images = photos(3, 24, 40)
     exact = filter(images.astype(float), axes=(1, 2), mode="mirror", **knobs)
     assert np.abs(to_levels(damage("blur", to_z(images)).zlo) - exact).max() < 0.5 + 1e-3
+
+
+def test_the_narrowest_gaussian_blurs_nothing():
+    images = photos(2, 16, 24)
+    blurred = to_levels(Damage(kernel="gaussian", sigma=0.01, taps=31)("blur", to_z(images)).zlo)
+    assert np.abs(blurred - images).max() < 1e-3
 
 
 # jpeg
@@ -277,7 +284,10 @@ def test_everything_stays_on_the_device():
     (Damage(taps=4), "blur", ["damage.taps", "4", "odd"]),
     (Damage(taps=-3), "blur", ["damage.taps", "-3", "odd"]),
     (Damage(taps=73), "blur", ["damage.taps", "73", "36"]),
-    (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "above 0"]),
+    (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "from 0.01"]),
+    (Damage(kernel="gaussian", sigma=1e-200), "blur", ["damage.sigma", "1e-200", "from 0.01"]),
+    (Damage(kernel="gaussian", sigma=math.nan), "blur", ["damage.sigma", "nan", "finite"]),
+    (Damage(kernel="gaussian", sigma=math.inf), "blur", ["damage.sigma", "inf", "finite"]),
     (Damage(quality=0), "jpeg", ["damage.quality", "0", "100"]),
     (Damage(quality=101), "sr,jpeg", ["damage.quality", "101", "100"]),
 ])
