@@ -62,13 +62,17 @@ class Damage:
     # jpeg: quality, 1 (worst) to 100
     quality: int = 10
 
+    def __post_init__(self):
+        if not math.isfinite(self.sigma):  # whatever the task: config.json can't hold it
+            raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
+
     def check(self, task: str, side: int) -> None:
         """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
         names, factor, taps = parts(task), self.factor, self.width
         rules = [  # task, field, its value, whether that is allowed, which values are
             ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
             ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, 0.01 <= self.sigma < math.inf, "finite numbers from 0.01 (pixels)"),
+            ("blur", "sigma", self.sigma, self.sigma >= 0.01, "finite numbers from 0.01 (pixels)"),
             ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
         ]
         for name, field in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
