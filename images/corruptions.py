@@ -62,13 +62,17 @@ class Damage:
     # jpeg: quality, 1 (worst) to 100
     quality: int = 10
 
+    def __post_init__(self):
+        if not math.isfinite(self.sigma):  # whatever the task: config.json can't hold it
+            raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
+
     def check(self, task: str, side: int) -> None:
         """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
         names, factor, taps = parts(task), self.factor, self.width
         rules = [  # task, field, its value, whether that is allowed, which values are
             ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
             ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, self.sigma > 0, "numbers above 0 (pixels)"),
+            ("blur", "sigma", self.sigma, self.sigma >= 0.01, "finite numbers from 0.01 (pixels)"),
             ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
         ]
         for name, field in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
@@ -211,6 +215,7 @@ def resize(levels: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 
 def blur(levels: Tensor, weights: list[float]) -> Tensor:
     """Convolution with the outer product of `weights` with itself; the image is mirrored at its edges."""
+    # not I2SB's own blur, which drops a tap, pads with zeros and mixes up rows: no convolution with the kernel it names
     reach, (height, width) = len(weights) // 2, levels.shape[2:]
     x = F.pad(levels, (reach,) * 4, mode="reflect")
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
@@ -307,17 +312,21 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
     height, width = plane.shape[2:]
     x = _level(plane - 1e-3)  # halves downwards, here only
-    x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+    # libjpeg repeats the last column until the halved rows fill their blocks, but the last row only until it has a
+    # partner: `_code` repeats the halved row
+    x = F.pad(x, (0, -width % 16, 0, height % 2), mode="replicate")
     # libjpeg rounds by adding a fraction and taking the floor. Two fractions take turns along a row: 1/4 and 1/2 where
     # it halves, 1/2 and 7/16 where it doubles.
     odd = torch.arange(x.shape[3], device=x.device) % 2
     x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
-    x = F.interpolate(_code(x, dct, step), scale_factor=2, mode="bilinear")
-    return (x + 1 / 2 - odd / 16).floor()[..., :height, :width] - 128
+    x = _code(x, dct, step)[..., : (width + 1) // 2]  # what fills the blocks does not reach the picture again
+    x = F.interpolate(x, scale_factor=2, mode="bilinear")
+    return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
 
 
 def jpeg(levels: Tensor, quality: int) -> Tensor:
     """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0)."""
+    # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
     dct, luma, chroma = tables(quality, levels.device)
     if levels.shape[1] == 1:
         return _code(levels, dct, luma)

@@ -1,4 +1,7 @@
 """The five methods and the baseline, a file each. This one holds their common interface and what inpainting needs."""
+import math
+from dataclasses import fields
+
 from torch import Tensor, nn
 
 from images import SettingsError
@@ -21,8 +24,24 @@ class Method:
     upscale = 1  # sides of the network's output in units of its input's
     levels = 0  # how often the method halves an image's sides
 
-    def check(self):
-        """Raises SettingsError where this machine lacks what training needs."""
+    def __post_init__(self):
+        """Raises SettingsError, one line, for NaN and infinities, of which config.json knows none.
+
+        A method with rules of its own calls this first, so that its comparisons meet numbers alone.
+        """
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(x) for x in numbers if isinstance(x, float)):
+                raise SettingsError(f"{type(self).__name__.lower()}.{name} = {value}: allowed are finite numbers")
+
+    def check(self, task: str, condition: bool):
+        """Raises SettingsError, one line, for a task, with or without sight of the damaged image, that these settings
+        can't do, and where this machine lacks what training by them needs."""
+
+    def settled(self) -> "Method":
+        """These settings with what they left open decided, by what this machine has. A run keeps the decision."""
+        return self
 
     def loss(self, net, batch: Batch) -> Tensor:
         """(B,) mean over the pixels to be made; draws its own t and noise."""

@@ -43,7 +43,8 @@ class EDM(Method):
     S_churn: float = 0.0
     # least noise level at which noise is put back (0.01 to 0.05)
     S_min: float = 0.0
-    # largest noise level at which noise is put back (1 to 50); the default is above every noise level
+    # largest noise level at which noise is put back (1 to 50); the default, above every noise level, stands for
+    # the paper's infinity, which config.json can't hold
     S_max: float = 1e6
     # standard deviation of the noise put back, 1 being what theory asks for (1.003 to 1.007)
     S_noise: float = 1.0
@@ -51,13 +52,14 @@ class EDM(Method):
     has_ode = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("sigma_data", "P_std", "sigma_min", "rho"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be above 0")
         for name in ("S_churn", "S_min", "S_max", "S_noise"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be at least 0")
-        if not self.sigma_max > self.sigma_min:
+        if self.sigma_max <= self.sigma_min:
             raise SettingsError(f"edm.sigma_max = {self.sigma_max}: must be above edm.sigma_min = {self.sigma_min}")
         if self.sampler not in ("heun", "euler"):
             raise SettingsError(f"edm.sampler = {self.sampler!r}: allowed are heun, euler")

@@ -33,13 +33,18 @@ class I2SB(Method):
     clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
 
     no_ode = "has an ODE with --i2sb.ot-ode only"
-    quick = 50  # sampler steps that are enough for the pictures in training
 
     def __post_init__(self):
-        if not 0 < self.beta_max < float("inf"):
+        super().__post_init__()
+        if self.beta_max <= 0:
             raise SettingsError(f"i2sb.beta_max = {self.beta_max}: allowed is any finite number above 0")
         if self.n < 2:
             raise SettingsError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
+
+    @property
+    def quick(self) -> int:
+        """Sampler steps that are enough for the pictures in training."""
+        return min(50, self.n)
 
     @property
     def has_ode(self) -> bool:

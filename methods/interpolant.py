@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ode_int
 from images import SettingsError
-from images.corruptions import Batch
+from images.corruptions import Batch, parts
 from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
@@ -39,21 +39,33 @@ class Interpolant(Method):
     sigma: float = 1.0
     # train and sample on t_min <= t <= 1 - t_min; in (0, 0.5)
     t_min: float = 1e-3
-    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score assumes that
-    # the network sees zlo
+    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score holds where the
+    # network sees zlo, see `check`
     eps0: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.path not in ("linear", "trigonometric"):
             raise SettingsError(f"interpolant.path = {self.path!r}: allowed are linear, trigonometric")
         if self.coupling not in ("dependent", "independent"):
             raise SettingsError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
-        if not self.sigma > 0:
+        if self.sigma <= 0:
             raise SettingsError(f"interpolant.sigma = {self.sigma}: must be positive")
         if not 0 < self.t_min < 0.5:
             raise SettingsError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
-        if not self.eps0 >= 0:
+        if self.eps0 < 0:
             raise SettingsError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
+
+    def check(self, task: str, condition: bool):
+        """Raises SettingsError, one line, where the network does not tell the score.
+
+        It is that of z0's noise, -(E[z0 | zt] - E[zlo | zt]) / (alpha sigma^2). E[zlo | zt] is zlo where the network
+        sees it, 0 in holes and by the independent coupling; elsewhere v does not determine it.
+        """
+        known = condition or set(parts(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
+        if self.eps0 and not known:
+            raise SettingsError(f"interpolant.eps0 = {self.eps0}: must be 0 where the network does not see the damaged "
+                                "image (--no-condition), unless interpolant.coupling = 'independent'")
 
     has_ode = True
 

@@ -43,9 +43,9 @@ class SR3(Method):
     clamp: bool = True
 
     has_ode = True
-    quick = 100  # sampler steps that are enough for the pictures in training
 
     def __post_init__(self):
+        super().__post_init__()
         if self.T < 1:
             raise SettingsError(f"sr3.T = {self.T}: must be at least 1")
         if self.schedule not in ("quadratic", "linear", "constant", "warmup"):
@@ -59,6 +59,11 @@ class SR3(Method):
             raise SettingsError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
         if self.norm not in ("l1", "l2"):
             raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
+
+    @property
+    def quick(self) -> int:
+        """Sampler steps that are enough for the pictures in training."""
+        return min(100, self.T)
 
     @cache
     def gammas(self, device=torch.device("cpu")) -> Tensor:

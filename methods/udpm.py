@@ -13,9 +13,9 @@ The network itself works at the scale of pictures: from x_l / scale(l), the time
 predicts average(z1, l - 1).
 """
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import cos, hypot, inf, pi, prod, sin
+from math import cos, hypot, pi, prod, sin
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from images.corruptions import Batch
 from methods import Method
 from unet import ResBlock
 
+PAPER_LPIPS = (4.0, 4.0, 0.0)  # the paper's lpips_weight
+
 
 @dataclass(frozen=True)
 class UDPM(Method):
@@ -35,8 +37,9 @@ class UDPM(Method):
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3)
     # weight of the mean absolute error by level
     l1_weight: tuple[float, ...] = (1.0, 1.0, 0.0)
-    # weight by level of LPIPS with VGG-16, whose weights are a download; all 0 does without
-    lpips_weight: tuple[float, ...] = (4.0, 4.0, 0.0)
+    # weight by level of LPIPS with VGG-16, whose weights are a download; all 0 does without. None: 4 4 0, but where the
+    # package or the weights are missing a run warns, does without, and keeps to that
+    lpips_weight: tuple[float, ...] | None = None
     # file of torchvision's vgg16 weights (.pth); None downloads them
     lpips_path: str | None = None
     # weight of the adversarial term by level; all 0 trains no discriminator
@@ -55,18 +58,41 @@ class UDPM(Method):
     upscale = 2  # the network's output has twice its input's sides
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("alphas", "sigmas", "l1_weight", "lpips_weight", "adv_weight", "grad_penalty"):
             values, positive = getattr(self, name), name in ("alphas", "sigmas")
-            if len(values) != max(self.levels, 1) or not all(0 <= v < inf for v in values) or positive and 0 in values:
+            if values is None:
+                values = PAPER_LPIPS
+            if len(values) != max(self.levels, 1) or any(v < 0 for v in values) or positive and 0 in values:
                 allowed = "finite numbers " + ("above 0" if positive else "from 0") + ", as many as udpm.alphas"
                 raise SettingsError(f"udpm.{name} = {values}: allowed are {allowed}")
+        if self.disc_noise < 0:
+            raise SettingsError(f"udpm.disc_noise = {self.disc_noise}: allowed are numbers from 0")
+        if not 0 <= self.disc_noise_decay <= 1:
+            raise SettingsError(f"udpm.disc_noise_decay = {self.disc_noise_decay}: allowed are numbers from 0 to 1")
+        if not 0 <= self.disc_dropout < 1:
+            raise SettingsError(f"udpm.disc_dropout = {self.disc_dropout}: allowed are numbers from 0 to below 1")
         if self.disc_channels < 8 or self.disc_channels % 8:
             raise SettingsError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
 
-    def check(self):
-        """Raises SettingsError, one line, where LPIPS is wanted but its package or weights are missing."""
-        if any(self.lpips_weight):
+    def check(self, task: str, condition: bool):
+        """Raises SettingsError, one line, where LPIPS was asked for but its package or weights are missing."""
+        asked = self.lpips_path is not None if self.lpips_weight is None else any(self.lpips_weight)
+        if asked:
             load_lpips(self.lpips_path)
+
+    def settled(self) -> "UDPM":
+        """With lpips_weight decided. Raises SettingsError, one line, where the file named for it is no use."""
+        if self.lpips_weight is not None:
+            return self
+        try:
+            load_lpips(self.lpips_path)
+        except SettingsError as missing:
+            if self.lpips_path is not None:
+                raise
+            warnings.warn(f"training without UDPM's LPIPS term: {missing}")
+            return replace(self, lpips_weight=(0.0,) * self.levels)
+        return replace(self, lpips_weight=PAPER_LPIPS)
 
     # The diffusion. A level is a Python number, and so are its coefficients, in float64.
 
@@ -159,8 +185,9 @@ class UDPM(Method):
         """(B,) L1 + LPIPS + softplus(-D). The last term needs a discriminator; its parameters get no gradient."""
         level, guess, truth = self.noised_pair(net, batch)
         loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
-        if self.lpips_weight[level - 1]:
-            loss = loss + self.lpips_weight[level - 1] * lpips_distance(guess, truth, self.lpips_path)
+        lpips_weight = PAPER_LPIPS if self.lpips_weight is None else self.lpips_weight
+        if lpips_weight[level - 1]:
+            loss = loss + lpips_weight[level - 1] * lpips_distance(guess, truth, self.lpips_path)
         if disc is not None and self.adv_weight[level - 1]:
             disc.eval()
             constants = {name: p.detach() for name, p in disc.named_parameters()}
@@ -174,8 +201,10 @@ class UDPM(Method):
 
     def disc_loss(self, disc, batch: Batch, net, std) -> Tensor:
         """(B,) 1/2 [softplus(D(guess)) + softplus(-D(truth))] + penalty/2 |grad D(truth)|^2; net gets no gradient."""
+        training = net.training
         with torch.no_grad():
-            level, guess, truth = self.noised_pair(net, batch)
+            level, guess, truth = self.noised_pair(net.eval(), batch)  # its authors judge it without dropout
+        net.train(training)
         disc.train()
         truth.requires_grad_()
         on_guess, on_truth = (self.logits(disc, image, level, batch, std) for image in (guess, truth))
@@ -265,16 +294,27 @@ def interpolate(a: list[Tensor], b: list[Tensor], w: float) -> list[Tensor]:
 
 def swap(a: list[Tensor], b: list[Tensor], level: int) -> list[Tensor]:
     """a, with the map of `level` taken from b. SettingsError if there is no such level."""
-    if not 1 <= level <= len(a):
-        raise SettingsError(f"level = {level}: allowed is 1 to {len(a)}")
-    i = len(a) - level
+    i = index_of(level, a)
     return [*a[:i], b[i], *a[i + 1:]]
 
 
-def perturb(noise: list[Tensor], strength: float, level: int) -> list[Tensor]:
-    """The latent with the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise."""
-    redrawn = [(1 - strength**2) ** 0.5 * x + strength * torch.randn_like(x) for x in noise]
-    return swap(noise, redrawn, level)
+def perturb(noise: list[Tensor], strength: float, level: int, randn_like=torch.randn_like) -> list[Tensor]:
+    """The latent with the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise.
+
+    Draws one map, by randn_like (see Batch). SettingsError if there is no such level, or strength is not within 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise SettingsError(f"strength = {strength}: allowed is 0 to 1")
+    i = index_of(level, noise)
+    redrawn = (1 - strength**2) ** 0.5 * noise[i] + strength * randn_like(noise[i])
+    return [*noise[:i], redrawn, *noise[i + 1:]]
+
+
+def index_of(level: int, noise: list[Tensor]) -> int:
+    """Where a latent holds the map of `level`; the coarsest comes first. SettingsError if there is no such level."""
+    if not 1 <= level <= len(noise):
+        raise SettingsError(f"level = {level}: allowed is 1 to {len(noise)}")
+    return len(noise) - level
 
 
 # LPIPS with VGG-16 (Zhang et al. 2018, arXiv:1801.03924).
@@ -302,7 +342,8 @@ def load_lpips(path: str | None) -> nn.Module:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SettingsError(
             f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights ({reason}); "
-            "give --udpm.lpips-path FILE (torchvision's vgg16 .pth), or --udpm.lpips-weight 0 0 0 for none") from error
+            "give --udpm.lpips-path FILE (https://download.pytorch.org/models/vgg16-397923af.pth), "
+            "or --udpm.lpips-weight 0 0 0 for none") from error
     return net.eval().requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from images.corruptions import Damage, parts
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
-from methods.udpm import UDPM
+from methods.udpm import PAPER_LPIPS, UDPM
 from support.machine import processes
 
 # two CPU cores, a few minutes
@@ -33,9 +33,11 @@ OT = I2SB(beta_max=1.0, ot_ode=True)
 EDM_CIFAR = dict(method="edm", task="generate", overfit=False, batch_size=512, base_lr=1e-3, warmup_steps=19_531,
                  max_steps=390_625, ema_decay=0.9993, unet_dim_mults=(2, 2, 2), unet_blocks=4, unet_dropout=0.13)
 
-# UDPM: 600,000 steps; level 3 of a 32x32 image works at 4x4, hence no more than three levels in the network
+# UDPM: 600,000 steps, every label shown; level 3 of a 32x32 image works at 4x4, hence no more than three levels in the
+# network. lpips_weight is written out: a paper's recipe is refused where LPIPS is missing
 UDPM_CIFAR = dict(method="udpm", task="generate", overfit=False, batch_size=64, base_lr=1e-4, warmup_steps=5000,
-                  max_steps=600_000, unet_dim_mults=(2, 2, 2), unet_blocks=4)
+                  max_steps=600_000, label_drop=0.0, unet_dim_mults=(2, 2, 2), unet_blocks=4,
+                  udpm=UDPM(lpips_weight=PAPER_LPIPS))
 UDPM_64 = UDPM_CIFAR | dict(image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_use_classes=False)
 
 PRESETS = {  # name: what differs from Config's defaults
@@ -69,9 +71,11 @@ PRESETS = {  # name: what differs from Config's defaults
     "edm-celeba": EDM_CIFAR | dict(
         dataset="celeba", image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_blocks=2, unet_use_classes=False),
     "udpm-cifar10": UDPM_CIFAR,
-    "udpm-ffhq64": UDPM_64 | dict(dataset="data/ffhq64", udpm=UDPM(disc_dropout=0.2, grad_penalty=(0.1, 0.4, 0.8))),
+    "udpm-ffhq64": UDPM_64 | dict(
+        dataset="data/ffhq64", udpm=UDPM(lpips_weight=PAPER_LPIPS, disc_dropout=0.2, grad_penalty=(0.1, 0.4, 0.8))),
     "udpm-afhq64": UDPM_64 | dict(
-        dataset="data/afhqv2", unet_dropout=0.1, udpm=UDPM(disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
+        dataset="data/afhqv2", unet_dropout=0.1,
+        udpm=UDPM(lpips_weight=PAPER_LPIPS, disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
 }
 
 

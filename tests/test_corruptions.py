@@ -1,5 +1,6 @@
 """The corruptions against PIL, libjpeg and scipy, and the invariants that methods rely on."""
 import io
+import math
 
 import numpy as np
 import pytest
@@ -95,6 +96,12 @@ def test_blur_is_scipy_rounded(damage, filter, knobs):
     assert np.abs(to_levels(damage("blur", to_z(images)).zlo) - exact).max() < 0.5 + 1e-3
 
 
+def test_the_narrowest_gaussian_blurs_nothing():
+    images = photos(2, 16, 24)
+    blurred = to_levels(Damage(kernel="gaussian", sigma=0.01, taps=31)("blur", to_z(images)).zlo)
+    assert np.abs(blurred - images).max() < 1e-3
+
+
 # jpeg
 
 
@@ -104,17 +111,32 @@ def libjpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(file)
 
 
+def jpeg_error(images: np.ndarray, quality: int) -> tuple[np.ndarray, np.ndarray]:
+    """Our levels less PIL's, and PIL's; one channel is a grey file."""
+    pil = each(images if images.shape[3] == 3 else images[..., 0], lambda i: libjpeg(i, quality)).reshape(images.shape)
+    return to_levels(Damage(quality=quality)("jpeg", to_z(images)).zlo) - pil, pil
+
+
 @pytest.mark.parametrize("size", [(64, 64), (32, 32), (37, 51)])
 @pytest.mark.parametrize("colour", [True, False])
 @pytest.mark.parametrize("quality", [5, 10, 50, 95])
 def test_jpeg_is_libjpeg(size, colour, quality):
     images = photos(16, *size) if colour else photos(16, *size)[..., :1]
-    pil = each(images if colour else images[..., 0], lambda i: libjpeg(i, quality)).reshape(images.shape)
-    error = to_levels(Damage(quality=quality)("jpeg", to_z(images)).zlo) - pil
+    error, pil = jpeg_error(images, quality)
     damage = ((images - pil) ** 2).mean()
     assert np.abs(error).mean() < 0.3
     assert (error**2).mean() < min(255**2 / 10**4.5, damage / 4)  # above 45 dB; a codec that does nothing would fail
     assert (np.abs(error) < 1e-3).mean() > (0.98 if quality <= 10 else 0.75)
+
+
+@pytest.mark.parametrize("size", [(48, 24), (24, 40), (40, 24), (17, 33), (33, 17), (31, 48), (48, 31)])
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("quality", [5, 10, 50])
+def test_jpeg_fills_its_last_blocks_as_libjpeg_does(size, channels, quality):
+    """Where a side is no multiple of 16, the last columns and rows are as near to PIL's as the others."""
+    error, _ = jpeg_error(photos(32, *size)[..., :channels], quality)
+    for part in (error, error[:, :, -2:], error[:, -2:]):
+        assert np.abs(part).mean() < 0.4
 
 
 def test_jpeg_steps_are_those_in_libjpeg_files():
@@ -262,7 +284,8 @@ def test_everything_stays_on_the_device():
     (Damage(taps=4), "blur", ["damage.taps", "4", "odd"]),
     (Damage(taps=-3), "blur", ["damage.taps", "-3", "odd"]),
     (Damage(taps=73), "blur", ["damage.taps", "73", "36"]),
-    (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "above 0"]),
+    (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "from 0.01"]),
+    (Damage(kernel="gaussian", sigma=1e-200), "blur", ["damage.sigma", "1e-200", "from 0.01"]),
     (Damage(quality=0), "jpeg", ["damage.quality", "0", "100"]),
     (Damage(quality=101), "sr,jpeg", ["damage.quality", "101", "100"]),
 ])
@@ -274,6 +297,12 @@ def test_wrong_values_are_refused(damage, task, words):
         damage(task, torch.zeros(1, 3, 36, 36))
     if task in TASKS:
         damage.check("generate", 36)  # the knobs of other tasks do not matter
+
+
+@pytest.mark.parametrize("sigma", [math.nan, math.inf])
+def test_a_sigma_that_is_no_number_is_refused_whatever_the_task(sigma):
+    with pytest.raises(ValueError, match=rf"^damage\.sigma = {sigma}: allowed are finite numbers[^\n]*$"):
+        Damage(sigma=sigma)
 
 
 def test_wrong_images_are_refused():

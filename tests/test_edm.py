@@ -1,6 +1,6 @@
 """EDM against closed forms: Gaussian data with its exact denoiser and flow; an oracle that knows the clean image."""
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -333,7 +333,8 @@ def test_guidance_on_outputs_is_guidance_on_denoisers():
 
 @pytest.mark.parametrize("wrong", (
     dict(sigma_data=0.0), dict(P_std=-1.0), dict(sigma_min=0.0), dict(sigma_max=0.001), dict(rho=0),
-    dict(S_churn=-1.0), dict(S_noise=math.nan), dict(sampler="dpm")))
+    dict(S_churn=-1.0), dict(sampler="dpm"), *(dict([(field.name, value)]) for field in fields(EDM)
+                                               if field.name != "sampler" for value in (math.nan, math.inf))))
 def test_wrong_fields_are_named(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=rf"edm\.{name} = '?{value}"):

@@ -350,3 +350,8 @@ def test_what_is_not_allowed_says_so():
     for field, value in [("beta_max", 0.0), ("beta_max", float("nan")), ("beta_max", float("inf")), ("n", 1)]:
         with pytest.raises(ValueError, match=f"i2sb.{field} = {value}: allowed"):
             I2SB(**{field: value})
+
+
+def test_pictures_in_training_take_no_more_steps_than_the_bridge_has():
+    assert (I2SB().quick, I2SB(n=50).quick, I2SB(n=10).quick) == (50, 50, 10)
+    assert I2SB(n=10).sample(wiggly_net, make_batch("restore"), I2SB(n=10).quick).isfinite().all()

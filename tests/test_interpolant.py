@@ -285,6 +285,38 @@ def test_every_sampler_draws_from_the_posterior(path, coupling, sampler):
 
 
 @PATHS
+@pytest.mark.parametrize("task", ["sr", "inpaint"])
+def test_sde_of_a_network_that_does_not_see_zlo(path, task):
+    """It draws from the distribution of z1 where E[zlo | zt] is known: by the independent coupling, and in holes."""
+    batch = gaussian_batch(4, 64, condition=False)
+    if task == "inpaint":
+        batch.mask = batch.hole = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
+        batch.zlo = batch.z1 * (1 - batch.mask)
+    method = Interpolant(path, "dependent" if task == "inpaint" else "independent", sigma=0.7, eps0=0.8)
+    method.check(task, condition=False)
+    torch.manual_seed(6)
+    sample = method.sample(blind(path, "independent", 0.7)[2], batch, 150)  # in holes z0 is noise alone
+    is_normal(sample[batch.mask.expand_as(sample) > 0], M, S**2, extra=4e-3)  # t_min, and the steps
+
+
+def test_sde_is_refused_where_the_network_does_not_tell_its_score():
+    method = Interpolant(eps0=0.8)
+    for task in ("sr", "paired", "sr,inpaint"):
+        with pytest.raises(ValueError, match=r"^interpolant\.eps0 = 0\.8: must be 0 where [^\n]+$"):
+            method.check(task, condition=False)
+        method.check(task, condition=True)
+        Interpolant().check(task, condition=False)
+        Interpolant(coupling="independent", eps0=0.8).check(task, condition=False)
+    for task in ("generate", "inpaint", "inpaint,generate"):
+        method.check(task, condition=False)
+    # the fault: zlo in place of E[zlo | zt] draws from another distribution than z1's
+    torch.manual_seed(6)
+    sample = Interpolant(sigma=0.7, eps0=0.8).sample(
+        blind("linear", "dependent", 0.7)[2], gaussian_batch(2, 64, condition=False), 150)
+    assert abs(sample.std() / S - 1) > 0.05
+
+
+@PATHS
 @COUPLINGS
 def test_exact_velocity_is_where_the_loss_is_stationary(path, coupling):
     """Training and sampling mean the same field: no offset and no slope added to it lowers the expected loss."""
@@ -411,6 +443,9 @@ def test_an_independent_coupling_knows_nothing_of_the_damaged_image():
         ("t_min", 0.5),
         ("eps0", -0.1),
         ("eps0", math.nan),
+        ("sigma", math.inf),
+        ("t_min", math.nan),
+        ("eps0", math.inf),
     ],
 )
 def test_wrong_knobs_are_refused_in_one_line(field, value):

@@ -326,11 +326,17 @@ def test_guidance_on_outputs_is_guidance_on_estimates():
 
 @pytest.mark.parametrize("wrong", (
     dict(T=0), dict(schedule="cosine"), dict(beta_start=0.0), dict(beta_start=0.5), dict(beta_end=1.0),
-    dict(warmup=0.0), dict(norm="huber")))
+    dict(warmup=0.0), dict(norm="huber"), dict(beta_start=math.nan), dict(beta_end=math.nan), dict(warmup=math.inf)))
 def test_wrong_fields_are_named(wrong):
     (name, value), = wrong.items()
     with pytest.raises(ValueError, match=rf"sr3\.{name} = '?{value}"):
         SR3(**wrong)
+
+
+def test_pictures_in_training_take_no_more_steps_than_the_schedule_has():
+    assert (SR3().quick, SR3(T=100).quick, SR3(T=50).quick) == (100, 100, 50)
+    batch = make_batch(torch.zeros(1, 1, 2, 2))
+    assert SR3(T=50).sample(gaussian_net(0.0, 1.0), batch, SR3(T=50).quick).isfinite().all()
 
 
 @pytest.mark.parametrize("steps", (0, 21))

@@ -1,7 +1,8 @@
 """UDPM against dense linear algebra on small images, and its two losses against formulas written out here."""
 import copy
 import sys
-from dataclasses import replace
+import warnings
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from images.corruptions import Batch
 from methods import udpm
 from methods.udpm import UDPM, Discriminator
+from support.settings import PRESETS, from_plain
 from unet import Unet
 
 PLAIN = UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
@@ -246,6 +248,30 @@ def test_a_map_of_the_latent_reaches_its_level_and_finer_ones():
             udpm.swap(a, b, level)
 
 
+@pytest.mark.parametrize("task", ["generate", "restore", "inpaint"])
+def test_all_noise_is_the_batchs(task):
+    """The latent, its perturbation and the sample draw from the source they are handed, and nothing elsewhere."""
+    drawn, stream = [], torch.Generator().manual_seed(1)
+
+    def randn_like(x):
+        drawn.append(torch.randn(x.shape, generator=stream))
+        return drawn[-1]
+
+    batch, net = replace(make_batch(channels=3, side=16, task=task), randn_like=randn_like), Toy(3)
+    before = torch.get_rng_state()
+    latent = PLAIN.latent(batch)
+    assert [x.shape for x in latent] == [(2, 3, side, side) for side in (2, 4, 8)]
+    assert all(x is y for x, y in zip(latent, drawn, strict=True))
+    sample = PLAIN.sample(net, batch, noise=latent)
+    assert len(drawn) == 3  # the latent is all of it
+    edited = udpm.perturb(latent, 0.6, 2, randn_like)
+    torch.testing.assert_close(edited[1], 0.8 * latent[1] + 0.6 * drawn[3])
+    assert len(drawn) == 4 and not torch.equal(PLAIN.sample(net, batch, noise=edited), sample)
+    assert torch.equal(torch.get_rng_state(), before)
+    stream.manual_seed(1)
+    assert torch.equal(PLAIN.sample(net, batch), sample)
+
+
 def test_interpolation_and_perturbation_keep_unit_noise():
     batch = make_batch()
     a, b = PLAIN.latent(batch), PLAIN.latent(batch)
@@ -260,6 +286,11 @@ def test_interpolation_and_perturbation_keep_unit_noise():
     torch.testing.assert_close(middle, (a[0] + b[0]) / 2**0.5)
 
     assert all(torch.equal(x, y) for x, y in zip(udpm.perturb(a, 0.0, 2), a))
+    for strength in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"strength = {strength}: allowed is 0 to 1"):
+            udpm.perturb(a, strength, 2)
+    with pytest.raises(ValueError, match="level = 4"):
+        udpm.perturb(a, 0.5, 4)
     large = [torch.randn(4, 3, 64, 64) for _ in range(3)]
     new = udpm.perturb(large, 0.6, 2)
     assert new[0] is large[0] and new[2] is large[2]
@@ -346,8 +377,11 @@ def test_penalty_and_its_own_gradient_against_finite_differences():
     batch = replace(batch, z1=batch.z1.double(), y=torch.tensor([0, 1]))
     disc = Discriminator(1, 0, 3, 2, 8, 0.0).double()
 
-    def net(x, t, y, cond):
-        return F.interpolate(x, scale_factor=2).double()
+    class Enlarge(nn.Module):
+        def forward(self, x, t, y, cond):
+            return F.interpolate(x, scale_factor=2).double()
+
+    net = Enlarge()
 
     def loss():
         return at_level(method, 3, lambda: method.disc_loss(disc, batch, net, 0.0))
@@ -403,6 +437,26 @@ def test_each_loss_leaves_the_other_network_alone(level):
     assert modes[1:] == [(True, torch.float32)] * 2
     assert all(p.grad is None for p in net.parameters())
     assert all(p.grad is not None for p in disc.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_discriminator_judges_images_made_without_dropout(training):
+    class Dropping(Toy):
+        def forward(self, x, t, y, cond):
+            return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
+
+    torch.manual_seed(0)
+    batch, net, shown = make_batch(channels=3), Dropping(3).train(training), []
+    loss, disc, disc_loss = players(PLAIN, net, channels=3)
+    disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    method = replace(PLAIN, disc_noise=0.0)
+    at_level(method, 1, lambda: method.disc_loss(disc, batch, net, 0.0))
+    torch.testing.assert_close(shown[0], net.up(net.seen[0][0]) + net.seen[0][1][:, None, None, None])
+    assert net.training == net.up.training == training
+    at_level(PLAIN, 1, lambda: disc_loss(disc, batch))
+    assert net.training == training
+    at_level(PLAIN, 1, lambda: loss(net, batch))  # its own loss leaves the mode alone
+    assert net.training == training
 
 
 def test_level_three_learns_from_the_discriminator_alone():
@@ -497,7 +551,8 @@ def test_without_adversarial_weight_there_is_no_discriminator():
 
 def test_weight_zero_needs_no_lpips(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    PLAIN.check()
+    PLAIN.check("generate", True)
+    assert PLAIN.settled() is PLAIN
     for level in (1, 2, 3):
         at_level(PLAIN, level, lambda: PLAIN.loss(Toy(), make_batch()))
 
@@ -505,11 +560,40 @@ def test_weight_zero_needs_no_lpips(monkeypatch):
 def test_missing_lpips_names_the_two_ways_on(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
     udpm.load_lpips.cache_clear()
-    for path in (None, str(tmp_path / "vgg16.pth")):
+    path = str(tmp_path / "vgg16.pth")
+    for refused in (lambda: UDPM(lpips_weight=(0, 1, 0)).check("generate", True), UDPM(lpips_path=path).settled,
+                    lambda: UDPM(lpips_path=path).check("generate", True),
+                    lambda: at_level(UDPM(), 1, lambda: UDPM().loss(Toy(), make_batch()))):
         with pytest.raises(ValueError) as error:
-            UDPM(lpips_path=path).check()
+            refused()
         message = str(error.value)
         assert "\n" not in message and "--udpm.lpips-path FILE" in message and "--udpm.lpips-weight 0 0 0" in message
+
+
+def test_papers_recipes_refuse_to_start_without_lpips(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    udpm.load_lpips.cache_clear()
+    for name in ("udpm-cifar10", "udpm-ffhq64", "udpm-afhq64"):
+        assert PRESETS[name]["udpm"].lpips_weight == (4, 4, 0) and PRESETS[name]["label_drop"] == 0
+        with pytest.raises(ValueError, match="pip install lpips"):
+            PRESETS[name]["udpm"].check("generate", True)
+
+
+def test_as_typed_it_does_without_a_missing_lpips_and_a_run_keeps_to_that(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    udpm.load_lpips.cache_clear()
+    UDPM().check("generate", True)
+    with pytest.warns(UserWarning) as warned:
+        settled = UDPM(disc_channels=8).settled()
+    assert len(warned) == 1 and "pip install lpips" in str(warned[0].message) and "\n" not in str(warned[0].message)
+    assert settled == UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
+    # LPIPS is there by the time the run is resumed
+    monkeypatch.setattr(udpm, "load_lpips", lambda path: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_plain(UDPM, asdict(settled)).settled() == settled
+        found = UDPM().settled()
+        assert found.lpips_weight == (4, 4, 0) and found.settled() is found
 
 
 def make_vgg() -> nn.Sequential:
@@ -532,7 +616,8 @@ def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
     method = UDPM(lpips_path=vgg_file, adv_weight=(0, 0, 0))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    method.check()
+    method.check("generate", True)
+    method = method.settled()
     assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing from the run's stream
 
     package = udpm.load_lpips(vgg_file)
@@ -569,17 +654,21 @@ def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
 
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="--udpm.lpips-path FILE"):
-        UDPM(lpips_path=str(tmp_path / "other.pth")).check()
+        UDPM(lpips_path=str(tmp_path / "other.pth")).check("generate", True)
 
 
 # Wrong values
 
 @pytest.mark.parametrize("field, value", [
     ("sigmas", (0.1, 0.2)), ("alphas", (0.5, 0.0, 0.1)), ("alphas", ()), ("adv_weight", (1, -1, 1)),
-    ("grad_penalty", (1, float("nan"), 1)), ("disc_channels", 20)])
+    ("grad_penalty", (1, float("nan"), 1)), ("disc_channels", 20), ("lpips_weight", (1, 1)),
+    ("adv_weight", (1, float("inf"), 1)), ("disc_noise", float("nan")), ("disc_noise", -0.1),
+    ("disc_noise_decay", float("inf")), ("disc_noise_decay", 1.1), ("disc_dropout", 1.0), ("disc_dropout", -0.1)])
 def test_wrong_fields_are_named(field, value):
     with pytest.raises(ValueError, match=rf"udpm\.{field} = .*allowed"):
         UDPM(**{field: value})
+    with pytest.raises(ValueError, match=r"udpm\.lpips_weight = .*as many as udpm.alphas"):
+        UDPM((0.9, 0.6), (0.3, 0.05), (1, 1), adv_weight=(1, 1), grad_penalty=(1, 1))  # of None, the paper's is meant
 
 
 def test_wrong_sides_and_steps_are_named():
