@@ -5,7 +5,7 @@ import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from images import DatasetError, SettingsError
-from images.files import few, fit, list_images, open_image
+from images import DatasetError, SettingsError, one_line
+from images.files import few, fit, list_images, open_image, to_tensor
+from images.pairs import check_shape, pair_factor, partners
 from images.pictures import to_float
-from images.shapes import SHAPES, draw_shapes
+from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
 
 DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
     "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
@@ -28,6 +29,8 @@ DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by h
                "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba"),
 }
 TIMEOUT = 20  # seconds without an answer after which a download is given up
+MAX_SIDE = 8192  # pixels: Pillow takes a square of many more for an attack
+MAX_BATCH = 2**20  # images
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Images:
     train_lo: Tensor | None = None  # damaged partners of train on the same grid, only with `paired_path`
     test_lo: Tensor | None = None  # of test
     name: str = ""
+    left_out: list[str] = field(default_factory=list)  # a line for each file that is not used: which one, and why
+    pair_factor: int = 1  # sides of the clean images / sides of their damaged partners, as the files have them
 
     def to(self, device) -> "Images":
         """All tensors onto `device`; on CUDA only where they leave half of its free memory, else they stay here."""
@@ -55,7 +60,10 @@ class Images:
         def rows(t: Tensor | None) -> Tensor | None:
             return None if t is None else move(t[move(index, t.device)], device)
 
-        x, y, lo = (rows(getattr(self, split + end)) for end in ("", "_y", "_lo"))
+        if split == "train":
+            x, y, lo = rows(self.train), rows(self.train_y), rows(self.train_lo)
+        else:
+            x, y, lo = rows(self.test), rows(self.test_y), rows(self.test_lo)
         return to_float(x), y, None if lo is None else to_float(lo)
 
 
@@ -70,10 +78,17 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The step's piece (batch_size,) int64 of the endless stream of shuffled epochs: a pure function of its arguments.
 
     Epochs follow each other without a gap, so each covers every index once, even where batch_size is above n.
+    Raises SettingsError for a batch of more images than anyone can mean.
     """
-    start, end = step * batch_size, (step + 1) * batch_size
-    epochs = range(start // n, (end - 1) // n + 1)
-    return torch.cat([_permutation(n, seed, e)[max(start - e * n, 0):end - e * n] for e in epochs])
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise SettingsError(f"images in a batch = {batch_size}: allowed is 1 to {MAX_BATCH:,}")
+    start = step * batch_size
+    end = start + batch_size
+    pieces = []
+    for epoch in range(start // n, (end - 1) // n + 1):
+        begin = epoch * n  # the epoch's first place in the stream
+        pieces.append(_permutation(n, seed, epoch)[max(start - begin, 0):end - begin])
+    return torch.cat(pieces)
 
 
 @lru_cache(maxsize=4)
@@ -87,9 +102,11 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
 
     dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path. None is
     cifar10; where it is missing and can't be downloaded, or_shapes takes shapes instead, under a banner.
-    paired_path: folder of damaged images with the names of dataset's (the endings may differ).
+    paired_path: folder of damaged images with the names of dataset's (the endings may differ), as large as those or
+    all the same whole number of times smaller.
     limit: at most so many images a split, evenly spread (of shapes the first ones).
-    Raises DatasetError, and SettingsError for a number out of range. Images left out are named in a warning.
+    Raises DatasetError, and SettingsError for a number out of range or where memory is short. Of the images left out
+    a warning names the first and Images.left_out all.
     """
     if dataset is None:
         try:
@@ -101,73 +118,132 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
             print(f"{line}\n  No CIFAR-10: {failure}\n"
                   f"  This demo runs on drawn shapes instead; --dataset FOLDER takes your own images.\n{line}")
             return load("shapes", side, channels, data_path, paired_path, limit)
-    if side < 1 or (limit is not None and limit < 1):
-        raise SettingsError(f"side = {side}, limit = {limit}: both must be at least 1")
+    if not 1 <= side <= MAX_SIDE:
+        raise SettingsError(f"side = {side}: allowed is 1 to {MAX_SIDE:,} pixels")
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit = {limit}: allowed is 1 or more, or None")
     if channels not in (1, 3):
-        raise SettingsError(f"channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+        raise SettingsError(f"channels = {channels}: allowed is 1 (grey) or 3 (RGB)")
     if paired_path is not None and (dataset == "shapes" or dataset in DOWNLOADS):
-        raise DatasetError(f"paired_path = {paired_path} needs a folder of clean images as dataset, which is {dataset}")
-    if dataset == "shapes":
-        train, y = draw_shapes(10_000, 0, side, channels, limit)
-        test, test_y = draw_shapes(1_000, 1, side, channels, limit)
-        return Images(train, test, y, test_y, list(SHAPES), name="shapes")
-    if dataset in DOWNLOADS:
-        return _download(dataset, side, channels, data_path, limit)
-    return _folder(dataset, side, channels, paired_path, limit)
+        raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {dataset}; "
+                           "name that folder as dataset")
+    try:
+        if dataset == "shapes":
+            return _draw(side, channels, limit)
+        if dataset in DOWNLOADS:
+            return _download(dataset, side, channels, data_path, limit)
+        return _folder(dataset, side, channels, paired_path, limit)
+    except MemoryError as error:
+        raise SettingsError(f"image_size = {side}: too little memory for the images of {dataset}; lower image_size, "
+                            "or take fewer images") from error
+
+
+def _draw(side: int, channels: int, limit: int | None) -> Images:
+    """The data set `shapes`."""
+    count = 11_000 if limit is None else min(limit, 10_000) + min(limit, 1_000)
+    _check_memory(count, side, channels, more=4 * FLOATS_A_PIXEL * side**2)
+    train, y = draw_shapes(10_000, 0, side, channels, limit)
+    test, test_y = draw_shapes(1_000, 1, side, channels, limit)
+    return Images(train, test, y, test_y, list(SHAPES), name="shapes")
 
 
 def _spread(items: list, limit: int | None) -> list:
-    return items if limit is None or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
+    """At most `limit` of the items, evenly spread."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
+    """SettingsError where `count` images, and `more` bytes beside them, are more than the memory that is free."""
+    size = count * channels * side**2 + more
+    free = free_memory()
+    if free is not None and size > free:
+        raise SettingsError(f"image_size = {side}: {count:,} images need {size / 1e9:,.1f} GB of memory, and "
+                            f"{free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
+
+
+def free_memory() -> int | None:
+    """Bytes of this machine's memory that programs can still take; None where the system is not Linux."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+@dataclass
+class Decoded:
+    """What `_decode` made of a list of files."""
+
+    clean: Tensor  # (kept, C, side, side) uint8
+    damaged: Tensor | None  # their partners, of the same shape, where the files are pairs
+    kept: list[int]  # places in the list of the files that could be used
+    left_out: list[str]  # why the others could not: a line for each
+    sizes: list[tuple]  # of each pair kept: see pair_factor
+
+
 def _folder(dataset: str, side: int, channels: int, paired_path: str | None, limit: int | None) -> Images:
-    root = Path(dataset).expanduser()
-    if not root.is_dir():
-        raise DatasetError(f"dataset = {dataset} is no folder and none of {', '.join([*DOWNLOADS, 'shapes'])}")
-    names, partners = list_images(root), {}
+    root = Path(os.path.expanduser(dataset))
+    if not dataset or not os.path.isdir(root):
+        raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or {', '.join([*DOWNLOADS, 'shapes'])}")
+    names = list_images(root)
+    paired = None
+    left_out = []
     if paired_path is not None:
-        partners = _partners(root, names, Path(paired_path).expanduser())
-        names = [name for name in names if name in partners]
-    train, test, level, own = _split(names)
+        paired = Path(os.path.expanduser(paired_path))
+        partner, left_out = partners(root, names, paired)
+        names = sorted(partner)
+    train_names, test_names, level, own = _split(names)
 
     def label(name: str) -> str | None:  # the class folder, if the image is in one
         return name.split("/")[level] if name.count("/") > level else None
 
-    found = {label(name) for name in train + test}
-    classes = sorted(found) if None not in found and len(found) > 1 else []
-    loaded = []
-    for split in (train, test):
-        split = _spread(split or names, limit)
-        files = [(root / n, *([Path(paired_path).expanduser() / partners[n]] if partners else [])) for n in split]
-        columns, kept = _decode(files, side, channels)
-        y = torch.tensor([classes.index(label(split[i])) for i in kept], dtype=torch.int64) if classes else None
-        loaded.append((columns[0], y, columns[1] if partners else None))
-    if not own and not len(loaded[0][0]):
-        loaded.reverse()  # the only good images were held out
-    (x, y, lo), (test_x, test_y, test_lo) = loaded
-    if not len(x):
-        raise DatasetError(f"none of the {len(train)} training images in {root} can be read")
-    if not test or not len(test_x):
+    labels = {label(name) for name in train_names + test_names}
+    classes = [] if None in labels or len(labels) == 1 else sorted(labels)
+    train_names, test_names = _spread(train_names, limit), _spread(test_names, limit)
+    count = len(train_names) + len(test_names)
+    _check_memory(2 * count if paired else count, side, channels)
+
+    def read(names: list[str]) -> tuple[Decoded, Tensor | None]:
+        images = _decode([(root / name, paired / partner[name] if paired else None) for name in names], side, channels)
+        if not classes:
+            return images, None
+        return images, torch.tensor([classes.index(label(names[i])) for i in images.kept], dtype=torch.int64)
+
+    train, y = read(train_names)
+    test, test_y = read(test_names)
+    broken = train.left_out + test.left_out
+    factor = 1
+    if paired:
+        good = len(train.kept) + len(test.kept)
+        if 2 * good < count:
+            raise DatasetError(f"{paired}: only {good} of its {count} pairs with {root} can be used; check that these "
+                               f"are the same pictures: {few(broken, 3)}")
+        factor = pair_factor(train.sizes + test.sizes)
+    if not own and not train.kept:  # the only good images were held out
+        train, y, test, test_y = test, test_y, train, y
+    if not train.kept:
+        raise DatasetError(f"{root}: none of the {len(train_names)} training images can be read; replace them: "
+                           f"{few(broken, 3)}")
+    _warn_of(root, broken)
+    if not test.kept:
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
-        test_x, test_y, test_lo = x, y, lo
-    return Images(x, test_x, y, test_y, classes, lo, test_lo, name=root.resolve().name)
+        test, test_y = train, y
+    return Images(train.clean, test.clean, y, test_y, classes, train.damaged, test.damaged,
+                  name=os.path.basename(os.path.realpath(root)), left_out=left_out + broken, pair_factor=factor)
 
 
-def _partners(root: Path, names: list[str], paired: Path) -> dict[str, str]:
-    """Clean path -> damaged path, for the pairs of files whose names differ in the ending only."""
-    others = list_images(paired)
-    clean, damaged = ({os.path.splitext(n)[0]: n for n in some} for some in (names, others))
-    for folder, stems, some in ((root, clean, names), (paired, damaged, others)):
-        if twins := set(some) - set(stems.values()):
-            raise DatasetError(f"{folder}: more than one image is called {few(twins)} but for the ending")
-    both, lone = clean.keys() & damaged.keys(), clean.keys() ^ damaged.keys()
-    if not both:
-        raise DatasetError(f"no image has the same name in {root} and {paired}: {few(lone)}")
-    if lone:
-        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {few(lone)}")
-    return {clean[stem]: damaged[stem] for stem in both}
+def _warn_of(folder: Path, left_out: list[str]) -> None:
+    """Names the first of the images left out."""
+    if left_out:
+        rest = ", which a run lists in left_out.txt" if len(left_out) > 3 else ""
+        warnings.warn(f"{folder}: {len(left_out)} images are left out{rest}: {few(left_out, 3)}")
 
 
 def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
@@ -179,47 +255,62 @@ def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
     tops = {name.split("/")[0] for name in names if "/" in name}
     held_out = next((top for top in ("test", "val", "valid", "validation") if top in tops), None)
     if "train" in tops and held_out:
-        train, test = ([n for n in names if n.startswith(top + "/")] for top in ("train", held_out))
+        train = [name for name in names if name.startswith("train/")]
+        test = [name for name in names if name.startswith(held_out + "/")]
         return train, test, 1, True
     count = min(max(1, len(names) // 10), 1000, len(names) - 1)
     rows = {(2 * i + 1) * len(names) // (2 * count) for i in range(count)}
-    train, test = ([n for i, n in enumerate(names) if (i in rows) == held] for held in (False, True))
-    return train, test, int(all(n.startswith("train/") for n in names)), False
+    train = [name for i, name in enumerate(names) if i not in rows]
+    test = [name for i, name in enumerate(names) if i in rows]
+    level = 1 if all(name.startswith("train/") for name in names) else 0
+    return train, test, level, False
 
 
-def _decode(files: list[tuple[Path, ...]], side: int, channels: int) -> tuple[list[Tensor], list[int]]:
-    """Files [(clean,) or (clean, damaged)] -> a tensor (kept, C, side, side) for each column, and the rows kept: those
-    that can't be read are named in a warning."""
-    columns = [np.empty((len(files), channels, side, side), np.uint8) for _ in files[0]]
+def _decode(files: list[tuple[Path, Path | None]], side: int, channels: int) -> Decoded:
+    """Reads files (clean, damaged or None)."""
+
+    def empty() -> Tensor:  # by numpy, which raises MemoryError where torch raises RuntimeError
+        return torch.from_numpy(np.empty((len(files), channels, side, side), np.uint8))
+
+    clean = empty()
+    damaged = empty() if any(partner for _, partner in files) else None
+    sizes = {}  # by place in `files`, as is the next
     broken = {}
 
     def read(row: int) -> None:
-        try:
-            image, *damaged = (open_image(path, channels) for path in files[row])
-            for i, lo in enumerate(damaged):
-                # the same shape to within a pixel of the damaged image: else it belongs to another picture
-                if abs(lo.width * image.height - lo.height * image.width) > max(image.size):
-                    raise DatasetError(f"{files[row][1]} is {lo.size}, its partner {image.size}: not the same shape")
-                damaged[i] = lo if lo.size == image.size else lo.resize(image.size, Image.Resampling.BICUBIC)
-            for column, picture in zip(columns, (image, *damaged)):
-                column[row] = np.asarray(fit(picture, side)).reshape(side, side, channels).transpose(2, 0, 1)
-        except DatasetError as error:
-            broken[row] = str(error)
+        path, partner = files[row]
+        image = open_image(path, channels)
+        clean[row] = to_tensor(fit(image, side))
+        if partner:
+            lo = open_image(partner, channels)
+            check_shape(image.size, lo.size, partner)
+            sizes[row] = image.size, lo.size, partner
+            if lo.size != image.size:
+                lo = lo.resize(image.size, Image.Resampling.BICUBIC)  # as files.enlarge does
+            damaged[row] = to_tensor(fit(lo, side))
 
-    def chunk(rows: range) -> int:
+    def read_some(rows: range) -> int:
         for row in rows:
-            read(row)
+            try:
+                read(row)
+            except DatasetError as error:
+                broken[row] = one_line(error)
         return len(rows)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         bar = tqdm(total=len(files), desc="images", disable=None, delay=2, leave=False)
-        for done in pool.map(chunk, [range(i, min(i + 64, len(files))) for i in range(0, len(files), 64)]):
+        for done in pool.map(read_some, [range(i, min(i + 64, len(files))) for i in range(0, len(files), 64)]):
             bar.update(done)
         bar.close()
-    if broken:
-        warnings.warn(f"{len(broken)} images are left out: {few(broken.values())}")
     kept = [row for row in range(len(files)) if row not in broken]
-    return [torch.from_numpy(c[kept] if broken else c) for c in columns], kept
+    for column in (clean, damaged):
+        if broken and column is not None:
+            for new, old in enumerate(kept):  # in place: there may be no memory for a second copy
+                column[new] = column[old]
+    if damaged is not None:
+        damaged = damaged[:len(kept)]
+    return Decoded(clean[:len(kept)], damaged, kept, left_out=[broken[row] for row in sorted(broken)],
+                   sizes=[sizes[row] for row in kept if row in sizes])
 
 
 # ------------------------------------------------------------------------------------------------------ by torchvision
@@ -233,30 +324,42 @@ def _download(name: str, side: int, channels: int, data_path: str, limit: int | 
     try:
         with redirect_stdout(io.StringIO()):  # the progress bar is still seen: it goes to stderr
             choices = [{"split": s} if name == "celeba" else {"train": s == "train"} for s in ("train", "test")]
-            parts = [getattr(datasets, kind)(data_path, download=True, **choice) for choice in choices]
+            train, test = (getattr(datasets, kind)(data_path, download=True, **choice) for choice in choices)
     except Exception as error:  # no network, no gdown, a damaged file: each library raises its own kinds of exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DatasetError(f"{name} is not in {data_path}, or not whole, and can't be downloaded ({reason[:160]}). "
-                           f"To get it, {by_hand.format(data_path)}; or take --dataset shapes or a folder") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"[:160]
+        raise DatasetError(f"dataset = {name}: is not in {data_path}, or not whole, and can't be downloaded "
+                           f"({reason}); {by_hand.format(data_path)}; or take --dataset shapes or a folder") from error
     finally:
         socket.setdefaulttimeout(before)
+    rows = _spread(list(range(len(train))), limit)
+    test_rows = _spread(list(range(len(test))), limit)
+    _check_memory(len(rows) + len(test_rows), side, channels)
     if name == "celeba":  # 40 attributes and 10,000 identities, but no classes
-        folder = Path(parts[0].root) / "celeba" / "img_align_celeba"
-        files = ([(folder / name,) for name in _spread(part.filename, limit)] for part in parts)
-        train, test = (_decode(split, side, channels)[0][0] for split in files)
-        return Images(train, test, None, None, [], name=name)
-    rows = [_spread(list(range(len(part))), limit) for part in parts]
-    train, test = (_resize(np.asarray(part.data)[r], side, channels) for part, r in zip(parts, rows))
-    y, test_y = (torch.as_tensor(part.targets)[r] for part, r in zip(parts, rows))
-    return Images(train, test, y, test_y, list(parts[0].classes), name=name)
+        folder = Path(train.root) / "celeba" / "img_align_celeba"
+        x = _decode([(folder / train.filename[i], None) for i in rows], side, channels)
+        test_x = _decode([(folder / test.filename[i], None) for i in test_rows], side, channels)
+        broken = x.left_out + test_x.left_out
+        if not x.kept or not test_x.kept:
+            raise DatasetError(f"{folder}: no training or no test image can be read; get it anew: {few(broken, 3)}")
+        _warn_of(folder, broken)
+        return Images(x.clean, test_x.clean, None, None, [], name=name, left_out=broken)
+    x = _resize(np.asarray(train.data)[rows], side, channels)
+    test_x = _resize(np.asarray(test.data)[test_rows], side, channels)
+    y = torch.as_tensor(train.targets)[rows]
+    test_y = torch.as_tensor(test.targets)[test_rows]
+    return Images(x, test_x, y, test_y, list(train.classes), name=name)
 
 
 def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
     """(N, h, w[, 3]) uint8 -> (N, channels, side, side). A side of 28 (Fashion-MNIST) gets a black margin up to 32."""
     if pixels.shape[1] == 28 < side <= 32:
-        margin = side - 28
-        pixels = np.pad(pixels, ((0, 0),) + ((margin // 2, margin - margin // 2),) * 2)
-    if pixels.shape[1] != side or pixels.ndim != (4 if channels == 3 else 3):
-        mode = "RGB" if channels == 3 else "L"
-        pixels = np.stack([np.asarray(fit(Image.fromarray(p).convert(mode), side)) for p in pixels])
-    return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
+        before = (side - 28) // 2
+        after = side - 28 - before
+        pixels = np.pad(pixels, ((0, 0), (before, after), (before, after)))
+    if pixels.shape[1] == side and pixels.ndim == (4 if channels == 3 else 3):
+        return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
+    mode = "RGB" if channels == 3 else "L"
+    x = torch.from_numpy(np.empty((len(pixels), channels, side, side), np.uint8))
+    for row, picture in zip(x, pixels):
+        row.copy_(to_tensor(fit(Image.fromarray(picture).convert(mode), side)))
+    return x

@@ -1,4 +1,6 @@
 """Image files in and out, of every mode that Pillow reads; and files that are never half written."""
+import heapq
+import math
 import os
 import warnings
 from contextlib import suppress
@@ -9,9 +11,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from images import DatasetError
+from images import DatasetError, one_line
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
+MAX_ENTRIES = 200_000  # files and folders that are looked at where fewer than one in a hundred is an image
+STRIP = 4  # a picture more than so many times as long as it is wide counts as a strip
+
+# open_image refuses such an image itself and names it
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def write_atomically(path: Path, write):
@@ -39,20 +47,32 @@ def open_image(path, channels: int = 3) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             image.load()
-            return flatten(image, channels)
+            return flatten(image, channels, path)
+    except DatasetError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own, or the one above
+        raise DatasetError(f"{path}: is too large ({error}); make it smaller, {MAX_PIXELS:,} pixels at most") from error
     except Exception as error:  # each of Pillow's readers raises its own kinds of exception
-        unknown = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else None
-        reason = unknown or getattr(error, "strerror", None) or error
-        raise DatasetError(f"{path} can't be read as an image: {reason}") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "its format is unknown"
+        raise DatasetError(f"{path}: can't be read as an image ({reason}); replace or remove it") from error
 
 
-def flatten(image: Image.Image, channels: int = 3) -> Image.Image:
-    """A PIL image of any mode -> upright, opaque, 8-bit: see open_image."""
+def flatten(image: Image.Image, channels: int = 3, name="image") -> Image.Image:
+    """A PIL image of any mode -> upright, opaque, 8-bit: see open_image. Raises DatasetError, which says `name`."""
     image = upright(image)
     if image.mode[0] in "IF":
         grey = np.asarray(image).astype(np.float64)
-        grey = grey / 257 if image.mode != "F" else grey * 255 if grey.max() <= 1 else grey
+        if not np.isfinite(grey).all():
+            raise DatasetError(f"{name}: some of its pixels are NaN or infinite; give them a value")
+        if image.mode != "F":
+            grey = grey / 257
+        elif grey.max() <= 1:
+            grey = grey * 255
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -105,6 +125,8 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     twice too long, bring it to `side` with bicubic (small images are enlarged), cut out the middle."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) < side and max(image.size) > STRIP * min(image.size):
+        return _middle_of_strip(image, side)
     if min(image.size) != side:
         scale = side / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -112,24 +134,111 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
 
 
+def _middle_of_strip(image: Image.Image, side: int) -> Image.Image:
+    """What `fit` makes of an image that it has to enlarge, without enlarging more than the middle.
+
+    1 x 65,000 pixels would become 256 x 16,640,000. Equal to what `fit` would make, but for a rounding now and then.
+    """
+    scale = side / min(image.size)
+    crop, box = [], []  # of each axis: the pixels that matter, and within them the part that becomes the square
+    for length in image.size:
+        enlarged = round(length * scale)
+        start = (enlarged - side) // 2
+        begin, end = start * length / enlarged, (start + side) * length / enlarged
+        first, last = max(0, math.floor(begin) - 3), min(length, math.ceil(end) + 3)  # bicubic looks 2 pixels around
+        crop.append((first, last))
+        box.append((begin - first, end - first))
+    (left, right), (top, bottom) = crop
+    image = image.crop((left, top, right, bottom))
+    # one axis after the other, across first, which is Pillow's order where both are enlarged
+    (left, right), (top, bottom) = box
+    image = image.resize((side, image.height), Image.Resampling.BICUBIC, box=(left, 0, right, image.height))
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=(0, top, side, bottom))
+
+
+def enlarge(picture: Image.Image | Tensor, factor: int) -> Image.Image | Tensor:
+    """A PIL image, or (C, H, W) uint8, with sides `factor` times as long, by PIL's bicubic.
+
+    So a damaged image that is smaller than its clean partner comes to the partner's size: see Images.pair_factor.
+    """
+    if isinstance(picture, Tensor):
+        return to_tensor(enlarge(to_image(picture), factor))
+    if factor == 1:
+        return picture
+    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)
+
+
 def list_images(root: Path) -> list[str]:
-    """Sorted relative paths of the images below root. Hidden files are passed over, others counted in a warning."""
-    if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder")
-    images, others = [], []
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
-        prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
-        for name in files:
-            if not name.startswith("."):
-                (images if os.path.splitext(name)[1].lower() in ENDINGS else others).append(prefix + name)
+    """Sorted relative paths of the images below root. Hidden files are passed over, others counted in a warning.
+
+    Links are followed, but each real folder is entered once, so links in a circle end and no folder's images count
+    twice. Where several ways lead to a folder, the one of the fewest links is taken, then the first in the alphabet. A
+    link to a single file is that file under another name. A link that leads nowhere is listed: reading it fails.
+    """
+    if not os.path.isdir(root):
+        raise DatasetError(f"{root}: is not a folder; name one that holds images")
+    images, others, closed = [], [], []
+    looked_at = 0
+    entered = set()  # the real paths of folders
+    waiting = [(0, "")]  # folders to enter, as a heap: how many links lead there, relative path
+    while waiting:
+        links, folder = heapq.heappop(waiting)
+        path = os.path.join(root, folder)
+        real = os.path.realpath(path)
+        if real in entered:
+            continue
+        entered.add(real)
+        if _is_the_systems(real):
+            raise DatasetError(f"{path}: leads to {real}, where the system keeps its own; name a folder of images")
+        try:
+            entries = list(os.scandir(path))
+        except OSError as error:
+            closed.append(f"{path} ({error.strerror})")
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            if _leads_to_folder(entry):
+                if not entry.name.startswith("__MACOSX"):
+                    heapq.heappush(waiting, (links + int(entry.is_symlink()), name))
+            elif os.path.splitext(name)[1].lower() in ENDINGS and not _is_special(entry):
+                images.append(name)
+            else:
+                others.append(name)
+        looked_at += len(entries)
+        if looked_at > MAX_ENTRIES and 100 * len(images) < looked_at:
+            raise DatasetError(f"{root}: only {len(images):,} of the first {looked_at:,} files and folders in it are "
+                               "images; name the folder that holds the images")
+    if closed:
+        warnings.warn(f"{root}: {len(closed)} folders can't be opened and are left out: {few(closed)}")
     if others:
-        warnings.warn(f"{root}: {len(others)} files that are no images are ignored: {few(others)}")
+        warnings.warn(f"{root}: {len(others)} files are ignored, which are not images: {few(others)}")
     if not images:
-        raise DatasetError(f"no images in {root}: looked for {' '.join(sorted(ENDINGS))}")
+        raise DatasetError(f"{root}: no images in it; their names must end in {' '.join(sorted(ENDINGS))}")
     return sorted(images)
 
 
-def few(names) -> str:
+def _is_the_systems(folder: str) -> bool:
+    """Whether a real path is the whole disk, or where Linux shows its processes and devices as files without end."""
+    return folder in (os.path.dirname(folder), "/dev") or f"{folder}/".startswith(("/proc/", "/sys/"))
+
+
+def _leads_to_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether this is a pipe, a socket or a device: reading one may never end. Not so a link that leads nowhere."""
+    try:
+        return os.path.exists(entry.path) and not entry.is_file()
+    except OSError:
+        return False
+
+
+def few(names, count: int = 8) -> str:
     """The first of them, for a message."""
-    return ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+    return ", ".join(sorted(names)[:count]) + (", ..." if len(names) > count else "")

@@ -2,6 +2,7 @@
 import gzip
 import http.server
 import math
+import os
 import pickle
 import socket
 import struct
@@ -15,9 +16,10 @@ import torchvision
 from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
-from images import DatasetError, data, shapes
+from images import DatasetError, SettingsError, data, shapes
 from images.data import batch_indices, load
-from images.files import fit, open_image
+from images.files import enlarge, fit, open_image, to_tensor
+from images.pairs import pair_factor
 from images.pictures import to_float, to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
@@ -244,8 +246,11 @@ def test_broken_images_are_skipped_and_their_labels_too(tmp_path):
         solid(tmp_path / "ab"[i % 2] / f"{i:02}.png", i)
     for i in (0, 3, 4, 11):
         (tmp_path / "ab"[i % 2] / f"{i:02}.png").write_text("no image")
-    with pytest.warns(UserWarning, match="3 images are left out.*00.png"):
+    with pytest.warns(UserWarning, match="4 images are left out, which a run lists in left_out.txt: .*00.png"):
         images = load(str(tmp_path), 8)
+    assert len(images.left_out) == 4  # all are named, however few the warning names
+    assert all("can't be read" in line and "\n" not in line for line in images.left_out)
+    assert {line.split(":")[0][-6:] for line in images.left_out} == {"00.png", "03.png", "04.png", "11.png"}
     x, y = values(images.train) + values(images.test), images.train_y.tolist() + images.test_y.tolist()
     assert sorted(x) == [i for i in range(20) if i not in (0, 3, 4, 11)]
     assert y == [v % 2 for v in x]
@@ -253,7 +258,7 @@ def test_broken_images_are_skipped_and_their_labels_too(tmp_path):
 
 def test_one_good_image_is_enough_but_one_is_needed(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.warns(UserWarning, match="a.png"), pytest.raises(DatasetError, match="none of the"):
+    with pytest.raises(DatasetError, match="none of the.*a.png"):
         load(str(tmp_path), 8)
     solid(tmp_path / "b.png", 5)
     with pytest.warns(UserWarning):
@@ -284,6 +289,33 @@ def test_grey_and_colour_asked_of_a_mixed_folder(tmp_path):
     np.testing.assert_array_equal(colour.train[0].permute(1, 2, 0), noise(9, 9, 3))
 
 
+def test_what_is_broken_does_not_shift_the_rest(tmp_path):
+    """The rows kept move together, within one array: each clean image stays beside its damaged one and its label."""
+    for i in range(30):
+        solid(tmp_path / "clean" / "ab"[i % 2] / f"{i:02}.png", i)
+        solid(tmp_path / "damaged" / "ab"[i % 2] / f"{i:02}.png", 200 - i)
+    for i in (2, 5, 15, 21):
+        (tmp_path / "damaged" / "ab"[i % 2] / f"{i:02}.png").write_text("no image")
+    images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    x = values(images.train) + values(images.test)
+    assert sorted(x) == [i for i in range(30) if i not in (2, 5, 15, 21)]
+    assert values(images.train_lo) + values(images.test_lo) == [200 - v for v in x]
+    assert images.train_y.tolist() + images.test_y.tolist() == [v % 2 for v in x]
+
+
+def test_links_in_a_circle_double_nothing(tmp_path):
+    """A folder that holds a link to itself: no test image is a training image, and it ends."""
+    for i in range(20):
+        solid(tmp_path / "pictures" / f"{i:02}.png", i)
+    (tmp_path / "pictures" / "again").symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "up").symlink_to("..")
+    (tmp_path / "pictures" / "self.png").symlink_to("self.png")
+    (tmp_path / "pictures" / "nowhere.png").symlink_to("missing.png")
+    images = load(str(tmp_path / "pictures"), 8)
+    assert sorted(values(images.train) + values(images.test)) == list(range(20))
+    assert len(images.left_out) == 2 and "nowhere.png" in images.left_out[0] and "self.png" in images.left_out[1]
+
+
 # -------------------------------------------------------------------------------------------------------------- pairs
 
 def ramps(height, width):
@@ -301,6 +333,7 @@ def test_pairs_are_cropped_alike(tmp_path):
         clean.reduce(2).save(tmp_path / "damaged" / "train" / f"{i}.bmp")  # at half the size, with another ending
     images = load(str(tmp_path / "clean"), 32, paired_path=str(tmp_path / "damaged"))
     assert images.train_lo.shape == images.train.shape and images.test_lo.shape == images.test.shape
+    assert images.pair_factor == 2
     for clean, damaged in ((images.train, images.train_lo), (images.test, images.test_lo)):
         error = (clean.float() - damaged.float()).abs()
         assert error[..., 4:-4, 4:-4].max() <= 1.5 and clean.float().std() > 20
@@ -315,6 +348,8 @@ def test_missing_partners_are_named(tmp_path):
         images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
     x, lo = torch.cat([images.train, images.test]), torch.cat([images.train_lo, images.test_lo])
     assert sorted(values(x)) == [107, 108, 109] and [v - 10 for v in values(x)] == values(lo)
+    assert [line.split(": has no partner")[0] for line in images.left_out] == [
+        str(tmp_path / "clean" / "only_clean.png"), str(tmp_path / "damaged" / "only_damaged.png")]
 
     solid(tmp_path / "damaged" / "a.png", 97, size=(8, 20))  # of another shape: the picture of something else
     with pytest.warns(UserWarning, match="a.png.*not the same shape"):
@@ -329,6 +364,59 @@ def test_missing_partners_are_named(tmp_path):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
     with pytest.raises(DatasetError, match="nowhere"):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "nowhere"))
+
+
+def test_where_most_pairs_do_not_belong_together_there_is_no_training(tmp_path):
+    for i in range(6):
+        solid(tmp_path / "clean" / f"{i}.png", i)
+        solid(tmp_path / "damaged" / f"{i}.png", i, size=(8, 8) if i < 3 else (8, 20))
+    clean, damaged = str(tmp_path / "clean"), str(tmp_path / "damaged")
+    assert len(load(clean, 8, paired_path=damaged).left_out) == 3  # the good half will do
+    solid(tmp_path / "damaged" / "2.png", 2, size=(20, 8))
+    with pytest.raises(DatasetError, match="damaged: only 2 of its 6 pairs .*2.png: has 20x8 pixels, its partner 8x8"):
+        load(clean, 8, paired_path=damaged)
+
+
+@pytest.mark.parametrize("side", [24, 40, 64])
+def test_small_damaged_images_are_enlarged_as_one_enlarges_a_file(tmp_path, side):
+    """`enlarge` makes of a damaged file what training saw, whether `fit` then shrinks, crops or enlarges it."""
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "damaged").mkdir()
+    for i in range(3):
+        Image.fromarray(noise(60, 48, 3, seed=i)).save(tmp_path / "clean" / f"{i}.png")
+        Image.fromarray(noise(20, 16, 3, seed=i)).save(tmp_path / "damaged" / f"{i}.png")
+    images = load(str(tmp_path / "clean"), side, paired_path=str(tmp_path / "damaged"))
+    assert images.pair_factor == 3
+    seen = torch.cat([images.train_lo, images.test_lo])
+    files = [fit(enlarge(open_image(tmp_path / "damaged" / f"{i}.png"), images.pair_factor), side) for i in range(3)]
+    assert sorted(x.numpy().tobytes() for x in seen) == sorted(to_tensor(x).numpy().tobytes() for x in files)
+
+
+@pytest.mark.parametrize("clean, damaged, factor", [
+    ([(8, 12)], [(8, 12)], 1),
+    ([(80, 120), (400, 40)], [(20, 30), (100, 10)], 4),
+    ([(101, 67), (67, 101)], [(50, 33), (34, 51)], 2),  # rounded down, rounded up
+    ([(9, 15)], [(6, 10)], "b0.png: has 6x10 pixels, its partner 9x15; make"),
+    ([(100, 60)], [(40, 24)], "b0.png: has 40x24 pixels, its partner 100x60; make"),
+    ([(8, 8)], [(16, 16)], "b0.png: has 16x16 pixels, its partner 8x8; make"),
+    ([(40, 27)], [(40, 26)], "b0.png: has 40x26 pixels, its partner 40x27; make"),
+    ([(80, 80), (80, 80), (80, 80)], [(40, 40), (20, 20), (40, 40)], "b1.png: is 4 times smaller .*png 2 times; make"),
+])
+def test_how_many_times_smaller_the_damaged_images_are(clean, damaged, factor):
+    sizes = [(c, d, f"b{i}.png") for i, (c, d) in enumerate(zip(clean, damaged))]
+    if isinstance(factor, int):
+        assert pair_factor(sizes) == factor
+    else:
+        with pytest.raises(DatasetError, match=factor):
+            pair_factor(sizes)
+
+
+def test_pairs_of_different_factors_are_refused(tmp_path):
+    for i in range(4):
+        solid(tmp_path / "clean" / f"{i}.png", i, size=(16, 16))
+        solid(tmp_path / "damaged" / f"{i}.png", i, size=(8, 8) if i else (4, 4))
+    with pytest.raises(DatasetError, match="0.png: is 4 times smaller"):
+        load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
 
 
 # ------------------------------------------------------------------------------------------------- sets by torchvision
@@ -354,7 +442,7 @@ def test_fashion_mnist_from_disk(tmp_path):
     idx(raw / "train-images-idx3-ubyte", x[:20])
     whole = (raw / "train-images-idx3-ubyte").read_bytes()
     (raw / "train-images-idx3-ubyte").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(DatasetError, match="fashion-mnist .*not whole.*github.com/zalandoresearch"):
+    with pytest.raises(DatasetError, match="fashion-mnist: .*not whole.*github.com/zalandoresearch"):
         load("fashion-mnist", 32, channels=1, data_path=str(tmp_path))
 
 
@@ -411,7 +499,7 @@ def test_a_download_that_fails(tmp_path, monkeypatch, capsys):
     for port in (closed_port, silent.getsockname()[1], junk.server_port):
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
         start = time.monotonic()
-        with pytest.raises(DatasetError, match="cifar10 .*put cifar-10-python.tar.gz.*--dataset shapes") as error:
+        with pytest.raises(DatasetError, match="cifar10: .*put cifar-10-python.tar.gz.*--dataset shapes") as error:
             load("cifar10", 32, data_path=str(tmp_path))
         assert time.monotonic() - start < 5 and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     junk.shutdown()
@@ -419,7 +507,51 @@ def test_a_download_that_fails(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "" and socket.getdefaulttimeout() is None
 
 
+def test_too_little_memory_is_said_beforehand(tmp_path, monkeypatch):
+    for i in range(4):
+        solid(tmp_path / f"{i}.png", i)
+    monkeypatch.setattr(data, "free_memory", lambda: 500_000_000)
+    for dataset in (str(tmp_path), "shapes"):
+        with pytest.raises(SettingsError, match=r"image_size = 8192: .* images need .* GB .*0.5 GB are free; lower"):
+            load(dataset, 8192)
+    monkeypatch.setattr(data, "free_memory", lambda: 4 * 3 * 16**2 - 1)
+    with pytest.raises(SettingsError, match="4 images need"):
+        load(str(tmp_path), 16)
+    with pytest.raises(SettingsError, match="8 images need"):
+        load(str(tmp_path), 16, paired_path=str(tmp_path))
+    monkeypatch.setattr(data, "free_memory", lambda: 4 * 3 * 16**2)
+    assert len(load(str(tmp_path), 16).train) == 3
+
+    def none_left(*_):
+        raise MemoryError
+    monkeypatch.setattr(data, "free_memory", lambda: None)  # another system than Linux
+    monkeypatch.setattr(np, "empty", none_left)
+    with pytest.raises(SettingsError, match="image_size = 16: too little memory"):
+        load(str(tmp_path), 16)
+
+
+def test_free_memory_is_that_of_this_machine():
+    if free := data.free_memory():
+        assert 2**20 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_limit_above_the_number_of_images_is_all_of_them(tmp_path):
+    for i in range(4):
+        solid(tmp_path / f"{i}.png", i)
+    assert len(load(str(tmp_path), 8, limit=10**20).train) == 3
+    assert len(shapes.draw_shapes(5, 0, 8, 1, 10**20)[0]) == 5
+
+
+@pytest.mark.parametrize("size", [0, 10**7, 10**20])
+def test_a_batch_that_no_one_can_mean(size):
+    with pytest.raises(SettingsError, match=f"images in a batch = {size}: allowed is 1 to 1,048,576"):
+        batch_indices(10, size, 0, 0)
+
+
 def test_errors_name_what_is_wrong(tmp_path):
+    for dataset in ("~nobody-of-this-name/photos", "x" * 300, ""):
+        with pytest.raises(DatasetError, match=f"dataset = {dataset}: is not a folder; name one, or cifar10"):
+            load(dataset, 32)
     for dataset in ("cifra10", str(tmp_path / "nowhere")):
         with pytest.raises(DatasetError, match=f"{dataset}.*cifar10, fashion-mnist, celeba, shapes"):
             load(dataset, 32)
@@ -427,7 +559,7 @@ def test_errors_name_what_is_wrong(tmp_path):
         load(str(tmp_path), 32)
     with pytest.raises(DatasetError, match="paired_path.*folder"):
         load("shapes", 32, paired_path=str(tmp_path))
-    for wrong in ({"side": 0}, {"channels": 2}, {"limit": 0}):
+    for wrong in ({"side": 0}, {"side": 100_000}, {"channels": 2}, {"limit": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} = {next(iter(wrong.values()))}"):
             load("shapes", **{"side": 32, **wrong})
 

@@ -212,7 +212,7 @@ def test_an_interrupt_still_tells_what_was_not_restored(tmp_path, capsys, monkey
     (tmp_path / "in/a.png").write_bytes(b"no image")
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 130
     error = capsys.readouterr().err
-    assert "not restored: " in error and "a.png can't be read" in error and "interrupted" in error
+    assert "not restored: " in error and "a.png: can't be read" in error and "interrupted" in error
 
 
 # inpainting ----------------------------------------------------------------------------------------------------------
