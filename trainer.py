@@ -187,8 +187,10 @@ class Trainer:
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
                 limit=config.batch_size if config.overfit else None, or_shapes=config.overfit).to(self.device)
+            recipe = config.recipe.settled()
         # what was left open is chosen once: a resumed run takes the same
-        config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off")
+        config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off",
+                         **{config.method: recipe})
         self.config = config
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
@@ -223,6 +225,9 @@ class Trainer:
         checkpoints.remove_leftovers(self.folder)
         plain = json.dumps(asdict(c), indent=1)
         write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        if self.images.left_out:
+            lines = "\n".join(self.images.left_out).encode(errors="surrogateescape")
+            write_atomically(self.folder / "left_out.txt", lambda f: f.write(lines + b"\n"))
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
@@ -424,7 +429,8 @@ class Trainer:
         c = self.config
         checkpoint = dict(
             step=self.step, images_seen=self.images_seen, config=asdict(c), classes=self.images.classes,
-            num_classes=self.num_classes, wandb_id=self.log.wandb_id, absolute_paths=checkpoints.absolute_paths(c),
+            num_classes=self.num_classes, pair_factor=self.images.pair_factor, wandb_id=self.log.wandb_id,
+            absolute_paths=checkpoints.absolute_paths(c),
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.watch.state())
         if reason := self.watch.unfit(checkpoint):
@@ -485,7 +491,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
         if config.overfit:
             config = replace(config, warmup_steps=first.warmup_steps or 0)
     config.check()
-    config.recipe.check()
+    config.recipe.check(config.task, config.condition)
     return config, run.checkpoint if run else None
 
 

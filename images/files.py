@@ -2,6 +2,7 @@
 import heapq
 import math
 import os
+import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from images import DatasetError, one_line
 
+UMASK = os.umask(0)  # what new files are not allowed; it can be read by setting it only
+os.umask(UMASK)
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
 MAX_ENTRIES = 200_000  # files and folders that are looked at where fewer than one in a hundred is an image
@@ -23,19 +26,21 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def write_atomically(path: Path, write):
-    """`write(file)` writes a temporary file beside `path`, which is then renamed.
+    """`write(file)` into a neighbour, then renamed: whenever the process dies, `path` holds the old content or the new.
 
-    Whenever the process dies, `path` holds either the whole old content or the whole new one.
+    The neighbour's name is its own, so that two writers do not meet, and no link that lies there is followed.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     try:
-        with open(temporary, "wb") as f:
+        with open(handle, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are for their owner alone
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 

@@ -27,6 +27,7 @@ class Run:
     config: object  # trainer.Config: every setting
     classes: list[str]  # names of the data's classes
     num_classes: int  # that the network knows; 0: it sees no labels
+    pair_factor: int  # task paired: how many times larger the clean images were than the damaged ones
     step: int  # training steps done
     images_seen: int
     # "ema": the averaged network, "raw": the trained one; an exported file holds one of them
@@ -93,7 +94,8 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     there = {field: path for field, path in c.get("absolute_paths", {}).items() if Path(path).exists()}
     config = replace(config, **there)  # the folder one stands in may be another today
     seen, weights = c.get("images_seen", c["step"] * config.batch_size), dict(ema=c["ema"], raw=c["players"][0])
-    return Run(name, config, c["classes"], c["num_classes"], c["step"], seen, weights, c)
+    about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
+    return Run(name, config, *about, weights, c)
 
 
 def read_config(name: str, plain: dict, config_class):
@@ -113,7 +115,8 @@ def open_exported(path: str, config_class) -> Run:
             about = json.loads(file.metadata()["run"])
         weights = safetensors.torch.load_file(path)
         kind, plain = "ema" if about["ema"] else "raw", about["config"]
-        rest = about["classes"], about["num_classes"], about.get("step", 0), about.get("images_seen", 0)
+        rest = (about["classes"], about["num_classes"], about.get("pair_factor", 1), about.get("step", 0),
+                about.get("images_seen", 0))
     except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError, safetensors.SafetensorError) as failure:
         raise SettingsError(f"run = {path!r}: not a file that --export wrote ({one_line(failure)[:100]})") from None
     return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
@@ -122,8 +125,8 @@ def open_exported(path: str, config_class) -> Run:
 def export(run: Run, path: Path, ema: bool = True) -> int:
     """Writes the weights; in the file's header, as JSON, the rest of what open_run gives. -> its size in bytes"""
     safetensors = import_safetensors()
-    about = dict(config=asdict(run.config), num_classes=run.num_classes, classes=run.classes, ema=ema, step=run.step,
-                 images_seen=run.images_seen)
+    about = dict(config=asdict(run.config), classes=run.classes, num_classes=run.num_classes,
+                 pair_factor=run.pair_factor, step=run.step, images_seen=run.images_seen, ema=ema)
     weights = {name: w.contiguous() for name, w in run.network(ema).items()}
     content = safetensors.torch.save(weights, {"run": json.dumps(about)})
     write_atomically(path, lambda f: f.write(content))

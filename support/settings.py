@@ -13,6 +13,7 @@ import tyro
 import ode_int
 from images import SettingsError
 from images.corruptions import Damage, parts
+from images.data import MAX_BATCH, MAX_SIDE
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
@@ -42,6 +43,9 @@ UDPM_64 = UDPM_CIFAR | dict(image_size=64, unet_dim_mults=(1, 2, 2, 2), unet_use
 
 PRESETS = {  # name: what differs from Config's defaults
     "cifar10-sr": dict(),
+    # the published run of the couplings paper's example code; its gradient is of the sum over an image's values
+    "couplings": dict(overfit=False, max_steps=1_000_000, weight_decay=0.01, grad_clip=10_000 / (3 * 32 * 32),
+                      label_drop=0.0, ema_decay=0.0),
     "small": SMALL,
     "small-sr3": SMALL | dict(method="sr3", damage=Damage(up="bicubic")),
     "small-i2sb": SMALL | dict(method="i2sb"),
@@ -176,8 +180,9 @@ def check(c):
             raise SettingsError(f"{name} = {getattr(c, name)!r}: allowed is {allowed}")
 
     need("preset", c.preset in PRESETS or c.preset == "auto", "auto, " + ", ".join(PRESETS))
-    for name, most in dict(image_size=8192, batch_size=10**6, unet_channels=8192, unet_blocks=100, sample_every=10**12,
-                           sample_count=10**6, print_loss_every=10**12, checkpoint_every=10**12).items():
+    largest = dict(image_size=MAX_SIDE, batch_size=MAX_BATCH, sample_count=MAX_BATCH, unet_channels=8192,
+                   unet_blocks=100, sample_every=10**12, print_loss_every=10**12, checkpoint_every=10**12)
+    for name, most in largest.items():
         need(name, 1 <= getattr(c, name) <= most, f"1 to {most:,}")
     for name in ("max_steps", "sample_steps", "keep_every"):
         need(name, getattr(c, name) is None or 1 <= getattr(c, name) <= 10**12, "1 or more, or None")

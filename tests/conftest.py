@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import FINISHED, SERVER, child, start
 
 from images import data
+from runs import FINISHED, SERVER, child, start
 
 os.environ["WANDB_MODE"] = "offline"  # no test talks to a server
 torch.manual_seed(0)

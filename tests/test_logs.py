@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import FINISHED, checkpoint, metrics, resume, same, start
 
 import trainer
 from images import data, pictures
+from runs import FINISHED, checkpoint, metrics, resume, same, start
 from support import logs
 from support.model import draw
 from unet import Guided

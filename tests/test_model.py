@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import start
 from test_sample import get, make_run, photo, put
 
 import sample
 import trainer
 from images import SettingsError
 from images.pictures import to_float
+from runs import start
 from sample import open_model
 
 HERE = Path(__file__).parent

@@ -12,6 +12,10 @@ import time
 import pytest
 import torch
 from PIL import Image
+
+import trainer
+from images.pictures import to_uint8
+from methods.interpolant import Interpolant
 from runs import (
     FINISHED,
     TINY,
@@ -27,10 +31,6 @@ from runs import (
     start,
     until,
 )
-
-import trainer
-from images.pictures import to_uint8
-from methods.interpolant import Interpolant
 from support import logs
 from support.machine import reseed
 from support.model import draw, make_unet
