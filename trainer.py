@@ -10,19 +10,19 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
 from images import SettingsError, data, one_line
-from images.corruptions import Batch, Damage, parts
+from images.corruptions import Batch, Damage, Draws, parts
 from images.files import write_atomically
-from images.pictures import grid, psnr, strip, titled
 from methods import Method
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -32,10 +32,9 @@ from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, machine
 from support.logs import Log, attempt
-from support.model import compile_network, draw, make_players, make_unet, silent_net
+from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
 from support.settings import check, first_look, parse, preset
 from support.watch import Watch
-from unet import Counted, Guided
 
 COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
@@ -63,6 +62,8 @@ class Config:
     # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
     max_steps: int | None = None
     batch_size: int = 128  # images a step, of all GPUs together
+    # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
+    micro_batch: int | None = None
     base_lr: float = 2e-4  # AdamW's learning rate
     weight_decay: float = 0.0  # AdamW's, a step: rate times this
     warmup_steps: int = 0  # steps over which the rate rises from 0
@@ -159,9 +160,10 @@ class Config:
         """Whether images are made from noise alone."""
         return parts(self.task) == ["generate"]
 
-    def damaged(self, z1: Tensor, y: Tensor | None = None, zlo: Tensor | None = None) -> Batch:
+    def damaged(self, z1: Tensor, y: Tensor | None = None, zlo: Tensor | None = None,
+                draws: Draws | None = None) -> Batch:
         """Clean images (B, C, H, W), their labels, and for `paired` the damaged ones -> Batch."""
-        return self.damage(self.task, z1, y, self.condition, zlo)
+        return self.damage(self.task, z1, y, self.condition, zlo, draws)
 
     def check(self):
         """Raises SettingsError, one line that names the field, its value and what is allowed."""
@@ -201,6 +203,7 @@ class Trainer:
         self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = make_players(config, self.net, self.num_classes)
+        self.shared = [machine.shared(module) for module, _ in self.players]
         how = dict(lr=config.base_lr, weight_decay=config.weight_decay, fused=True)
         self.optimizers = [torch.optim.AdamW(module.parameters(), **how) for module, _ in self.players]
         self.watch = Watch(self.device)
@@ -257,46 +260,63 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def batch(self, step: int) -> Batch:
-        """This process's share of the step's batch, damaged; a function of (seed, step, rank)."""
+    def pieces(self, step: int) -> list[Batch]:
+        """This process's share of the step's batch, in pieces of at most micro_batch images."""
         c = self.config
+        size = min(c.micro_batch or c.batch_size, c.batch_size // self.world)
+        starts = range(self.rank, c.batch_size, size * self.world)
+        return [self.batch(step, slice(start, start + size * self.world, self.world)) for start in starts]
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """Those rows of the step's batch (None: this process's share), damaged; a function of (seed, step)."""
+        c, rows = self.config, rows or slice(self.rank, None, self.world)
         index = data.batch_indices(len(self.images.train), c.batch_size, c.seed, 0 if c.overfit else step)
-        z1, y, zlo = self.images.batch(index[self.rank::self.world], self.device)
-        machine.reseed("train", c.seed, step, self.rank)
+        z1, y, zlo = self.images.batch(index[rows], self.device)
+        draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
+                      rows, c.batch_size)
         if not c.overfit:
-            flip = torch.rand(len(z1), 1, 1, 1, device=self.device) < 0.5
+            flip = draws.rand(z1, 1, 1, 1) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)
             zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
         if not self.num_classes:
             y = None
         elif c.dropped:
-            y = torch.where(torch.rand(len(y), device=self.device) < c.dropped, self.num_classes, y)
-        return c.damaged(z1, y, zlo)
+            y = torch.where(draws.rand(z1) < c.dropped, self.num_classes, y)
+        return c.damaged(z1, y, zlo, draws)
 
     def train_step(self):
         """One step of every player. Its losses stay on the device."""
         c, losses = self.config, []
-        batch = self.batch(self.step)
+        pieces = self.pieces(self.step)
+        machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
-        for (module, loss), optimizer in zip(self.players, self.optimizers):
+        for (module, loss), shared, optimizer in zip(self.players, self.shared, self.optimizers):
             optimizer.zero_grad()
-            with machine.autocast(self.device, self.precision):
-                value = loss(module, batch).mean()
-            value.backward()
+            losses.append(self.gradients(shared, loss, pieces))
             parameters = [p for p in module.parameters() if p.grad is not None]
-            if self.world > 1:
-                machine.average_over_processes([p.grad for p in parameters])
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
             # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            losses.append(value.detach())
+        c.recipe.after_step([module for module, _ in self.players])
         self.watch.count(losses[0], torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax())
         self.step, self.images_seen = self.step + 1, self.images_seen + c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # or the average would keep a graph of all its steps
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+
+    def gradients(self, module: nn.Module, loss, pieces: list[Batch]) -> Tensor:
+        """Adds up the gradients of the mean loss over the pieces -> that loss, on the device."""
+        total = torch.zeros((), device=self.device)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else machine.keep_to_oneself(module):
+                with machine.autocast(self.device, self.precision):
+                    value = loss(module, piece).sum() / (self.config.batch_size // self.world)
+                value.backward()
+            total += value.detach()
+        return total
 
     def run(self) -> int:
         """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
@@ -386,7 +406,8 @@ class Trainer:
         self.signals.interruptible = True
         try:
             batch = self.held_out()
-            numbers, pictures = self.sample(batch)
+            with machine.autocast(self.device, self.precision):
+                numbers, pictures = demonstrate(self.config.quick, self.ema, batch)
             self.log(self.step, pictures, **numbers)
             decibels = ""
             if "psnr" in numbers:
@@ -402,20 +423,6 @@ class Trainer:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
         finally:
             self.signals.interruptible = False
-
-    def sample(self, batch: Batch) -> tuple[dict, dict]:
-        """-> numbers, and pictures (H, W, 3) uint8 by name."""
-        c, counted, trace, start = self.config.quick, Counted(self.ema), [], time.perf_counter()
-        with machine.autocast(self.device, self.precision):
-            sample, z0 = draw(c, Guided(counted, c.guidance), batch)
-            numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
-            draw(c, Guided(counted, c.guidance), batch[:4], trace)
-        columns = {"start": z0, "samples": sample, "truth": batch.z1}
-        if not c.generates:
-            numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
-            columns = {"low resolution" if parts(c.task) == ["sr"] else "damaged": batch.zlo} | columns
-        grids = titled(list(columns), [grid(images) for images in columns.values()])
-        return numbers, dict(step=grids, trace=strip(trace))
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 

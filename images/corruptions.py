@@ -5,8 +5,7 @@ whether the damage is made here or arrives in a user's file. Resizing follows PI
 rounding included (tests/test_corruptions.py compares). Inside this file `levels` is a float tensor of values 0 to 255.
 """
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -20,6 +19,39 @@ TASKS = ("sr", "inpaint", "blur", "jpeg", "generate", "paired")
 
 
 @dataclass
+class Draws:
+    """Random numbers for some images of a batch, the same however the batch is shared out.
+
+    The numbers of the whole batch are drawn, and those of these images kept: so several processes, or several pieces of
+    a batch one after the other, train with the noise that one process in one piece would have had.
+    """
+
+    generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
+    host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
+    rows: slice = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    total: int | None = None  # how many the batch has; None: no more than these
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return self.whole(torch.randn, x, *x.shape[1:], dtype=x.dtype)
+
+    def rand(self, x: Tensor, *shape: int) -> Tensor:
+        """Uniform on [0, 1), (B, *shape) for the B images of x."""
+        return self.whole(torch.rand, x, *shape)
+
+    def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
+        """Whole numbers from low to high - 1, (B, *shape) int64 for the B images of x."""
+        shape = (self.total or len(x), *shape)
+        return torch.randint(low, high, shape, generator=self.generator, device=x.device)[self.rows]
+
+    def one(self, low: int, high: int) -> int:
+        """A whole number from low to high - 1 for the whole batch."""
+        return int(torch.randint(low, high, (), generator=self.host))
+
+    def whole(self, draw, x: Tensor, *shape: int, **kind) -> Tensor:
+        return draw(self.total or len(x), *shape, generator=self.generator, device=x.device, **kind)[self.rows]
+
+
+@dataclass
 class Batch:
     """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1]."""
 
@@ -29,8 +61,11 @@ class Batch:
     hole: Tensor  # (B, 1, H, W) 1 where zlo knows nothing: ones for generation, the hole for inpainting, else zeros
     cond: Tensor | None  # (B, Cc, H, W) zlo, and `hole` where the task can have holes; None: the network sees no image
     y: Tensor | None  # (B,) int64 class labels; num_classes is the null label; None where labels are off
-    # x (B, ...) -> standard normal noise of x's shape, type and device: all of a sampler's randomness comes from here
-    randn_like: Callable[[Tensor], Tensor] = torch.randn_like
+    draws: Draws = field(default_factory=Draws)  # where all randomness of a method comes from
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise of x's shape (B, ...), type and device."""
+        return self.draws.randn_like(x)
 
     def __getitem__(self, rows) -> "Batch":
         """The images that `rows`, a slice or an index tensor, selects."""
@@ -75,27 +110,29 @@ class Damage:
             ("blur", "sigma", self.sigma, self.sigma >= 0.01, "finite numbers from 0.01 (pixels)"),
             ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
         ]
-        for name, field in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
-            value, allowed = getattr(self, field), get_args(Damage.__annotations__[field])
-            rules.append((name, field, value, value in allowed, ", ".join(allowed)))
-        for name, field, value, fine, allowed in rules:
+        for name, knob in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
+            value, allowed = getattr(self, knob), get_args(Damage.__annotations__[knob])
+            rules.append((name, knob, value, value in allowed, ", ".join(allowed)))
+        for name, knob, value, fine, allowed in rules:
             if name in names and not fine:
-                raise SettingsError(f"damage.{field} = {value!r}: allowed are {allowed}")
+                raise SettingsError(f"damage.{knob} = {value!r}: allowed are {allowed}")
 
-    def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None) -> Batch:
+    def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None,
+                 draws: Draws | None = None) -> Batch:
         """z1 (B, C, H, W) in [-1, 1] -> Batch. `zlo` holds the damaged images of `paired`, of z1's shape.
 
         A task may be a mixture, "sr,jpeg,blur": each image draws one of them, all equally likely. The draws depend
-        on torch's seed and z1's shape only, so the same seed gives another batch the very same damage.
+        on their streams and z1's shape only, so the same seed gives another batch the very same damage.
         """
         for side in z1.shape[2:]:
             self.check(task, side)
-        pick = torch.randint(len(parts(task)), (len(z1),), device=z1.device)
-        each = [self._apply(name, z1, zlo) for name in parts(task)]
+        draws = draws or Draws()
+        pick = draws.randint(0, len(parts(task)), z1)
+        each = [self._apply(name, z1, zlo, draws) for name in parts(task)]
         zlo, mask, hole = (torch.stack(x)[pick, torch.arange(len(z1), device=z1.device)] for x in zip(*each))
-        return Batch(z1, zlo, mask, hole, _cond(task, zlo, hole, condition), y)
+        return Batch(z1, zlo, mask, hole, _cond(task, zlo, hole, condition), y, draws)
 
-    def _apply(self, name: str, z1: Tensor, pair: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _apply(self, name: str, z1: Tensor, pair: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """One task on every image -> zlo, mask, hole."""
         one = torch.ones_like(z1[:, :1])
         if name == "generate":
@@ -106,7 +143,7 @@ class Damage:
                 raise SettingsError(f"task = 'paired': needs damaged images of the clean ones' shape, {shape}")
             return pair, one, 0 * one
         if name == "inpaint":
-            hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask])
+            hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask], draws)
             return z1.masked_fill(hole > 0, 0), hole, hole
         levels = to_levels(z1)
         if name == "sr":
@@ -236,7 +273,7 @@ def center(z1: Tensor) -> Tensor:
     return hole
 
 
-def freeform(z1: Tensor, least: float, most: float, strokes=4, bends=6) -> Tensor:
+def freeform(z1: Tensor, least: float, most: float, draws: Draws, strokes=4, bends=6) -> Tensor:
     """Brush strokes -> (B, 1, H, W), 1 on them, over a share of the pixels uniform between `least` and `most`.
 
     A stroke is the set of points within some distance of a polyline, whose vertices walk at random and are folded back
@@ -246,7 +283,7 @@ def freeform(z1: Tensor, least: float, most: float, strokes=4, bends=6) -> Tenso
     (batch, _, height, width), device = z1.shape, z1.device
 
     def rand(*shape):
-        return torch.rand(batch, strokes, *shape, device=device)
+        return draws.rand(z1, strokes, *shape)
 
     heading = 2 * math.pi * rand(1) + (2 * (rand(bends) - 0.5)).cumsum(-1)
     step = 0.05 + 0.2 * rand(bends)
@@ -267,7 +304,7 @@ def freeform(z1: Tensor, least: float, most: float, strokes=4, bends=6) -> Tenso
             distance = torch.minimum(distance, near + away[:, s, None, None])
     rank = distance.flatten(1).argsort(1).argsort(1)
     pixels = height * width
-    count = torch.randint(math.ceil(least * pixels), math.floor(most * pixels) + 1, (batch, 1), device=device)
+    count = draws.randint(math.ceil(least * pixels), math.floor(most * pixels) + 1, z1, 1)
     return (rank < count).view(batch, 1, height, width).to(z1.dtype)
 
 

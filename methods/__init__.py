@@ -62,6 +62,9 @@ class Method:
         """[(module, its loss)], trained in turn: the network, then any other module that the method trains."""
         return [(net, self.loss)]
 
+    def after_step(self, modules: list[nn.Module]):
+        """Called after each training step with the players' modules."""
+
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """error (B, C, H, W), mask (B, 1, H, W) -> (B,), each image's mean over the pixels to be made (mask 1)."""

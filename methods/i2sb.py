@@ -80,7 +80,7 @@ class I2SB(Method):
     def loss(self, net, batch: Batch) -> Tensor:
         """(B,) squared error of eq. 12 over the pixels to be made; k uniform on 1..n."""
         z1 = batch.z1
-        k = torch.randint(1, self.n + 1, (len(z1),), device=z1.device)
+        k = batch.draws.randint(1, self.n + 1, z1)
         damaged = batch.zlo + batch.hole * batch.randn_like(z1)
         a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
         zt = a * z1 + b * damaged + std * batch.randn_like(z1)

@@ -92,7 +92,7 @@ class Interpolant(Method):
     def loss(self, net, batch: Batch) -> Tensor:
         """|v_hat - (alpha' z0 + beta' z1)|^2, mean over the pixels to be made -> (B,) (eq. 8)."""
         z1, z0 = batch.z1, self.start(batch)
-        t = torch.empty(len(z1), device=z1.device).uniform_(self.t_min, 1 - self.t_min)
+        t = self.t_min + (1 - 2 * self.t_min) * batch.draws.rand(z1)
         alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
         zt = keep_known(alpha * z0 + beta * z1, batch)
         v = d_alpha * z0 + d_beta * z1

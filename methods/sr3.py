@@ -84,8 +84,8 @@ class SR3(Method):
         """Algorithm 1 -> (B,), the mean over the pixels to be made."""
         z1, gammas = batch.z1, self.gammas(batch.z1.device)
         # section 2.4: gamma is uniform between neighbours, so that the sampler may choose its steps
-        t = torch.randint(1, self.T + 1, (len(z1),), device=z1.device)
-        gamma = torch.lerp(gammas[t], gammas[t - 1], torch.rand_like(gammas[t]))
+        t = batch.draws.randint(1, self.T + 1, z1)
+        gamma = torch.lerp(gammas[t], gammas[t - 1], batch.draws.rand(z1).double())
         a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
         eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)

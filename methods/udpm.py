@@ -176,7 +176,7 @@ class UDPM(Method):
     def noised_pair(self, net, batch: Batch) -> tuple[int, Tensor, Tensor]:
         """A level l, the network's average(z1, l - 1) from a draw of x_l, and the true one."""
         self.check_sides(batch.z1)
-        level = int(torch.randint(1, self.levels + 1, ()))
+        level = batch.draws.one(1, self.levels + 1)
         mean = self.A[level] * 2**level * average(batch.z1, level)
         x = mean + self.S[level] * batch.randn_like(mean)
         return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
@@ -233,10 +233,14 @@ class UDPM(Method):
         disc.to(next(net.parameters()).device)
 
         def disc_loss(module, batch):
-            disc.steps += 1
             return self.disc_loss(module, batch, net, self.noise_std(disc))
 
         return [(net, lambda module, batch: self.loss(module, batch, disc)), (disc, disc_loss)]
+
+    def after_step(self, modules: list[nn.Module]):
+        """The noise on what the discriminator sees decays with the steps it has made."""
+        for disc in modules[1:]:
+            disc.steps += 1
 
 
 class Discriminator(nn.Module):

@@ -3,12 +3,13 @@ import os
 import random
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from images import SettingsError, one_line
@@ -22,6 +23,11 @@ def reseed(*key):
 def hashed(key: tuple) -> int:
     """63 bits of the whole key: torch's CPU generator keeps 32 bits of a seed only, so neighbours would collide."""
     return random.Random(repr(key)).getrandbits(63)
+
+
+def stream(device: torch.device | str, *key) -> torch.Generator:
+    """A random stream of its own on `device`, a function of `key`."""
+    return torch.Generator(device).manual_seed(hashed(key))
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -95,6 +101,20 @@ def leave_processes():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def shared(module: nn.Module) -> nn.Module:
+    """The module as processes train it together: its gradients become their mean while the backward pass goes on."""
+    if processes()[1] == 1:
+        return module
+    device = next(module.parameters()).device
+    gpus = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=gpus, broadcast_buffers=False)
+
+
+def keep_to_oneself(module: nn.Module):
+    """Within it, gradients add up in this process; the first backward pass after it shares the sum."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """The network of a run, its sampler, and Model: a trained run that restores and makes images."""
+import time
 import warnings
 from dataclasses import replace
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 import ode_int
 from images import SettingsError, one_line
-from images.corruptions import Batch, cond_channels, from_damaged, parts, to_full_size
+from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts, to_full_size
 from images.files import alpha, flatten, to_image, to_tensor
-from images.pictures import to_float, to_uint8
+from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
 from support.machine import autocast, hashed, pick_device, set_up
 from unet import Counted, Guided, Tiled, Unet
@@ -81,6 +82,21 @@ def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tenso
     return sample, ode.view(torch.tensor(ode.t0), ode.z)
 
 
+def demonstrate(c, net, batch: Batch) -> tuple[dict, dict]:
+    """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
+    counted, trace, start = Counted(net), [], time.perf_counter()
+    guided = Guided(counted, c.guidance)
+    sample, z0 = draw(c, guided, batch)
+    numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
+    draw(c, guided, batch[:4], trace)
+    columns = {"start": z0, "samples": sample, "truth": batch.z1}
+    if not c.generates:
+        numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
+        columns = {"low resolution" if parts(c.task) == ["sr"] else "damaged": batch.zlo} | columns
+    grids = titled(list(columns), [grid(images) for images in columns.values()])
+    return numbers, dict(step=grids, trace=strip(trace))
+
+
 class FirstFrame(list):
     """A trace that keeps where the path starts, and nothing else."""
 
@@ -94,8 +110,8 @@ def batched(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-class Streams:
-    """A randn_like (see Batch) whose rows come from random streams of their own, so that no image depends on its batch.
+class Streams(Draws):
+    """Noise whose rows come from random streams of their own, so that no image depends on its batch.
 
     rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises.
     """
@@ -104,14 +120,14 @@ class Streams:
         def stream(key):
             return torch.Generator(device).manual_seed(hashed(key))
 
-        self.rows = [[(weight, stream(key)) for weight, key in row] for row in rows]
+        self.streams = [[(weight, stream(key)) for weight, key in row] for row in rows]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def randn_like(self, x: Tensor) -> Tensor:
         def noise(generator):
             return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
 
-        assert len(x) == len(self.rows), (len(x), len(self.rows))
-        return torch.stack([sum(weight * noise(generator) for weight, generator in row) for row in self.rows])
+        assert len(x) == len(self.streams), (len(x), len(self.streams))
+        return torch.stack([sum(weight * noise(generator) for weight, generator in row) for row in self.streams])
 
 
 class Model:
@@ -223,7 +239,7 @@ class Model:
         y = None
         if self.num_classes:
             y = torch.tensor([self.num_classes if label is None else label for label in labels], device=self.device)
-        batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), randn_like=Streams(noise, self.device))
+        batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), draws=Streams(noise, self.device))
         if 0 < 2 * self.tile < max(height, width):
             net = Tiled(net, zlo.shape[2], self.tile, self.align, self.batch_size)
         counted = Counted(net)

@@ -184,7 +184,7 @@ def check(c):
                    unet_blocks=100, sample_every=10**12, print_loss_every=10**12, checkpoint_every=10**12)
     for name, most in largest.items():
         need(name, 1 <= getattr(c, name) <= most, f"1 to {most:,}")
-    for name in ("max_steps", "sample_steps", "keep_every"):
+    for name in ("max_steps", "sample_steps", "keep_every", "micro_batch"):
         need(name, getattr(c, name) is None or 1 <= getattr(c, name) <= 10**12, "1 or more, or None")
     for name in ("base_lr", "lr_decay", "grad_clip", "integration_atol", "integration_rtol"):
         need(name, 0 < getattr(c, name) < math.inf, "a number above 0")

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -123,3 +124,12 @@ def until(ready, *processes, seconds=120):
             each.log.read_text() for each in processes
         ]
         time.sleep(0.01)
+
+
+def ranks(count):
+    """What torchrun tells each of so many processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]

@@ -1,4 +1,6 @@
 """I2SB against Brownian motion worked out by linear algebra, and its samplers against Gaussians whose flow is known."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def wiggly_net(x, t, y, cond):
 
 
 def impulses():
-    """A randn_like: row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0
+    """Draws whose row i > 0 of a batch is given the number 1 as its i-th draw and zeros before and after, row 0
     zeros alone: the sampler's response to each of its draws, so that moments over its noise are sums of squares,
     without Monte Carlo."""
     draws = iter(range(1, 10**6))
@@ -80,7 +82,7 @@ def impulses():
             noise[i] = 1
         return noise
 
-    return randn_like
+    return SimpleNamespace(randn_like=randn_like)
 
 
 @pytest.mark.parametrize("n", [2, 7, 10, 1000])
@@ -125,7 +127,7 @@ def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, 
     rows = steps + 2  # the response to no draw, to the start's, to each step's
     one = make_batch(task, size=1, dtype=torch.float64)
     batch = Batch(
-        *(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, randn_like=impulses()
+        *(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, impulses()
     )
     trace = []
     method.sample(oracle(method, batch.z1), batch, steps, trace)

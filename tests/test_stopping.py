@@ -5,7 +5,6 @@ import random
 import runpy
 import shutil
 import signal
-import socket
 import sys
 import time
 
@@ -14,8 +13,6 @@ import torch
 from PIL import Image
 
 import trainer
-from images.pictures import to_uint8
-from methods.interpolant import Interpolant
 from runs import (
     FINISHED,
     TINY,
@@ -23,16 +20,15 @@ from runs import (
     at_step,
     checkpoint,
     leaves,
-    make,
     metrics,
     one_line,
+    ranks,
     resume,
     same,
     start,
     until,
 )
 from support import logs
-from support.machine import reseed
 from support.model import draw, make_unet
 from support.settings import from_plain
 from trainer import Config, Trainer
@@ -322,75 +318,6 @@ def test_the_checkpoint_is_plain_and_its_keys_are_the_networks(finished):
 
 
 # -------------------------------------------------------------------------------------------------- several processes
-
-def without_noise(self, net, batch):
-    """A loss that draws nothing, so that only the sharing of the batch is left to compare."""
-    target = net(batch.zlo, torch.full_like(batch.z1[:, 0, 0, 0], 0.5), batch.y, batch.cond) - batch.z1
-    return target.square().flatten(1).mean(1)
-
-
-def share(arguments, record):
-    """One of several processes; leaves what it was given and what it drew at each step in `record`."""
-    Interpolant.loss, seen, original = without_noise, [], Trainer.batch
-
-    def batch(self, step):
-        result = original(self, step)
-        seen.append((to_uint8(result.z1), torch.rand(3)))
-        return result
-
-    Trainer.batch = batch
-    status = trainer.main(arguments)
-    torch.save(seen, record)
-    return status
-
-
-def ranks(count):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
-
-
-def test_two_processes_train_as_one(tmp_path, process, monkeypatch):
-    # Adam enlarges the rounding of small gradients, hence the low rate, and groups of two channels: with groups of one,
-    # a bias before a norm has no gradient
-    flags = "--precision fp32 --unet-channels 16 --base-lr 5e-5 --grad-clip 1000 --max-steps 3 --print-loss-every 1"
-    arguments = f"{TINY} --out-dir {tmp_path}/two {flags}".split()
-    both = [process(share, arguments, tmp_path / f"seen-{rank}", env=env) for rank, env in enumerate(ranks(2))]
-    with monkeypatch.context() as patch:
-        patch.setattr(Interpolant, "loss", without_noise)
-        one = start(tmp_path / "one", flags)
-        whole = to_uint8(make(f"--out-dir {tmp_path}/other {flags}").batch(0).z1)
-    for each in both:
-        each.join(60)
-        assert each.exitcode == 0, each.log.read_text()
-    two = next((tmp_path / "two").iterdir())
-    ours, theirs = checkpoint(two), checkpoint(one)
-    begin = leaves(trainer_weights(one))
-    for name, tensor in leaves(theirs["players"]).items():
-        assert (tensor - leaves(ours["players"])[name]).abs().max() < 1e-6, name
-        assert (tensor - begin[name]).abs().max() > 5e-5, name  # it has moved far more than that
-    for i, moments in theirs["optimizers"][0][
-        "state"
-    ].items():  # of the gradient itself: Adam's steps do not show its scale
-        mean = moments["exp_avg"]
-        assert (ours["optimizers"][0]["state"][i]["exp_avg"] - mean).abs().max() < 1e-4 * mean.abs().max()
-    for a, b in zip(metrics(two), metrics(one), strict=True):
-        assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
-    seen = [torch.load(tmp_path / f"seen-{rank}") for rank in range(2)]
-    for step in range(3):
-        (z1_0, noise_0), (z1_1, noise_1) = seen[0][step], seen[1][step]
-        assert torch.equal(torch.stack([z1_0, z1_1], 1).flatten(0, 1), whole)  # every image once
-        assert not torch.equal(noise_0, noise_1)
-
-
-def trainer_weights(run) -> list[dict]:
-    """The weights that the run began with."""
-    config = from_plain(Config, checkpoint(run)["config"])
-    reseed("weights", config.seed)
-    return [make_unet(config, checkpoint(run)["num_classes"]).state_dict()]
-
 
 def interrupted(arguments, rank, moment):
     """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears

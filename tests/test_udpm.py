@@ -3,6 +3,7 @@ import copy
 import sys
 import warnings
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,7 +258,8 @@ def test_all_noise_is_the_batchs(task):
         drawn.append(torch.randn(x.shape, generator=stream))
         return drawn[-1]
 
-    batch, net = replace(make_batch(channels=3, side=16, task=task), randn_like=randn_like), Toy(3)
+    batch = replace(make_batch(channels=3, side=16, task=task), draws=SimpleNamespace(randn_like=randn_like))
+    net = Toy(3)
     before = torch.get_rng_state()
     latent = PLAIN.latent(batch)
     assert [x.shape for x in latent] == [(2, 3, side, side) for side in (2, 4, 8)]
@@ -496,8 +498,10 @@ def test_discriminator_compares_the_images_of_a_batch_and_knows_the_class():
 def test_noise_on_the_discriminator_decays_with_its_steps():
     net, batch = Toy(), make_batch()
     _, disc, disc_loss = players(PLAIN, net)
-    disc_loss(disc, batch)
-    disc_loss(disc, batch)
+    for _ in range(2):
+        disc_loss(disc, batch)
+        disc_loss(disc, batch)  # a batch in two pieces is one step
+        PLAIN.after_step([net, disc])
     assert disc.steps == 2 and "steps" in disc.state_dict()
     for steps, decays in ((999, 0), (1000, 1), (2999, 2), (50_000, 50)):
         disc.steps.fill_(steps)
@@ -524,6 +528,7 @@ def test_training_resumes_bit_for_bit_with_unet_labels_and_condition():
                 value.backward()
                 optimizer.step()
                 assert value.isfinite() and value.dtype == torch.float32
+            method.after_step([module for module, _ in pair])
 
     whole, optimizers = build()
     train(whole, optimizers, range(3))

@@ -1,0 +1,141 @@
+"""A batch in one piece, in several, or shared by processes: the same noise, the same gradients to rounding."""
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import trainer
+from images.corruptions import Draws
+from runs import TINY, TRAINER, checkpoint, finite, metrics, ranks, resume, start
+from trainer import Trainer
+
+# groups of two channels: with groups of one, a bias before a norm has no gradient but rounding
+FLAGS = ("--batch-size 6 --unet-channels 16 --grad-clip 1e9 --max-steps 1 --no-overfit --precision fp32 "
+         "--print-loss-every 1 --sample-every 1000")
+METHODS = dict(
+    interpolant="--task sr,inpaint --damage.mask freeform-10-20", sr3="--method sr3 --sample-steps 2 --solver auto",
+    i2sb="--method i2sb --task jpeg,blur --solver auto", edm="--method edm --task generate --solver auto",
+    udpm="--method udpm --udpm.lpips-weight 0 0 0 --udpm.adv-weight 0 0 0 --solver auto --sample-steps 3",
+    regression="--method regression --solver auto --sample-steps 1")
+
+
+def recorded(arguments, record):
+    """A run that leaves the gradients of its first step in `record`."""
+    original = Trainer.train_step
+
+    def train_step(self):
+        original(self)
+        torch.save({name: p.grad for name, p in self.net.named_parameters()}, record)
+
+    Trainer.train_step = train_step
+    try:
+        return trainer.main(arguments)
+    finally:
+        Trainer.train_step = original
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_and_processes_have_the_gradients_of_one_piece(tmp_path, process, method):
+    def arguments(name, more=""):
+        return f"{TINY} {FLAGS} {METHODS[method]} --out-dir {tmp_path}/{name} {more}".split()
+
+    pair = [process(recorded, arguments("pair"), tmp_path / f"pair-{rank}", env=env)
+            for rank, env in enumerate(ranks(2))]
+    assert recorded(arguments("whole"), tmp_path / "whole-0") == 0
+    assert recorded(arguments("pieces", "--micro-batch 4"), tmp_path / "pieces-0") == 0  # 4 and 2 images
+    for each in pair:
+        each.join(100)
+        assert each.exitcode == 0, each.log.read_text()
+    whole, *others = (torch.load(tmp_path / name) for name in ("whole-0", "pieces-0", "pair-0", "pair-1"))
+    largest = max(grad.abs().max() for grad in whole.values())
+    for other in others:
+        for name, grad in whole.items():
+            assert (other[name] - grad).abs().max() < 1e-5 * largest, name
+    losses = {metrics(next((tmp_path / name).iterdir()))[0]["loss"] for name in ("whole", "pieces", "pair")}
+    assert max(losses) - min(losses) < 2e-5 * max(losses)
+
+
+def test_both_players_of_udpm_train_in_two_processes_with_pieces(tmp_path, process):
+    """The discriminator's minibatch statistic is of a piece, so no equality to one piece; but both processes agree."""
+    arguments = (f"{TINY} {FLAGS} --method udpm --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8 --solver auto "
+                 f"--sample-steps 3 --micro-batch 2 --batch-size 8 --max-steps 3 --out-dir {tmp_path}/out").split()
+    both = [process(recorded, arguments, tmp_path / str(rank), env=env) for rank, env in enumerate(ranks(2))]
+    for each in both:
+        each.join(100)
+        assert each.exitcode == 0, each.log.read_text()
+    state = checkpoint(next((tmp_path / "out").iterdir()))
+    assert finite(state) and state["players"][1]["steps"] == 3
+    one, other = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_number_of_processes_goes_on(tmp_path, process):
+    arguments = f"{TINY} {FLAGS} --batch-size 4 --max-steps 2 --name shared --out-dir {tmp_path}"
+    both = [process(trainer.main, arguments.split(), env=env) for env in ranks(2)]
+    for each in both:
+        each.join(100)
+        assert each.exitcode == 0, each.log.read_text()
+    resume(tmp_path / "shared", "--max-steps 4")
+    alone = start(tmp_path / "alone", f"{FLAGS} --batch-size 4 --max-steps 4")
+    ours, theirs = (checkpoint(run)["players"][0] for run in (tmp_path / "shared", alone))
+    assert checkpoint(tmp_path / "shared")["step"] == 4
+    moved = max((ours[name] - theirs[name]).abs().max() for name in ours)
+    assert moved < 2e-3  # four steps of at most 1e-3 each, which rounding turns around in few weights
+    assert sum((ours[name] - theirs[name]).square().sum() for name in ours) < 1e-4
+
+
+@pytest.mark.parametrize("rows, shape", [(slice(1, None, 2), (3, 2)), (slice(0, 4, 2), (2, 5)), (slice(4, 6), (2,))])
+def test_draws_are_the_rows_of_the_whole(rows, shape):
+    def streams():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    whole, part = Draws(*streams(), total=6), Draws(*streams(), rows, 6)
+    x = torch.empty(6, *shape[1:])
+    for draw in (lambda d, x: d.randn_like(x), lambda d, x: d.rand(x, 2), lambda d, x: d.randint(0, 100, x)):
+        assert torch.equal(draw(whole, x)[rows], draw(part, x[rows]))
+    assert [whole.one(0, 1000) for _ in range(3)] == [part.one(0, 1000) for _ in range(3)]
+
+
+def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
+    """One of two is killed: torchrun starts both again, and by its name the run goes on from its checkpoint."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
+               "--master-port", ranks(1)[0]["MASTER_PORT"], str(TRAINER)]
+    flags = f"{TINY} --max-steps 400 --checkpoint-every 10 --print-loss-every 10 --sample-every 1000 --name lost"
+    with open(tmp_path / "log", "wb") as log:
+        run = subprocess.Popen([*command, *flags.split(), "--out-dir", str(tmp_path)], stdout=log, stderr=log,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
+    try:
+        end, killed = time.monotonic() + 150, False
+        while run.poll() is None and time.monotonic() < end:
+            if not killed and (tmp_path / "lost/checkpoints/previous.pt").exists():
+                os.kill(worker(run.pid), signal.SIGKILL)
+                killed = True
+            time.sleep(0.05)
+        said = (tmp_path / "log").read_text()
+        assert run.poll() == 0 and killed, said
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    first, second = re.findall(r"steps ([\d,]+) to 400", said)
+    assert first == "0" and int(second) >= 10 and checkpoint(tmp_path / "lost")["step"] == 400
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "lost") if "loss" in line)
+
+
+def worker(agent: int) -> int:
+    """The process of rank 1 that torchrun has started."""
+    for folder in os.listdir("/proc"):
+        if folder.isdecimal():
+            try:
+                parent = int(open(f"/proc/{folder}/stat").read().rsplit(")", 1)[1].split()[1])
+                environment = open(f"/proc/{folder}/environ").read().split("\0")
+            except (OSError, IndexError):
+                continue
+            if parent == agent and "RANK=1" in environment:
+                return int(folder)
+    raise AssertionError("no worker")
