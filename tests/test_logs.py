@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import trainer
 from images import data, pictures
 from runs import FINISHED, checkpoint, metrics, resume, same, start
-from support import logs
+from support import logs, model
 from support.model import draw
 from unet import Guided
 
@@ -226,7 +225,7 @@ def test_no_memory_for_samples_ends_no_training(tmp_path, monkeypatch, finished,
             raise torch.OutOfMemoryError
         return draw(config, net, batch, trace)
 
-    monkeypatch.setattr(trainer, "draw", full)
+    monkeypatch.setattr(model, "draw", full)
     run = start(tmp_path, FINISHED)
     assert "no samples at step 2: out of GPU memory" in capsys.readouterr().err
     same(checkpoint(run), checkpoint(finished), ("ema", "players", "optimizers"))

@@ -28,7 +28,7 @@ from runs import (
     start,
     until,
 )
-from support import logs
+from support import logs, model
 from support.model import draw, make_unet
 from support.settings import from_plain
 from trainer import Config, Trainer
@@ -211,7 +211,7 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
 
     began = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "draw", endless)
+        patch.setattr(model, "draw", endless)
         run = start(tmp_path, FINISHED, 130)
     assert time.monotonic() - began < 15
     assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))
