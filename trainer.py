@@ -33,8 +33,9 @@ from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import machine
 from support.checkpoints import new_folder, open_run, run_folder, save_checkpoint
-from support.logs import Log, attempt
+from support.logs import Log
 from support.model import compile_network, draw, make_players, make_unet, silent_net
+from support.output import reason, unbreakable_output
 from support.settings import PRESETS, first_look, parse, preset
 from unet import Counted, Guided
 
@@ -234,7 +235,10 @@ class Trainer:
         c = self.config
         self.folder = self.folder or new_folder(c.out_dir, c.method, c.task)
         plain = json.dumps(asdict(c), indent=1)
-        write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        try:
+            write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        except OSError as failure:
+            raise SettingsError(f"{self.folder / 'config.json'} can't be written ({reason(failure)})") from None
         self.announce()
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
         self.log = Log(self.folder, self.step, wandb if c.use_wandb else None)
@@ -306,9 +310,11 @@ class Trainer:
     def run(self) -> int:
         """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
         with self.signals:
-            stopped = self.loop()
-            if self.rank == 0:
-                self.log.close()
+            try:
+                stopped = self.loop()
+            finally:
+                if self.rank == 0:
+                    self.log.close()
             machine.leave_processes()
         return stopped
 
@@ -434,7 +440,7 @@ class Trainer:
             num_classes=self.num_classes, wandb_id=self.log.wandb_id, loss=self.loss, skipped=self.skipped,
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
-        self.saved = bool(attempt("the checkpoint", lambda: save_checkpoint(self.folder, checkpoint)))
+        self.saved = bool(self.log.attempt("the checkpoint", lambda: save_checkpoint(self.folder, checkpoint)))
 
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""
@@ -477,6 +483,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
+    unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:
