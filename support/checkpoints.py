@@ -114,7 +114,7 @@ def new_folder(out_dir: str, method: str, task: str) -> Path:
 def save_checkpoint(folder: Path, checkpoint: dict) -> Path:
     """checkpoints/last.pt in the run's folder, replaced atomically."""
     path = folder / "checkpoints" / "last.pt"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda f: torch.save(checkpoint, f))
     return path
 
