@@ -4,6 +4,10 @@
     python trainer.py --no-overfit       the full run
     python trainer.py --help             every setting
 """
+if __name__ == "__main__":
+    from support.output import quiet_interrupt
+    quiet_interrupt()
+
 import copy
 import json
 import signal
@@ -30,8 +34,8 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import checkpoints, machine
-from support.logs import Log, attempt
+from support import checkpoints, machine, output
+from support.logs import Log
 from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
 from support.settings import check, first_look, parse, preset
 from support.watch import Watch
@@ -227,7 +231,11 @@ class Trainer:
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
         plain = json.dumps(asdict(c), indent=1)
-        write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        try:
+            write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        except OSError as failure:
+            why = output.reason(failure)
+            raise SettingsError(f"{self.folder / 'config.json'} can't be written ({why})") from None
         if self.images.left_out:
             lines = "\n".join(self.images.left_out).encode(errors="surrogateescape")
             write_atomically(self.folder / "left_out.txt", lambda f: f.write(lines + b"\n"))
@@ -321,10 +329,12 @@ class Trainer:
     def run(self) -> int:
         """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
         with self.signals:
-            stopped = self.loop()
-            if self.rank == 0:
-                self.log.close()
-                self.lock = None
+            try:
+                stopped = self.loop()
+            finally:
+                if self.rank == 0:
+                    self.log.close()
+                    self.lock = None
             machine.leave_processes()
         return stopped
 
@@ -447,7 +457,7 @@ class Trainer:
             return
         self.due = False
         keep = c.keep_every is not None and self.step % c.keep_every == 0
-        path = attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
+        path = self.log.attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
         self.saved = path is not None
 
     def load(self, checkpoint: dict):
@@ -504,6 +514,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
+    output.unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:
