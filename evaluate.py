@@ -35,10 +35,10 @@ from images import SettingsError, data, one_line
 from images.corruptions import Batch, parts
 from images.files import write_atomically
 from support.checkpoints import Run, open_run
+from support.command_line import parse
 from support.machine import autocast, chip, pick_device, reseed, set_up
 from support.model import draw, load_network, make_players, silent_net
 from support.output import reason, unbreakable_output
-from support.settings import parse
 from trainer import Config
 from unet import Counted, Guided, Unet
 

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data, one_line
+from images import SettingsError, data
 from images.corruptions import Batch, Damage, Draws, parts
-from images.files import write_atomically
 from methods import Method
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -34,10 +33,10 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import checkpoints, machine, output
+from support import checkpoints, command_line, machine, output
 from support.logs import Log
 from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
-from support.settings import check, first_look, parse, preset
+from support.settings import check
 from support.watch import Watch
 
 COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
@@ -230,15 +229,9 @@ class Trainer:
         self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
-        plain = json.dumps(asdict(c), indent=1)
-        try:
-            write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
-        except OSError as failure:
-            why = output.reason(failure)
-            raise SettingsError(f"{self.folder / 'config.json'} can't be written ({why})") from None
+        checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
-            lines = "\n".join(self.images.left_out).encode(errors="surrogateescape")
-            write_atomically(self.folder / "left_out.txt", lambda f: f.write(lines + b"\n"))
+            checkpoints.write_text(self.folder / "left_out.txt", "\n".join(self.images.left_out) + "\n")
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
@@ -463,53 +456,17 @@ class Trainer:
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""
         c = self.config
-        try:
-            state = checkpoint["players"], checkpoint["optimizers"]
-            self.ema.load_state_dict(checkpoint["ema"])
-            for (module, _), optimizer, weights, moments in zip(self.players, self.optimizers, *state, strict=True):
-                module.load_state_dict(weights)
-                optimizer.load_state_dict(moments)
-            self.watch.load(checkpoint)
-        except KeyError as failure:
-            raise SettingsError(f"resume = {c.resume!r}: its checkpoint lacks {failure}, can't go on") from None
-        except (RuntimeError, ValueError) as failure:
-            reason = one_line(failure)[:200]
-            raise SettingsError(f"resume = {c.resume!r}: its network is not the one these settings describe "
-                                f"({reason} ...)") from None
+        checkpoints.restore(checkpoint, c.resume, self.ema, [module for module, _ in self.players], self.optimizers)
+        self.watch.load(checkpoint)
         self.step = checkpoint["step"]
         self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
         if self.step >= c.steps:
             raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
-    """The run's Config, and the checkpoint that --resume names. Raises SettingsError, exits after --help."""
-    first, run = first_look(arguments), None
-    resume = first.resume
-    if resume == "":
-        raise SettingsError("resume = '': allowed is a run's folder")
-    if first.name is not None:
-        if resume is not None:
-            raise SettingsError("of --name and --resume one is allowed: --name goes on by itself")
-        folder = checkpoints.named_folder(first.out_dir, first.name)
-        resume = str(folder) if checkpoints.has_checkpoint(folder) else None
-    if resume is not None:
-        run = checkpoints.open_run(resume, Config)
-        start = replace(run.config, resume=resume)
-    else:
-        start = Config(**preset(first.preset, first.device))
-    config = parse(Config, arguments, __doc__, start)
-    if run:
-        checkpoints.refuse_another_network(run.config, config)
-    if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
-        config = replace(config, max_steps=first.max_steps)
-        if config.overfit:
-            config = replace(config, warmup_steps=first.warmup_steps or 0)
-    config.check()
-    config.recipe.check(config.task, config.condition)
-    return config, run.checkpoint if run else None
+    """The run's settings, and the checkpoint that it goes on from. Raises SettingsError, exits after --help."""
+    return command_line.read(arguments, Config, __doc__)
 
 
 def main(arguments: list[str] | None = None) -> int:
