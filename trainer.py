@@ -35,7 +35,7 @@ from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, output
 from support.logs import Log
-from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
+from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net, start_from
 from support.settings import check
 from support.watch import Watch
 
@@ -99,11 +99,13 @@ class Config:
     out_dir: str = "runs"
     # of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
     name: str | None = None
+    init: str | None = None  # a run or an exported file whose averaged weights a new run begins with, where they fit
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
     print_loss_every: int = 50  # steps between logged losses
     checkpoint_every: int = 500  # steps between checkpoints
     keep_every: int | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
     use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
+    use_tensorboard: bool = False  # log to TensorBoard as well, in the run's folder (pip install tensorboard)
     wandb_project: str = "couplings"  # wandb's project
     wandb_entity: str | None = None  # wandb's user or team; None: the account's default
 
@@ -204,6 +206,8 @@ class Trainer:
 
         machine.reseed("weights", config.seed)
         self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
+        if config.init is not None and not checkpoint:
+            start_from(self.net, checkpoints.open_run(config.init, Config))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = make_players(config, self.net, self.num_classes)
         self.shared = [machine.shared(module) for module, _ in self.players]
@@ -235,7 +239,7 @@ class Trainer:
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
-        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None)
+        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None, c.use_tensorboard)
 
     @torch.no_grad()
     def rehearse(self):
