@@ -10,6 +10,10 @@ inpainting without --masks it is what is to be made. What could not be restored 
 depends on the seed, its name or number and the draw; the rest of its batch changes it by rounding only (dopri5: by its
 tolerance).
 """
+if __name__ == "__main__":
+    from support.output import quiet_interrupt
+    quiet_interrupt()
+
 import math
 import os
 import re
@@ -23,7 +27,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
@@ -31,11 +34,15 @@ from tqdm import tqdm
 
 import ode_int
 from images import DatasetError, SettingsError
-from images.files import ENDINGS, list_images, read_alpha, read_image, save_png, to_image, write_atomically
-from images.pictures import grid, row_titles, strip, titled, to_float, to_uint8
+from images.files import ENDINGS, list_images, read_alpha, read_image, refuse_outputs, save_png, to_image
+from images.pictures import grid, row_titles, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
+from support.machine import partition
 from support.model import Model, batched
+from support.output import reason as why
+from support.output import unbreakable_output
+from support.trace import Frames, save_trace
 from trainer import Config
 
 
@@ -60,7 +67,9 @@ class Options:
     tolerance: float | None = None  # of dopri5, absolute and relative; None: as the run
     ema: bool = True  # the averaged weights; --no-ema: the raw ones
     trace: bool = False  # also write the iterative process, as a strip (states above clean estimates) and a GIF
-    interpolate: tuple[int, int] | None = None  # the images, or draws, go from one seed's to the other's
+    interpolate: tuple[int, int] | None = None  # the images, or draws, go from one seed's noise to the other's
+    swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
+    perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
     masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is to be made
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
@@ -70,6 +79,7 @@ class Options:
     tile: int | None = None
 
     batch_size: int = 64  # images at a time; those larger than trained on count as several
+    partition: str | None = None  # 2/4: the third of four processes that share the images; None: as torchrun says
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
     precision: Literal["auto", "bf16", "fp32"] | None = None  # of the activations; None: as the run
 
@@ -88,6 +98,11 @@ class Options:
         need("guidance", lambda g: g == 1 or self.label and math.isfinite(g), "a finite number, with a --label")
         need("draws", lambda n: n == 1 or self.input, "more than 1 with --input only")
         need("interpolate", lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
+        need("interpolate", lambda _: not self.swap and not self.perturb, "left out with --swap and --perturb")
+        need("swap", lambda _: not self.perturb, "left out with --perturb")
+        need("perturb", lambda edit: 0 <= edit[1] <= 1, "a level, and a strength from 0 to 1")
+        for name in ("input", "output"):
+            need(name, lambda path: path != "", "a path")
         need("masks", lambda _: self.input, "a path, with --input only")
         need("output", lambda path: Path(path).suffix.lower() not in ENDINGS, "a folder")
         need("export", lambda path: Path(path).suffix == EXPORTED, "a name that ends in .safetensors")
@@ -107,12 +122,32 @@ def parse_labels(text: str | None, model: Model) -> list[int | None]:
     return list(dict.fromkeys(model.label_number(name.strip()) for name in text.split(",")))
 
 
-def noise(o: Options, name: str, i: int, n: int) -> list[tuple]:
+def noise(o: Options, model: Model, name: str, i: int, n: int) -> list[tuple]:
     """What the noise of the i-th of an input's n images is the sum of, see support.model.Streams."""
-    if o.interpolate is None:
-        return [(1.0, (o.seed, name, i))]
-    (a, b), angle = o.interpolate, math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
-    return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]
+    if o.interpolate is not None:
+        (a, b), angle = o.interpolate, math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
+        return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]
+    if o.swap is not None:
+        level, seed = o.swap
+        return at_level(model, level, 0.0, (o.seed, name, i), (seed, name, i))
+    if o.perturb is not None:
+        level, strength = o.perturb
+        return at_level(model, level, math.sqrt(1 - strength**2), (o.seed, name, 0), (o.seed, name, "redrawn", i))
+    return [(1.0, (o.seed, name, i))]
+
+
+def at_level(model: Model, level: int, kept: float, key: tuple, other: tuple) -> list[tuple]:
+    """UDPM's latent of `key`, but of the map of `level` the share `kept`; `other` gives the rest of unit noise."""
+    levels = model.config.recipe.levels
+    if not 1 <= level <= levels:
+        allowed = f"1 to {levels}" if levels else f"for UDPM only, this run is of {model.config.method}"
+        raise SettingsError(f"level = {level}: allowed is {allowed}")
+    edited = levels - level  # the coarsest map is drawn first
+
+    def weight(draw: int) -> float:
+        return kept if draw == edited else 1.0
+
+    return [(weight, key), (lambda draw: math.sqrt(1 - weight(draw) ** 2), other)]
 
 
 class Progress:
@@ -135,50 +170,10 @@ class Progress:
         return f"{self.model.rows / n:.0f} NFE{trace}, {seconds / n:.3g} s an image"
 
 
-class Frames(list):
-    """A trace, see ode_int.solve, of at most 64 frames, evenly spread over the steps; all but the newest small."""
-
-    def __init__(self, sides, largest=256):
-        self.sides, self.shrink, self.every, self.seen = sides, -(-max(sides) // largest), 1, 0
-
-    def append(self, frame):
-        if self.seen % self.every == 0:
-            self[-1:] = map(self.small, self[-1:])
-            super().append(frame)
-        self.seen += 1
-        if len(self) > 64:
-            del self[1::2]
-            self.every *= 2
-
-    def until(self, sample: Tensor) -> list:
-        """All of them small, and the sample itself at the end."""
-        return [*self[:-1], self.small(self[-1]), self.small((1.0, sample, sample))]
-
-    def small(self, frame):
-        t, *pictures = frame
-        pictures = (p[:, :, :self.sides[0], :self.sides[1]].float() for p in pictures)
-        return t, *(F.avg_pool2d(p, self.shrink, ceil_mode=True).cpu() for p in pictures)
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 
 def stem(name: str) -> str:
     return os.path.splitext(name)[0]
-
-
-def save_trace(path: str, frames: list, rows: slice):
-    """Beside the picture `path`: NAME_trace.png, the strip, and NAME_trace.gif, state | clean estimate over time."""
-    base, frames = stem(path), [(t, state[rows], clean[rows]) for t, state, clean in frames]
-    save_png(Path(base + "_trace.png"), Image.fromarray(strip(frames)))
-    titles = ["state", "clean estimate"]
-    first, *others = [Image.fromarray(titled(titles, [grid(state), grid(clean)])) for _, state, clean in frames]
-    how = dict(format="GIF", save_all=True, append_images=others, loop=0, duration=[100] * len(others) + [2000])  # ms
-    write_atomically(Path(base + "_trace.gif"), lambda f: first.save(f, **how))
-
-
-def refuse_existing(paths: list[str], o: Options):
-    if not o.overwrite and (there := [path for path in paths if os.path.exists(path)]):
-        raise DatasetError(f"{there[0]} exists; --overwrite replaces it")
 
 
 def output_folder(o: Options, kind: str) -> Path:
@@ -205,10 +200,12 @@ class Restorer:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
         path, self.folder = Path(o.input).expanduser(), output_folder(o, "restored")
         self.root, names = (path.parent, [path.name]) if path.is_file() else (path, list_images(path))
-        folder = self.folder.resolve()
-        if folder == self.root.resolve():
+        folder = Path(os.path.realpath(self.folder))
+        if folder == Path(os.path.realpath(self.root)):
             raise SettingsError(f"output = {o.output!r}: allowed is another folder than the input's")
-        self.names = [name for name in names if folder not in (self.root / name).resolve().parents]
+        number, count = partition(o.partition)
+        inputs = [name for name in names if folder not in Path(os.path.realpath(self.root / name)).parents]
+        self.names = inputs[number::count]
         if o.masks is not None:
             masks = Path(o.masks).expanduser()
             if masks.is_file():  # one for all
@@ -235,19 +232,21 @@ class Restorer:
 
     def draws(self):
         """Yields name, number of the draw, image (C, H, W) uint8, and where it is to be made, (1, H, W), None: all."""
+        o = self.options
         for name in self.names:
             try:
                 paths = self.outputs(name)
-                refuse_existing(paths, self.options)
+                refuse_outputs(paths, o.overwrite)
                 image = read_image(self.root / name, self.model.config.channels)
                 hole = self.read_hole(name, image) if "inpaint" in self.model.tasks else None
                 if twice := self.taken.intersection(paths):
                     raise DatasetError(f"{self.root / name}: another image of its name takes {min(twice)}")
+                self.model.check_size(*image.shape[1:], name)
                 self.taken.update(paths)
-            except DatasetError as failure:
+            except SettingsError as failure:
                 self.failures[name] = failure
                 continue
-            for i in range(self.options.draws):
+            for i in range(o.draws):
                 yield name, i, image, hole
 
     def outputs(self, name: str) -> list[str]:
@@ -280,7 +279,7 @@ class Restorer:
         """Draws of one size -> files."""
         o, zlo = self.options, self.model.full_size(to_float(torch.stack(images)))
         hole = None if holes[0] is None else torch.stack(holes)
-        streams = [noise(o, name, i, o.draws) for name, i in zip(names, numbers)]
+        streams = [noise(o, self.model, name, i, o.draws) for name, i in zip(names, numbers)]
         frames = Frames(zlo.shape[2:]) if o.trace else None
         try:
             sample = self.model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
@@ -291,14 +290,17 @@ class Restorer:
             self.failures |= {name: f"{self.root / name}: {reason}" for name in names}
             return
         for row, (name, i, picture) in enumerate(zip(names, numbers, to_uint8(sample))):
-            paths = self.outputs(name)
-            save_png(Path(paths[i]), to_image(picture))
-            if o.trace:
-                save_trace(paths[i], frames.until(sample), slice(row, row + 1))
-            if o.draws > 1:
-                self.made[name].append(picture)
-                if len(self.made[name]) == o.draws:
-                    self.save_statistics(name, torch.stack(self.made.pop(name)).float())
+            try:
+                paths = self.outputs(name)
+                save_png(Path(paths[i]), to_image(picture))
+                if o.trace:
+                    save_trace(paths[i], frames.until(sample), slice(row, row + 1))
+                if o.draws > 1:
+                    self.made[name].append(picture)
+                    if len(self.made[name]) == o.draws:
+                        self.save_statistics(name, torch.stack(self.made.pop(name)).float())
+            except OSError as failure:  # a full disk, say
+                self.failures[name] = f"{self.root / name}: {why(failure)}"
 
     def save_statistics(self, name: str, draws: Tensor):
         """Pictures of the mean over the draws (n, C, H, W) in levels of 255, and of their standard deviation."""
@@ -322,33 +324,38 @@ def generate(o: Options, model: Model) -> int:
     if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
         kinds = [f"{kind}-{label}" for kind, label in zip(kinds, labels)]
     paths = [Path(f"{folder}/{kind}_{i + 1:04d}.png") for kind in kinds for i in range(count)]
-    refuse_existing([*paths, f"{folder}/grid.png", f"{folder}/grid_trace.png", f"{folder}/grid_trace.gif"], o)
+    grids = [f"{folder}/grid{end}" for end in (".png", "_trace.png", "_trace.gif")]
 
-    every = [(label, noise(o, "", i, count)) for label in labels for i in range(count)]
-    progress, side = Progress(model, len(paths), o.trace), model.config.image_size
+    every = [(label, noise(o, model, "", i, count)) for label in labels for i in range(count)]
+    number, of = partition(o.partition)
+    every, mine, side = every[number::of], paths[number::of], model.config.image_size
+    refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
+    progress = Progress(model, len(mine), o.trace)
     for some in batched(every, model.at_a_time(side, side)):
         frames = Frames((side, side)) if o.trace else None
         sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
         if o.trace and not made:
             save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
         for picture in to_uint8(sample):
-            save_png(paths[len(made)], to_image(picture))
+            save_png(mine[len(made)], to_image(picture))
             made.append(picture)
         progress.bar.update(len(some))
+    print(f"{len(mine)} images in {folder}: {progress.cost()}")
+    if of > 1:
+        return 0
     picture = grid(to_float(torch.stack(made)), count if len(labels) > 1 or o.interpolate else None)
     if len(labels) > 1:
         picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
     else:
         picture = titled(["samples" if labels == [None] else titles[0]], [picture])
     save_png(folder / "grid.png", Image.fromarray(picture))
-    print(f"{len(paths)} images and grid.png in {folder}: {progress.cost()}")
     return 0
 
 
 def export_model(o: Options) -> int:
     if Path(o.run).suffix == EXPORTED:
         raise SettingsError(f"run = {o.run!r}: allowed is a run or a checkpoint, for this is an exported file already")
-    refuse_existing([o.export], o)
+    refuse_outputs([o.export], o.overwrite)
     size = export(open_run(o.run, Config), Path(o.export), o.ema)
     print(f"{'averaged' if o.ema else 'raw'} weights, {size / 1e6:.1f} MB, in {o.export}")
     return 0
@@ -360,14 +367,14 @@ def run(o: Options) -> int:
     model = open_model(o.run, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
                        tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision)
     c = model.config
-    if model.num_classes and (c.overfit or not c.label_drop) and (o.label is None or model.guidance != 1):
-        what = "guidance needs them" if o.label else "give a --label"
-        print(f"note: images without labels were no part of the training; {what}")
+    if model.num_classes and not c.trains_null_label and o.label is None:
+        print("note: images without labels were no part of the training; give a --label")
     return Restorer(o, model).run() if o.input else generate(o, model)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some images could not be restored or it broke off, 2 bad input, 130 interrupted."""
+    unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
@@ -376,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as failure:
         reason, status = failure, 2
     except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk
-        reason, status = failure, 1
+        reason, status = why(failure), 1
     except torch.OutOfMemoryError:
         reason, status = "out of GPU memory; lower --batch-size", 1
     except KeyboardInterrupt:

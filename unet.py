@@ -297,12 +297,16 @@ def windows(side: int, tile: int, align: int, device=None) -> list[tuple[slice, 
     where its edge disturbs the network, then smoothly more over an eighth, then fully. Where a tile's edge
     is the image's edge too, the pixels count fully.
     """
-    tile, step = min(tile, side), 5 * tile // 8 // align * align
-    starts = [*range(0, side - tile, step), side - tile]
-    first, at = torch.tensor(starts, device=device)[:, None], torch.arange(side, device=device) + 0.5
-    inside = torch.minimum(
-        torch.where(first == 0, math.inf, at - first), torch.where(first == side - tile, math.inf, first + tile - at))
-    rise = (8 * inside / tile - 1).clamp(0, 1)
+    step = 5 * tile // 8 // align * align
+    tile = min(tile, side)
+    starts = torch.tensor([*range(0, side - tile, step), side - tile], device=device)
+    at = torch.arange(tile, device=device)
+    from_start = torch.where(starts[:, None] == 0, math.inf, at + 0.5)  # (tiles, tile), to the edge that disturbs
+    from_end = torch.where(starts[:, None] == side - tile, math.inf, tile - at - 0.5)
+    rise = (8 * torch.minimum(from_start, from_end) / tile - 1).clamp(0, 1)
     weights = rise * rise * (3 - 2 * rise)
-    weights = weights / weights.sum(0)
-    return [(slice(start, start + tile), row[start:start + tile]) for start, row in zip(starts, weights)]
+    # Never (tiles, side): of a strip of 65,000 pixels that would be gigabytes.
+    pixels = starts[:, None] + at
+    total = torch.zeros(side, device=device).index_put((pixels,), weights, accumulate=True)
+    weights = weights / total[pixels]
+    return [(slice(start, start + tile), row) for start, row in zip(starts.tolist(), weights)]

@@ -16,6 +16,7 @@ from images import DatasetError, one_line
 
 UMASK = os.umask(0)  # what new files are not allowed; it can be read by setting it only
 os.umask(UMASK)
+NAME_MAX = 255  # bytes of a file's name on the usual disks
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
 MAX_ENTRIES = 200_000  # files and folders that are looked at where fewer than one in a hundred is an image
@@ -123,6 +124,20 @@ def to_image(picture: Tensor) -> Image.Image:
 def save_png(path: Path, image: Image.Image):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda f: image.save(f, format="PNG"))
+
+
+def refuse_outputs(paths: list[str], overwrite: bool):
+    """Tries, before anything is computed, whether files of these names can be made. Raises DatasetError."""
+    for path in paths:
+        if os.path.exists(path) and not overwrite:
+            raise DatasetError(f"{path} exists; --overwrite replaces it")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if len(os.fsencode(os.path.basename(path))) > NAME_MAX:
+                raise OSError(0, "File name too long")
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        except OSError as failure:
+            raise DatasetError(f"{path} can't be written: {failure.strerror}") from None
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

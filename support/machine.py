@@ -88,6 +88,19 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def partition(named: str | None) -> tuple[int, int]:
+    """2/4 -> (2, 4): which of how many processes this is, that share the work; None: as torchrun says.
+
+    Raises SettingsError.
+    """
+    if named is None:
+        return processes()
+    number, _, count = named.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise SettingsError(f"partition = {named!r}: allowed is 0/4 to 3/4 for four processes, and so on")
+    return int(number), int(count)
+
+
 def join_processes(device: torch.device):
     """Lets the processes talk; of one process it does nothing."""
     if processes()[1] > 1 and not dist.is_initialized():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ode_int
 from images import SettingsError, one_line
 from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts, to_full_size
+from images.data import free_memory
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
@@ -19,6 +20,8 @@ from unet import Counted, Guided, Tiled, Unet
 
 # For an interpolant: within one level of 255 of dopri5's result, at a tenth of its evaluations (benchmarks/README.md).
 QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
+STATES = 24  # images of float32 that a sampler holds at a time, at most: dopri5's stages, a tile's copies
+SMALL_SIDE = 16  # below it a strided convolution in bf16 returns infinities on some CPUs
 
 
 # c is a trainer.Config in all of these
@@ -127,21 +130,26 @@ def batched(items: list, size: int) -> list[list]:
 class Streams(Draws):
     """Noise whose rows come from random streams of their own, so that no image depends on its batch.
 
-    rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises.
+    rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises. A weight
+    may be a function of the draw's number, from 0.
     """
 
     def __init__(self, rows: list[list[tuple]], device):
         def stream(key):
             return torch.Generator(device).manual_seed(hashed(key))
 
+        self.number = 0  # of the next draw
         self.streams = [[(weight, stream(key)) for weight, key in row] for row in rows]
 
     def randn_like(self, x: Tensor) -> Tensor:
-        def noise(generator):
-            return torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
+        number, self.number = self.number, self.number + 1
+
+        def noise(weight, generator):
+            drawn = torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
+            return (weight(number) if callable(weight) else weight) * drawn
 
         assert len(x) == len(self.streams), (len(x), len(self.streams))
-        return torch.stack([sum(weight * noise(generator) for weight, generator in row) for row in self.streams])
+        return torch.stack([sum(noise(*each) for each in row) for row in self.streams])
 
 
 class Model:
@@ -164,7 +172,9 @@ class Model:
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
         self.tasks, self.batch_size = parts(c.task), batch_size
         self.guidance = c.guidance if guidance is None else guidance
-        self.factor = c.damage.factor if self.tasks == ["sr"] else 1  # of sr alone, files come in low resolution
+        check_guidance(run, self.guidance)
+        # of these alone, files come in low resolution
+        self.factor = {("sr",): c.damage.factor, ("paired",): run.pair_factor}.get(tuple(self.tasks), 1)
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
         blocks = {"sr": c.damage.factor, "jpeg": 16}
@@ -230,7 +240,16 @@ class Model:
 
     def full_size(self, zlo: Tensor) -> Tensor:
         """Damaged images as they come in files -> on z1's grid."""
-        return to_full_size(zlo, self.factor, self.config.damage.up) if self.factor > 1 else zlo
+        up = self.config.damage.up if self.tasks == ["sr"] else "bicubic"  # as pairs of two sizes are trained on
+        return to_full_size(zlo, self.factor, up) if self.factor > 1 else zlo
+
+    def check_size(self, height: int, width: int, name: str = "image"):
+        """Raises SettingsError for a file too large for this machine's memory, before anything is computed."""
+        pixels, free = height * width * self.factor**2, free_memory()
+        need = pixels * self.config.channels * 4 * STATES
+        if self.device.type == "cpu" and free is not None and need > free:
+            raise SettingsError(f"{name}: {width}x{height} pixels, times {self.factor}, need some {need / 1e9:.0f} GB, "
+                                f"and {free / 1e9:.0f} GB are free; crop it or make it smaller")
 
     @torch.no_grad()
     def sample(self, zlo: Tensor, hole: Tensor | None, labels: list[int | None], noise: list,
@@ -258,10 +277,18 @@ class Model:
             net = Tiled(net, zlo.shape[2], self.tile, self.align, self.batch_size)
         counted = Counted(net)
         guidance = self.guidance if any(label is not None for label in labels) else 1
-        with autocast(self.device, self.precision):
+        precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
+        with autocast(self.device, precision):
             made, _ = draw(c, Guided(counted, guidance), batch, trace)
         self.images, self.rows = self.images + len(made), self.rows + counted.rows
         return made[:, :, :height, :width].float().cpu()
+
+
+def check_guidance(run: Run, guidance: float):
+    """Guidance starts from what the network says without a label. Raises SettingsError where that was not trained."""
+    if guidance != 1 and run.num_classes and not run.config.trains_null_label:
+        raise SettingsError(f"guidance = {guidance}: allowed is 1, for images without labels were no part of the "
+                            "training; train with --label-drop 0.1, and not on one batch")
 
 
 def sampling_config(c, solver: str | None = None, steps: int | None = None, tolerance: float | None = None):

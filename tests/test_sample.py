@@ -1,8 +1,10 @@
 """sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written
 out here."""
 
+import os
 import re
 import sys
+import time
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 
 import sample
 import trainer
-from images import data
+from images import SettingsError, data
 from images.corruptions import Damage, to_full_size
 from images.files import read_image
 from images.pictures import TITLE_SIZE, to_float, to_uint8
@@ -24,6 +26,7 @@ from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from ode_int import SolverError
+from support import model
 from support.model import Streams, make_unet
 from support.settings import from_plain
 from trainer import Config
@@ -665,3 +668,134 @@ def test_runs_that_are_none_are_refused(tmp_path, capsys):
         assert run(tmp_path / path, "--count", 1) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and (path in error or "safetensors" in error)
+
+
+# what would be lost ---------------------------------------------------------------------------------------------------
+
+def test_names_and_places_that_cannot_be_written_are_told_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    identity = make_run(tmp_path / "run", identity=True)
+    put(tmp_path / "in/ok.png", photo(5, 5))
+    put(tmp_path / f"in/{'n' * 254}", photo(5, 5), format="PNG")
+    os.rename(tmp_path / f"in/{'n' * 254}", tmp_path / f"in/{'n' * 250}.gif")  # its PNG would be of 254 bytes: fine
+    put(tmp_path / "in/below/deep.png", photo(5, 5))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/below").write_text("a file in a folder's place")
+    flags = "--input", tmp_path / "in", "--output", tmp_path / "out", "--draws", 2
+    assert run(identity, *flags) == 1
+    listed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not restored")]
+    assert len(listed) == 2 and "below/deep" in listed[0] and "File name too long" in listed[1]
+    assert (tmp_path / "out/ok_mean.png").exists()
+
+
+def test_a_disk_that_fills_costs_the_image_only(tmp_path, capsys, monkeypatch):
+    identity, save = make_run(tmp_path / "run", identity=True), sample.save_png
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png", photo(5, 5))
+
+    def full(path, image):
+        if path.name == "b.png":
+            raise OSError(28, "No space left on device")
+        save(path, image)
+
+    monkeypatch.setattr(sample, "save_png", full)
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert "b.png: No space left on device" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}
+
+
+@pytest.mark.parametrize("flags", [("--input", ""), ("--input", "in.png", "--output", "")])
+def test_an_empty_path_is_named(tmp_path, capsys, flags):
+    assert run(make_run(tmp_path / "run", identity=True), *flags) == 2
+    assert " = '': allowed is a" in capsys.readouterr().err
+
+
+def test_a_picture_past_memory_is_told_with_its_size(tmp_path, capsys, monkeypatch):
+    identity = make_run(tmp_path / "run", identity=True)
+    put(tmp_path / "in/large.png", photo(300, 200)), put(tmp_path / "in/small.png", photo(5, 5))
+    monkeypatch.setattr(model, "free_memory", lambda: 2 * 10**6)
+    assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert "large.png: 300x200 pixels, times 2" in capsys.readouterr().err and (tmp_path / "out/small.png").exists()
+
+
+@pytest.mark.parametrize("sides", [(1, 9000), (500, 1)])
+def test_strips_are_restored_within_seconds(tmp_path, sides):
+    path = make_run(tmp_path / "run", solver="midpoint", sample_steps=1)
+    put(tmp_path / "in.png", photo(*sides))
+    began = time.monotonic()
+    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
+    assert get(tmp_path / "out/in.png").shape == (2 * sides[1], 2 * sides[0], 3) and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 7), (2, 3)])
+def test_a_side_of_one_pixel_is_finite_in_bf16_too(tmp_path, sides):
+    settings = dict(task="jpeg", solver="midpoint", sample_steps=2, unet_dim_mults=(1, 2, 2), precision="bf16")
+    path = make_run(tmp_path / "run", **settings)
+    put(tmp_path / "in.png", photo(*sides))
+    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
+
+
+# guidance -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [dict(overfit=True), dict(label_drop=0.0)])
+def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys, settings):
+    path = make_run(tmp_path / "run", task="generate", method="edm", sample_steps=2, **settings)
+    assert run(path, "--count", 1, "--label", "cat", "--guidance", 2) == 2
+    assert "guidance = 2.0: allowed is 1" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="guidance = 3"):
+        sample.open_model(path, guidance=3)
+    assert run(path, "--count", 1, "--label", "cat", "--output", tmp_path / "out") == 0
+
+
+# UDPM's latent --------------------------------------------------------------------------------------------------------
+
+def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
+    path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
+    seen, original = [], UDPM.latent
+
+    def latent(self, batch):
+        seen.append(original(self, batch))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UDPM, "latent", latent)
+        for name, flags in dict(a=(), b=("--seed", 1), swapped=("--swap", 2, 1), redrawn=("--perturb", 3, 0.6)).items():
+            assert run(path, "--count", 2, "--output", tmp_path / name, *flags) == 0
+    a, b, swapped, redrawn = seen  # level 3, 2, 1
+    for i, level in enumerate((3, 2, 1)):
+        torch.testing.assert_close(swapped[i], (b if level == 2 else a)[i])
+    first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
+    torch.testing.assert_close(redrawn[1], first[1])
+    torch.testing.assert_close(redrawn[2], first[2])
+    fresh = (redrawn[0] - 0.8 * first[0]) / 0.6
+    assert (fresh[0] - fresh[1]).abs().max() > 0.1 and 0.3 < fresh.std() < 2
+    for flags, words in ((("--swap", 4, 1), "level = 4"), (("--perturb", 1, 1.5), "perturb"),
+                         (("--swap", 1, 1, "--perturb", 1, 0.5), "swap")):
+        assert run(path, "--count", 2, "--output", tmp_path / "x", *flags) == 2 and words in capsys.readouterr().err
+    other = make_run(tmp_path / "edm", method="edm", task="generate", sample_steps=2)
+    assert run(other, "--count", 2, "--output", tmp_path / "x", "--swap", 1, 1) == 2
+    assert "for UDPM only" in capsys.readouterr().err
+
+
+# several processes ----------------------------------------------------------------------------------------------------
+
+def test_the_parts_make_what_one_process_makes(tmp_path, capsys, monkeypatch):
+    restoring = make_run(tmp_path / "run", method="edm", sample_steps=2)
+    making = make_run(tmp_path / "other", method="edm", task="generate", sample_steps=2)
+    for i in range(5):
+        put(tmp_path / f"in/{i}.png", photo(5, 5, seed=i))
+    for path, flags in ((restoring, ("--input", tmp_path / "in")), (making, ("--count", 3, "--label", "cat,dog"))):
+        whole, parts, torchrun = (tmp_path / f"{name}{path[-3:]}" for name in ("whole", "parts", "torchrun"))
+        assert run(path, *flags, "--output", whole) == 0
+        for part in ("0/3", "1/3", "2/3"):
+            assert run(path, *flags, "--output", parts, "--partition", part) == 0
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+            assert run(path, *flags, "--output", torchrun) == 0
+        monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+        expected = {p.name: get(p).astype(int) for p in whole.iterdir() if p.name != "grid.png"}
+        for made in (parts, torchrun):
+            assert {p.name for p in made.iterdir()} - {"grid.png"} == expected.keys()
+            assert all(abs(get(made / name) - pixels).max() <= 1 for name, pixels in expected.items())
+    for wrong in ("3/3", "x", "-1/2"):
+        assert run(restoring, "--input", tmp_path / "in", f"--partition={wrong}") == 2
+        assert "partition = " in capsys.readouterr().err
