@@ -32,7 +32,7 @@ import ode_int
 from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
-from images.corruptions import Batch, parts
+from images.corruptions import TASKS, Batch, parts
 from images.files import write_atomically
 from support.checkpoints import Run, open_run
 from support.command_line import parse
@@ -230,11 +230,10 @@ def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
 
 
 def task(config: Config) -> str:
-    """The task and the knobs that make it what it is: how sr enlarges its input again is the method's affair."""
-    knobs = dict(sr=("factor", "down"), inpaint=("mask",), blur=("kernel", "width", "sigma"), jpeg=("quality",))
+    """The task, and the fields of Damage that make it what it is."""
     described = []
     for name in dict.fromkeys(parts(config.task)):
-        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in knobs.get(name, ()))
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
 
@@ -304,9 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
             result, net = describe(runs[path], o, judge)
             batch = first_images(judge, c, net.num_classes, 2)
             settings, result["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
-            if not settings:
-                raise SettingsError(f"nfe = {o.nfe}: the {c.method} sampler of {path} can do none of them exactly; "
-                                    "leave --no-default out")
+            if not settings:  # its own count is the only one it can do
+                settings, _ = samplers(c, (), batch, o.solver, default=True)
             jobs.append((result, net, c, judge, settings, (key, result["problem"]["task"])))
             results.append(result)
         folder.mkdir(exist_ok=True)

@@ -55,7 +55,8 @@ class Config:
     overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
     condition: bool = True  # whether the network sees the damaged image
 
-    # THE DATA. cifar10, fashion-mnist, celeba, shapes, or the path of a folder; None: cifar10 if it can be had
+    # THE DATA. cifar10, fashion-mnist, celeba, shapes, or the path of a folder. None: cifar10, and for the demo shapes
+    # where that can't be downloaded
     dataset: str | None = None
     data_path: str = "data"  # folder where downloaded data sets are kept
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
@@ -148,7 +149,8 @@ class Config:
     @property
     def compiles(self) -> bool:
         """auto: long runs, of one network at one size; each further size would take as long to compile again."""
-        return self.compile == "on" or self.compile == "auto" and self.steps >= COMPILE_FROM and not self.recipe.levels
+        long = self.steps >= COMPILE_FROM and not self.recipe.levels
+        return self.compile == "on" or (self.compile == "auto" and long)
 
     @property
     def dropped(self) -> float:
@@ -249,13 +251,13 @@ class Trainer:
     def rehearse_step(self):
         """Forward and backward of a batch; of a method that draws a level for each, of so many that all have come."""
         net, loss = self.players[0]
-        for step in range(8 * self.config.recipe.levels or 1):
+        for step in range(max(1, 8 * self.config.recipe.levels)):
             with machine.autocast(self.device, self.precision):
                 loss(net, self.batch(step)).mean().backward()
 
     def announce(self):
         c, n = self.config, self.images
-        millions = [f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}M" for module, _ in self.players]
+        millions = [f"{sum(p.numel() for p in module.parameters()) / 1e6:.3g}M" for module, _ in self.players]
         print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
         gpus = f" x {self.world}" if self.world > 1 else ""
@@ -337,7 +339,7 @@ class Trainer:
 
     def loop(self) -> int:
         c, stopped = self.config, 0
-        quiet = True if self.rank else None  # None: unless there is a terminal
+        quiet = True if self.rank else None  # None: tqdm shows the bar on a terminal only
         bar = tqdm(total=c.steps, initial=self.step, disable=quiet, dynamic_ncols=True, unit="step")
         clock, counted = time.perf_counter(), self.step
         if self.step and self.step % c.sample_every == 0 and self.rank == 0 and not self.picture.exists():
@@ -350,7 +352,7 @@ class Trainer:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
             leaving = self.signals.number  # the pictures can wait until the run is resumed
-            if last or self.step % c.sample_every == 0 and not leaving:
+            if last or (self.step % c.sample_every == 0 and not leaving):
                 paused = time.perf_counter()
                 self.show()
                 clock += time.perf_counter() - paused

@@ -222,7 +222,7 @@ def draw_runs(ax, metric: str, group: list[dict], name: Callable):
         for row in rows:
             if row["default"]:
                 ax.plot(row["nfe"], row[metric], "*", color=style["color"], ms=9, mec="white", mew=0.5)
-    levels = [(row["name"], row, "0.5", DASHES[row["name"]]) for row in group[0]["baselines"]]
+    levels = [(row["name"], row, "0.5", DASHES.get(row["name"], (0, (3, 1)))) for row in group[0]["baselines"]]
     levels += [(name(r), row, "k", REGRESSION) for r in group if r["method"] == "regression" for row in r["rows"]]
     for label, row, colour, dashes in levels:
         if metric in row:

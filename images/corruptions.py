@@ -15,7 +15,10 @@ from torch import Tensor
 
 from images import SettingsError
 
-TASKS = ("sr", "inpaint", "blur", "jpeg", "generate", "paired")
+TASKS = {  # name: the fields of Damage that make the task what it is. How sr enlarges again (up) is a method's affair
+    "sr": ("factor", "down"), "inpaint": ("mask",), "blur": ("kernel", "width", "sigma"), "jpeg": ("quality",),
+    "generate": (), "paired": (),
+}
 
 
 @dataclass
@@ -133,7 +136,7 @@ class Damage:
         return Batch(z1, zlo, mask, hole, _cond(task, zlo, hole, condition), y, draws)
 
     def _apply(self, name: str, z1: Tensor, pair: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """One task on every image -> zlo, mask, hole."""
+        """One task on every image, of 1 or 3 channels -> zlo, mask, hole (see Batch)."""
         one = torch.ones_like(z1[:, :1])
         if name == "generate":
             return torch.zeros_like(z1), one, one
@@ -154,6 +157,8 @@ class Damage:
             levels = blur(levels, self.weights())
         elif name == "jpeg":
             levels = jpeg(levels, self.quality)
+        else:
+            raise NotImplementedError(f"task {name!r} has no branch in Damage._apply")
         return from_levels(levels), one, 0 * one
 
     @property

@@ -12,9 +12,12 @@ from ode_int import ODE
 class Method:
     """A method is its knobs, the fields of a frozen dataclass, and its equations.
 
-    Training, sampling and measuring use nothing of it but what stands here.
-    `net` is called as net(x, t, y, cond) -> prediction, with t (B,) float32 of order 1. Guidance, counting and tiling
-    wrap around it, so no method knows of them.
+    Training, sampling and measuring use nothing of it but what stands here. `net` is called as net(x, t, y, cond) ->
+    prediction, with t (B,) float32 of order 1: whatever tells it how noisy x is, gamma in SR3, k/n in I2SB. Guidance,
+    counting and tiling wrap around it, so no method knows of them.
+
+    The comment above a field is its help on the command line. The class's name in small letters, the field of Config
+    and the choice of --method are the same.
     """
 
     solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's
@@ -44,13 +47,14 @@ class Method:
         return self
 
     def loss(self, net, batch: Batch) -> Tensor:
-        """(B,) mean over the pixels to be made; draws its own t and noise."""
+        """(B,) mean over the pixels to be made, see masked_mean; draws its own t and noise, by batch.draws."""
         raise NotImplementedError
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W); never reads batch.z1. `trace` receives (t, state, clean estimate) at each step.
+        """(B, C, H, W), known pixels kept, see keep_known; never reads batch.z1. None: the method's usual `steps`.
 
-        Raises SettingsError for a number of `steps` that the method can't take.
+        `trace`, where it is given, gets (t, state, clean estimate) before each step, scaled to be looked at: its first
+        state is shown as the start. Here t is 1 at the clean image. SettingsError for `steps` that can't be done.
         """
         raise NotImplementedError
 

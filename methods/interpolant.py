@@ -6,7 +6,7 @@ The paper's symbols -> ours:
     alpha_t, beta_t       alpha, beta
     b_t                   v
     xi                    cond, what the coupling conditions on
-    m(x_1) + sigma zeta   zlo + sigma * mask * noise
+    m(x_1) + sigma zeta   zlo + sigma * mask * noise, written with keep_known: known pixels stand still
 
 The path, its velocity and its ODE are
 
@@ -39,8 +39,7 @@ class Interpolant(Method):
     sigma: float = 1.0
     # train and sample on t_min <= t <= 1 - t_min; in (0, 0.5)
     t_min: float = 1e-3
-    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. Its score holds where the
-    # network sees zlo, see `check`
+    # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. It needs a network that sees zlo
     eps0: float = 0.0
 
     def __post_init__(self):
@@ -112,7 +111,8 @@ class Interpolant(Method):
         def clean(t, z):
             return keep_known(self.ends(t, z, v(t, z))[1], batch)
 
-        # rho = 3 is the best of 1, 1.5, 2, 3, 4 in benchmarks/README.md
+        # rho: how much fixed steps shorten towards the data (ode_int.time_grid); 3 is the best of 1, 1.5, 2, 3, 4 in
+        # benchmarks/README.md
         return ODE(v, self.start(batch), self.t_min, 1 - self.t_min, clean, rho=3.0)
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:

@@ -81,7 +81,7 @@ def read(arguments: list[str], config_class, description: str) -> tuple:
         start = replace(run.config, resume=resume)
     else:
         start = config_class(**preset(first.preset, first.device))
-    config = parse(config_class, arguments, description, start)
+    config = parse(config_class, arguments, f"{description}\nPresets: {', '.join(PRESETS)}", start)
     if run:
         refuse_another_network(run.config, config)
     if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's

@@ -190,7 +190,7 @@ def test_freeform_share_and_strokes(mask, least, most, size):
 # every task
 
 
-@pytest.mark.parametrize("task", TASKS + (MIXTURE, "sr,paired", "generate,generate"))
+@pytest.mark.parametrize("task", (*TASKS, MIXTURE, "sr,paired", "generate,generate"))
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("condition", [True, False])
 def test_batch(task, channels, condition):
