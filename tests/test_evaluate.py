@@ -733,14 +733,12 @@ def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatc
     assert "| not finite |" in (tmp_path / "table.md").read_text()
 
 
-def test_a_run_without_rows_is_refused(runs, tmp_path, capsys):
-    assert (
-        evaluate.main(
-            [runs[1], "--nfe", "5", "--no-default", "--metrics", "psnr", "--device", "cpu", "--output", str(tmp_path)]
-        )
-        == 2
-    )
-    assert "can do none of them exactly" in capsys.readouterr().err
+def test_a_run_that_can_do_none_of_the_counts_is_measured_at_its_own(runs, tmp_path):
+    """UDPM takes 3 evaluations, regression 1: neither keeps the other runs from being measured."""
+    flags = "--nfe 5 --no-default --metrics psnr --device cpu".split()
+    assert evaluate.main([runs[1], *flags, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / f"{Path(runs[1]).name}.json").read_text())
+    assert [row["nfe"] for row in result["rows"]] == [3] and result["nfe_left_out"] == [5]
 
 
 def test_results_go_to_a_folder_of_their_own(runs, tmp_path, monkeypatch):
