@@ -241,7 +241,7 @@ class Restorer:
                 hole = self.read_hole(name, image) if "inpaint" in self.model.tasks else None
                 if twice := self.taken.intersection(paths):
                     raise DatasetError(f"{self.root / name}: another image of its name takes {min(twice)}")
-                self.model.check_size(*image.shape[1:], name)
+                self.model.check_size(*image.shape[1:], name, o.trace)
                 self.taken.update(paths)
             except SettingsError as failure:
                 self.failures[name] = failure

@@ -37,7 +37,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            # not F.group_norm, which refuses a single value in a group, as the deepest level of a 1x1 image may have
+            return torch.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps,
+                                    torch.backends.cudnn.enabled)
 
 
 class LayerNorm(nn.Module):

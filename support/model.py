@@ -20,8 +20,11 @@ from unet import Counted, Guided, Tiled, Unet
 
 # For an interpolant: within one level of 255 of dopri5's result, at a tenth of its evaluations (benchmarks/README.md).
 QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
-STATES = 24  # images of float32 that a sampler holds at a time, at most: dopri5's stages, a tile's copies
-SMALL_SIDE = 16  # below it a strided convolution in bf16 returns infinities on some CPUs
+# of memory: 180 to 260 a pixel of the result were measured, and twice as many by dopri5 or with a trace
+BYTES_A_PIXEL = 260
+BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
+LONGEST = 1000  # times as long as wide
+SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
 
 
 # c is a trainer.Config in all of these
@@ -202,15 +205,18 @@ class Model:
         """How many images of these sides make a batch."""
         return max(1, self.batch_size * self.config.image_size**2 // (height * width))
 
-    def restore(self, image: Image.Image | Tensor, *, mask: Image.Image | Tensor | None = None,
-                label: str | int | None = None, seed: int = 0) -> Image.Image | Tensor:
-        """A damaged PIL image -> a restored one; or float tensors (B, C, h, w) -> (B, C, H, W), in [-1, 1].
+    def restore(self, image: Image.Image | list | Tensor, *, mask: Image.Image | Tensor | None = None,
+                label: str | int | None = None, seed: int = 0) -> Image.Image | list | Tensor:
+        """A damaged PIL image -> a restored one, or a list of them; or float tensors (B, C, h, w) -> (B, C, H, W), in
+        [-1, 1].
 
         mask, for inpainting: white (1 in a tensor) is to be made; without it, what is transparent in the image.
         The same seed gives the same picture. Raises SettingsError, and SolverError for an output that is not finite.
         """
         if self.tasks == ["generate"]:
             raise SettingsError("the run makes images from noise: use generate")
+        if isinstance(image, list):
+            return [self.restore(each, mask=mask, label=label, seed=seed) for each in image]
         zlo, hole = image, mask
         if isinstance(image, Image.Image):
             zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
@@ -243,13 +249,19 @@ class Model:
         up = self.config.damage.up if self.tasks == ["sr"] else "bicubic"  # as pairs of two sizes are trained on
         return to_full_size(zlo, self.factor, up) if self.factor > 1 else zlo
 
-    def check_size(self, height: int, width: int, name: str = "image"):
-        """Raises SettingsError for a file too large for this machine's memory, before anything is computed."""
-        pixels, free = height * width * self.factor**2, free_memory()
-        need = pixels * self.config.channels * 4 * STATES
-        if self.device.type == "cpu" and free is not None and need > free:
-            raise SettingsError(f"{name}: {width}x{height} pixels, times {self.factor}, need some {need / 1e9:.0f} GB, "
-                                f"and {free / 1e9:.0f} GB are free; crop it or make it smaller")
+    def check_size(self, height: int, width: int, name: str = "image", traced: bool = False):
+        """Raises SettingsError for a picture that this machine can't restore, before anything is computed."""
+        if max(height, width) > LONGEST * min(height, width):
+            raise SettingsError(f"{name}: its sides are {width}x{height}: allowed is up to {LONGEST:,} times as long "
+                                "as wide; crop it")
+        each = BYTES_A_PIXEL * (2 if traced or self.config.sampler == "dopri5" else 1)
+        if not self.tile:
+            each += BYTES_A_CHANNEL * self.config.unet_channels
+        need, free = each * self.factor**2 * height * width, free_memory()
+        if self.device.type == "cpu" and free is not None and need > 3 / 4 * free:
+            raise SettingsError(
+                f"{name}: its {height * width / 1e6:.3g} million pixels ({width}x{height}) would take about "
+                f"{need / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free; crop or downscale it")
 
     @torch.no_grad()
     def sample(self, zlo: Tensor, hole: Tensor | None, labels: list[int | None], noise: list,
@@ -280,6 +292,8 @@ class Model:
         precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
         with autocast(self.device, precision):
             made, _ = draw(c, Guided(counted, guidance), batch, trace)
+        if not made.isfinite().all():  # a method's own sampler does not look
+            raise ode_int.SolverError(ode_int.NOT_FINITE)
         self.images, self.rows = self.images + len(made), self.rows + counted.rows
         return made[:, :, :height, :width].float().cpu()
 

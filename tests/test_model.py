@@ -42,6 +42,12 @@ def test_a_tensor_in_a_tensor_out(tmp_path):
     torch.testing.assert_close(made[1], -made[0])
 
 
+def test_a_list_of_images_is_restored_one_by_one(tmp_path):
+    model = open_model(make_run(tmp_path / "run", identity=True))
+    made = model.restore([Image.fromarray(photo(3, 5)), Image.fromarray(photo(6, 4))])
+    assert [image.size for image in made] == [(6, 10), (12, 8)]
+
+
 def test_the_seed_and_the_label_decide_and_nothing_else(tmp_path):
     path = make_run(tmp_path / "run", method="edm", sample_steps=2)
     low, first = Image.fromarray(photo(8, 8)), open_model(path)

@@ -1,6 +1,7 @@
 """sample.py as its user runs it: on odd files, by label, with draws, in tiles; and its parts against formulas written
 out here."""
 
+import math
 import os
 import re
 import sys
@@ -712,12 +713,15 @@ def test_an_empty_path_is_named(tmp_path, capsys, flags):
 def test_a_picture_past_memory_is_told_with_its_size(tmp_path, capsys, monkeypatch):
     identity = make_run(tmp_path / "run", identity=True)
     put(tmp_path / "in/large.png", photo(300, 200)), put(tmp_path / "in/small.png", photo(5, 5))
-    monkeypatch.setattr(model, "free_memory", lambda: 2 * 10**6)
+    put(tmp_path / "in/strip.png", photo(1, 1001))
+    monkeypatch.setattr(model, "free_memory", lambda: 50 * 10**6)
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
-    assert "large.png: 300x200 pixels, times 2" in capsys.readouterr().err and (tmp_path / "out/small.png").exists()
+    error = capsys.readouterr().err
+    assert "large.png: its 0.06 million pixels (300x200) would take about 0.0624 GB" in error
+    assert "strip.png: its sides are 1x1001" in error and (tmp_path / "out/small.png").exists()
 
 
-@pytest.mark.parametrize("sides", [(1, 9000), (500, 1)])
+@pytest.mark.parametrize("sides", [(1, 900), (500, 1)])
 def test_strips_are_restored_within_seconds(tmp_path, sides):
     path = make_run(tmp_path / "run", solver="midpoint", sample_steps=1)
     put(tmp_path / "in.png", photo(*sides))
@@ -732,6 +736,17 @@ def test_a_side_of_one_pixel_is_finite_in_bf16_too(tmp_path, sides):
     path = make_run(tmp_path / "run", **settings)
     put(tmp_path / "in.png", photo(*sides))
     assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_output_that_is_not_finite_is_no_picture(tmp_path, capsys, method):
+    path = make_run(tmp_path / "run", method=method, task="jpeg", **METHODS[method])
+    state = torch.load(f"{path}/checkpoints/last.pt", weights_only=True)
+    state["ema"]["out.bias"][:] = math.nan
+    torch.save(state, f"{path}/checkpoints/last.pt")
+    put(tmp_path / "in/a.png", photo(16, 16))
+    assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
+    assert "not finite" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))
 
 
 # guidance -------------------------------------------------------------------------------------------------------------
