@@ -31,8 +31,9 @@ from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, machine
-from support.logs import Log, attempt
+from support.logs import Log
 from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
+from support.output import reason, unbreakable_output, warn
 from support.settings import check, first_look, parse, preset
 from support.watch import Watch
 
@@ -227,10 +228,14 @@ class Trainer:
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
         plain = json.dumps(asdict(c), indent=1)
-        write_atomically(self.folder / "config.json", lambda f: f.write(plain.encode()))
+        files = {"config.json": plain.encode()}
         if self.images.left_out:
-            lines = "\n".join(self.images.left_out).encode(errors="surrogateescape")
-            write_atomically(self.folder / "left_out.txt", lambda f: f.write(lines + b"\n"))
+            files["left_out.txt"] = "\n".join([*self.images.left_out, ""]).encode(errors="surrogateescape")
+        for name, content in files.items():
+            try:
+                write_atomically(self.folder / name, lambda f: f.write(content))
+            except OSError as failure:
+                raise SettingsError(f"{self.folder / name} can't be written ({reason(failure)})") from None
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
@@ -321,10 +326,12 @@ class Trainer:
     def run(self) -> int:
         """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
         with self.signals:
-            stopped = self.loop()
-            if self.rank == 0:
-                self.log.close()
-                self.lock = None
+            try:
+                stopped = self.loop()
+            finally:
+                if self.rank == 0:
+                    self.log.close()
+                    self.lock = None
             machine.leave_processes()
         return stopped
 
@@ -440,14 +447,14 @@ class Trainer:
             absolute_paths=checkpoints.absolute_paths(c),
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.watch.state())
-        if reason := self.watch.unfit(checkpoint):
+        if unfit := self.watch.unfit(checkpoint):
             if not self.due:
-                tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
+                warn(f"step {self.step:,} is not saved: {unfit}; {self.advice()}")
             self.saved, self.due = False, True
             return
         self.due = False
         keep = c.keep_every is not None and self.step % c.keep_every == 0
-        path = attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
+        path = self.log.attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
         self.saved = path is not None
 
     def load(self, checkpoint: dict):
@@ -504,6 +511,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
+    unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:

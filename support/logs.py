@@ -1,89 +1,142 @@
-"""What a run leaves to look at: metrics.jsonl and pictures in its folder, and the same on Weights & Biases."""
+"""What a run leaves to look at: metrics.jsonl and pictures in its folder, and the same on Weights & Biases.
+
+Each of these is a sink: log(numbers, pictures) and close(). No sink may end a run or hold it up, so one that talks to
+another program is wrapped in a Background.
+"""
 import json
 import os
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from images import one_line
+from images import SettingsError, one_line
 from images.files import save_png, write_atomically
+from support.background import Background
+from support.output import Attempts, reason, warn
 
 
 class Log:
-    """Numbers and pictures to every sink: the run's files, and wandb if wanted. A sink that fails never ends a run."""
+    """Numbers and pictures to every sink: the run's files, and wandb if wanted."""
 
     def __init__(self, folder: Path, step: int, wandb: dict | None = None):
-        """step: where the run goes on. wandb: project, entity, id (None: a new one) and config; None: no wandb."""
-        self.sinks, self.wandb_id = [Files(folder, step)], None
+        """step: where the run goes on. wandb: project, entity, id (None: a new one) and config; None: no wandb.
+
+        Raises SettingsError where the run's files can't be written.
+        """
+        self.attempt = Attempts()
+        self.sinks, self.wandb_id = [Files(folder, step, self.attempt)], None
         if wandb is not None:
             self.wandb_id = wandb["id"] or secrets.token_hex(4)
-            if sink := attempt("wandb", lambda: Wandb(folder, **wandb | dict(id=self.wandb_id))):
-                self.sinks.append(sink)
+            how = wandb | dict(id=self.wandb_id)
+            self.sinks.append(Background("wandb", lambda: Wandb(folder, **how), leave_wandb))
 
     def __call__(self, step: int, pictures: dict[str, np.ndarray] | None = None, **numbers):
         """A line of metrics, those that are None left out; pictures (H, W, 3) uint8 by name."""
         numbers = {"step": step} | {name: round(value, 6) for name, value in numbers.items() if value is not None}
-        self.sinks = [sink for sink in self.sinks if sink.log(numbers, pictures or {})]
+        for sink in self.sinks:
+            sink.log(numbers, pictures or {})
 
     def close(self):
         for sink in self.sinks:
             sink.close()
 
 
-def attempt(what: str, function):
-    """function(), or None and a warning: a full disk, a missing package, a dead server."""
-    try:
-        return function()
-    except Exception as failure:
-        print(f"warning: {what} failed ({one_line(failure)}); the run goes on without it", file=sys.stderr)
-
+# --------------------------------------------------------------------------------------------------- the run's files
 
 class Files:
     """metrics.jsonl, an object a logged step, and samples/NAME_STEP.png."""
 
-    def __init__(self, folder: Path, step: int):
-        self.folder, self.lines = folder, folder / "metrics.jsonl"
-        if step and self.lines.exists():  # what came after the checkpoint is about to come again
-            lines = [line for line in self.lines.read_text().splitlines() if line.endswith("}")]
-            kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
-            write_atomically(self.lines, lambda f: f.write(kept.encode()))
+    def __init__(self, folder: Path, step: int, attempt: Attempts):
+        self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
+        try:
+            if step and self.lines.exists():
+                self.cut(step)
+            open(self.lines, "ab").close()
+        except OSError as failure:
+            raise SettingsError(f"{self.lines} can't be written ({reason(failure)})") from None
 
-    def log(self, numbers: dict, pictures: dict) -> bool:
-        """True: the disk may have room again the next time."""
-        attempt("metrics.jsonl", lambda: self.append(numbers))
-        for name, picture in pictures.items():
-            path = self.folder / "samples" / f"{name}_{numbers['step']:06d}.png"
-            attempt("the picture", lambda: save_png(path, Image.fromarray(picture)))
-        return True
+    def cut(self, step: int):
+        """Drops the lines after `step`, which are about to come again. What can't be read is kept in another file."""
+        content = self.lines.read_bytes()
+        lines = [line for line in content.splitlines(keepends=True) if line.strip()]
+        steps = [step_of(line) for line in lines]
+        unreadable = [line for line, at in zip(lines, steps) if at is None]
+        if unreadable:
+            aside = self.lines.with_name("metrics.jsonl.unreadable")
+            with open(aside, "ab") as f:
+                f.writelines(line.rstrip(b"\n") + b"\n" for line in unreadable)
+            warn(f"{len(unreadable)} lines of {self.lines} can't be read; they are now in {aside.name} beside it")
+        kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)
+        if kept != content:
+            write_atomically(self.lines, lambda f: f.write(kept))
+
+    def log(self, numbers: dict, pictures: dict):
+        self.attempt("metrics.jsonl", lambda: self.append(numbers))
+        if pictures:
+            self.attempt("saving pictures", lambda: self.save(numbers["step"], pictures))
 
     def append(self, numbers: dict):
-        with open(self.lines, "a") as f:
-            f.write(json.dumps(numbers) + "\n")
+        """A whole line or nothing."""
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            warn(f"{self.folder} was gone and is made again, without what it held")
+        line = (json.dumps(numbers) + "\n").encode()
+        with open(self.lines, "a+b", buffering=0) as f:
+            end = f.seek(0, os.SEEK_END)
+            if end:
+                f.seek(end - 1)
+                if f.read(1) != b"\n":  # half a line, of a process that was killed in the middle of it
+                    line = b"\n" + line
+            try:
+                while line:
+                    line = line[f.write(line):]  # of which a full disk may take a part
+            except BaseException:
+                with suppress(OSError):
+                    f.truncate(end)
+                raise
+
+    def save(self, step: int, pictures: dict):
+        for name, picture in pictures.items():
+            save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def close(self):
         pass
 
 
+def step_of(line: bytes) -> int | None:
+    """Of a line of metrics.jsonl; None: it can't be read."""
+    try:
+        step = json.loads(line.decode())["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+# -------------------------------------------------------------------------------------------------------------- wandb
+
 class Wandb:
-    """Online where an account is configured, else offline. After a failure it is done with."""
+    """Online where an account is configured, else offline. All of it may raise, and all of it may block."""
 
     def __init__(self, folder: Path, project: str, entity: str | None, id: str, config: dict):
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without a network, reports on itself delay the exit
         import wandb
 
         self.wandb, mode = wandb, wandb_mode()
-        os.environ.setdefault("WANDB_SILENT", "true")
         how = dict(project=project, entity=entity, id=id, name=folder.name, dir=str(folder), config=config,
-                   resume="allow", settings=wandb.Settings(init_timeout=30, console="off"))
-        try:
-            self.run = wandb.init(mode=mode, **how)
-        except Exception as failure:
-            if mode == "offline":
-                raise
-            print(f"wandb: {one_line(failure)}; going on offline")
-            self.run = wandb.init(mode="offline", **how)
+                   resume="allow", settings=wandb.Settings(init_timeout=6, console="off"))
+        self.run = None
+        if mode != "offline":
+            try:
+                self.run = wandb.init(mode=mode, **how)
+            except Exception as failure:
+                print(f"wandb: {one_line(failure)}; going on offline")
+                leave_wandb()  # its service believes that a run of this id goes on
+        self.run = self.run or wandb.init(mode="offline", **how)
         if self.run.offline:
             print(f"wandb: offline; `wandb sync {self.run.settings.sync_dir}` uploads the run later")
         else:
@@ -91,15 +144,19 @@ class Wandb:
         # an axis of our own: wandb drops points behind its internal one after a resume
         self.run.define_metric("*", step_metric="step")
 
-    def log(self, numbers: dict, pictures: dict) -> bool:
-        def send():
-            self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture) for name, picture in pictures.items()})
-            return True
-
-        return bool(attempt("wandb", send))
+    def log(self, numbers: dict, pictures: dict):
+        self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture) for name, picture in pictures.items()})
 
     def close(self):
-        attempt("wandb", self.run.finish)
+        self.run.finish()
+
+
+def leave_wandb():
+    """Ends wandb's service. First of all this takes back wandb's function for the exit of the program, which would
+    wait for a service that hangs and show a traceback of one that died."""
+    if wandb := sys.modules.get("wandb"):
+        with suppress(Exception, SystemExit):  # with the exit status of its service
+            wandb.teardown()
 
 
 def wandb_mode() -> str:

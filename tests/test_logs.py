@@ -1,25 +1,42 @@
 """What a run shows: pictures, numbers, wandb. Nothing is silent, and what is shown is what was made."""
 import json
 import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
 import types
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from images import data, pictures
-from runs import FINISHED, checkpoint, metrics, resume, same, start
-from support import logs, model
+from images import SettingsError, data, pictures
+from runs import FINISHED, TINY, TRAINER, at_step, checkpoint, metrics, one_line, resume, same, start
+from support import background, logs, model
+from support.background import Background
+from support.logs import Files, Log
 from support.model import draw
+from support.output import Attempts
 from unet import Guided
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and /dev/full")
+
 
 # -------------------------------------------------------------------------------------------------------------- wandb
 
-def test_wandb_offline_holds_the_grid_and_the_numbers(tmp_path, monkeypatch):
+def test_wandb_offline_holds_the_grid_and_the_numbers(tmp_path, monkeypatch, capsys):
     """The real thing, and again after a resume."""
     run = start(tmp_path, "--max-steps 2 --use-wandb")
+    said = capsys.readouterr().out
+    assert 0 < said.index("wandb: offline; `wandb sync") < said.index("step 2")
     resume(run, "--max-steps 3")
     name = checkpoint(run)["wandb_id"]
     segments = sorted((run / "wandb").glob("offline-run-*"))
@@ -43,7 +60,7 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.fail, self.inits, self.logged, self.offline, self.url = fail, [], [], True, None
         self.settings = types.SimpleNamespace(sync_dir="there")
-        self.closed = False
+        self.closed = self.torn_down = False
 
     def may_fail(self, what):
         if what in self.fail:
@@ -72,6 +89,9 @@ class FakeWandb(types.ModuleType):
         self.may_fail("finish")
         self.closed = True
 
+    def teardown(self):
+        self.torn_down = True
+
 
 @pytest.mark.parametrize("fail", [None, ["import"], ["init online", "init offline"], ["Image"], ["log"], ["finish"]])
 def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, finished, fail):
@@ -82,6 +102,7 @@ def test_wandb_never_ends_a_run(tmp_path, monkeypatch, capsys, finished, fail):
     assert metrics(run) == metrics(finished)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
     assert len(warnings) == bool(fail)  # one line, once
+    assert fail == ["import"] or fake.torn_down  # it has nothing left to do when the program leaves
     if not fail:
         assert fake.closed
         steps = [row["step"] for row in fake.logged]
@@ -125,6 +146,256 @@ def test_wandb_is_online_only_where_an_account_is_configured(tmp_path, monkeypat
     assert logs.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")  # the user's word is the last
     assert logs.wandb_mode() == "disabled"
+
+
+def test_wandb_goes_offline_where_there_is_no_network(tmp_path, monkeypatch, capsys):
+    """The real thing, which takes the id of the run that it could not start online for one in use."""
+    for name, value in dict(MODE="online", API_KEY="x" * 40, BASE_URL="http://127.0.0.1:9").items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    began = time.monotonic()
+    log = Log(tmp_path, 0, dict(project="couplings", entity=None, id="abcd1234", config={}))
+    assert time.monotonic() - began < 10
+    log(1, loss=0.5)
+    log.close()
+    output = capsys.readouterr()
+    assert "going on offline" in output.out and "wandb: offline" in output.out and not output.err
+    assert len(list(tmp_path.glob("wandb/offline-run-*-abcd1234/*.wandb"))) == 1
+
+
+PATIENT_TRAINER = """
+import sys
+from support import background
+background.PATIENCE = 3
+sys.exit(trainer.main())
+"""
+
+
+@linux
+@pytest.mark.parametrize("to_service, to_run, status", [
+    (signal.SIGSTOP, signal.SIGINT, 130),
+    (signal.SIGKILL, signal.SIGTERM, 143),
+])
+def test_a_service_of_wandb_that_hangs_or_dies_does_not_hold_the_run(tmp_path, to_service, to_run, status):
+    """The real thing, as a program: it must be able to leave as well."""
+    flags = f"{TINY} --out-dir {tmp_path}/out --print-loss-every 1 --max-steps 19000 --sample-every 1000 --use-wandb"
+    with open(tmp_path / "said", "w") as said:
+        command = [sys.executable, "-c", PATIENT_TRAINER, *flags.split()]
+        env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # a service of its own
+        run = subprocess.Popen(command, cwd=TRAINER.parent, env=env | {"OMP_NUM_THREADS": "1"}, stdout=said,
+                               stderr=subprocess.STDOUT)
+    services = []
+    try:
+        wait_for_lines(tmp_path, run, 5)
+        for children in Path(f"/proc/{run.pid}/task").glob("*/children"):
+            services += [int(pid) for pid in children.read_text().split() if "wandb-core" in name_of(pid)]
+        assert len(services) == 1
+        os.kill(services[0], to_service)
+        wait_for_lines(tmp_path, run, 100)
+        run.send_signal(to_run)
+        assert run.wait(60) == status
+    finally:
+        run.kill()
+        for pid in services if to_service == signal.SIGSTOP else []:
+            os.kill(pid, signal.SIGKILL)
+    said = (tmp_path / "said").read_text()
+    assert said.count("warning: wandb") == 1 and "Traceback" not in said and "ignored" not in said, said
+    assert checkpoint(next((tmp_path / "out").iterdir()))["step"] >= 100
+
+
+def wait_for_lines(folder, process, count):
+    """Until the run's metrics.jsonl has so many more."""
+    def lines():
+        return sum(path.read_bytes().count(b"\n") for path in folder.glob("out/*/metrics.jsonl"))
+
+    end, wanted = time.monotonic() + 120, lines() + count
+    while lines() < wanted:
+        assert process.poll() is None and time.monotonic() < end, (folder / "said").read_text()
+        time.sleep(0.05)
+
+
+def name_of(pid) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- sinks that may block
+
+class Stuck(FakeWandb):
+    """Never returns from one of its calls, until the test is over."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.free = where, threading.Event()
+
+    def may_fail(self, what):
+        if what.startswith(self.where):
+            self.free.wait(60)
+
+
+@contextmanager
+def stuck(monkeypatch, where, patience=1.0):
+    fake = Stuck(where)
+    monkeypatch.setattr(background, "PATIENCE", patience)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    try:
+        yield fake
+    finally:
+        fake.free.set()
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_wandb_that_hangs_does_not_hold_the_run(tmp_path, monkeypatch, capsys, finished, where):
+    with stuck(monkeypatch, where) as fake:
+        began = time.monotonic()
+        run = start(tmp_path, f"{FINISHED} --use-wandb")
+        assert time.monotonic() - began < 20
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+        assert len(warnings) == 1 and "did not answer" in warnings[0]
+        assert fake.torn_down
+    same(checkpoint(run), checkpoint(finished))
+    assert metrics(run) == metrics(finished)
+    time.sleep(0.2)
+    assert not capsys.readouterr().err  # nor a word when it comes back
+
+
+def test_a_wandb_that_comes_late_gets_every_line(tmp_path, monkeypatch, capsys):
+    with stuck(monkeypatch, "init", patience=0.2) as fake:
+        log = Log(tmp_path, 0, dict(project="couplings", entity=None, id=None, config={}))
+        log(1, loss=0.5)
+        fake.free.set()
+        monkeypatch.setattr(background, "PATIENCE", 20)
+        log(2, loss=0.25)
+        log.close()
+    assert [row["step"] for row in fake.logged] == [1, 2] and fake.closed
+    assert "joins" in capsys.readouterr().out
+
+
+class Slow:
+    """A sink that logs when it may."""
+
+    def __init__(self):
+        self.free, self.seen, self.closed = threading.Event(), [], False
+
+    def log(self, numbers, pictures):
+        self.free.wait(60)
+        self.seen.append((numbers, pictures))
+
+    def close(self):
+        self.closed = True
+
+
+def test_what_is_queued_is_not_changed_any_more():
+    slow, numbers, picture = Slow(), {"step": 1}, np.zeros((2, 2, 3), np.uint8)
+    sink = Background("slow", lambda: slow)
+    sink.log(numbers, {"step": picture})
+    numbers["step"], picture[:] = 2, 255
+    slow.free.set()
+    sink.close()
+    (numbers, pictures), = slow.seen
+    assert numbers == {"step": 1} and not pictures["step"].any() and slow.closed
+
+
+def test_a_sink_that_hangs_is_dropped_when_its_queue_is_full(monkeypatch, capsys):
+    monkeypatch.setattr(background, "QUEUE", 3)
+    slow, released = Slow(), []
+    sink = Background("slow", lambda: slow, lambda: released.append(True))
+    began = time.monotonic()
+    for step in range(20):
+        sink.log({"step": step}, {})
+    sink.close()
+    sink.close()
+    assert time.monotonic() - began < 5 and released
+    slow.free.set()
+    sink.thread.join(10)
+    assert capsys.readouterr().err == "warning: slow does not answer; the run goes on without it\n"
+
+
+def test_ctrl_c_does_not_wait_for_a_sink(capsys):
+    slow, began = Slow(), time.monotonic()
+    sink = Background("slow", lambda: slow)
+    sink.log({"step": 1}, {})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        sink.close()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        Background("other", lambda: slow.free.wait(60))
+    assert time.monotonic() - began < 8
+    slow.free.set()
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ metrics.jsonl
+
+def steps(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_that_cannot_be_read_are_set_aside(tmp_path, copy, capsys):
+    straight = start(tmp_path / "straight", FINISHED.replace("4", "6"))
+    bad = [b'{"step": 3, "lo{"step": 4, "loss": 1.0}', b'{"step": 1, "text": "\xff"}', b'{"loss": 1.0}', b"\0\0\0",
+           b'{"step": "3"}', b'{"step": 3.0}', b'{"step": true}', b'{"step": null}', b"[3]", b"3", b'{"step": 6, "lo']
+    lines, good = copy / "metrics.jsonl", (copy / "metrics.jsonl").read_bytes()
+    lines.write_bytes(b"\n".join(bad[:5]) + b"\n\n" + good + b"\n".join(bad[5:]))  # half a line at the end
+    capsys.readouterr()
+    resume(copy, "--max-steps 6")
+    assert metrics(copy) == metrics(straight)
+    assert (copy / "metrics.jsonl.unreadable").read_bytes() == b"\n".join(bad) + b"\n"
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    assert len(warnings) == 1 and "11 lines" in warnings[0]
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path, capsys):
+    files, lines = Files(tmp_path, 0, Attempts()), tmp_path / "metrics.jsonl"
+    files.log({"step": 1}, {})
+    lines.write_bytes(lines.read_bytes() + b'{"step": 2, "lo')  # killed in the middle of it
+    files.log({"step": 3}, {})
+    assert lines.read_bytes() == b'{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n'
+
+    before, limits = lines.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))  # room for five bytes
+    try:
+        for step in (4, 5, 6):
+            files.log({"step": step}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines.read_bytes() == before
+    files.log({"step": 7}, {})
+    assert lines.read_bytes() == before + b'{"step": 7}\n'
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: metrics.jsonl failed (File too large); the run goes on without it", "metrics.jsonl works again"]
+
+
+@linux
+def test_a_full_disk_is_told_once(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    files = Files(tmp_path, 0, Attempts())
+    for step in range(3):
+        files.log({"step": step}, {})
+    assert capsys.readouterr().err == (
+        "warning: metrics.jsonl failed (No space left on device); the run goes on without it\n")
+
+
+def test_files_that_cannot_be_written_are_one_line_at_the_start(tmp_path, copy, capsys):
+    for name in ("metrics.jsonl", "config.json"):
+        run = shutil.copytree(copy, tmp_path / f"without-{name}")
+        (run / name).unlink()
+        (run / name).mkdir()
+        capsys.readouterr()
+        resume(run, "--max-steps 6", status=2)
+        error = one_line(capsys)
+        assert f"{run / name} can't be written (Is a directory)" in error
+    with pytest.raises(SettingsError, match="metrics.jsonl can't be written .No such file or directory."):
+        Log(tmp_path / "nowhere", 0)
+
+
+def test_a_folder_that_is_gone_is_made_again(tmp_path, monkeypatch, finished, capsys):
+    at_step(monkeypatch, 3, lambda: shutil.move(next(tmp_path.glob("out/*")), tmp_path / "renamed"))
+    run = start(tmp_path / "out", FINISHED)
+    assert steps(tmp_path / "renamed" / "metrics.jsonl") == [2, 2] and steps(run / "metrics.jsonl") == [4, 4]
+    same(checkpoint(run), checkpoint(finished))
+    assert (run / "samples" / "step_000004.png").read_bytes() == (finished / "samples/step_000004.png").read_bytes()
+    assert f"{run} was gone and is made again" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
