@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import TINY, TRAINER, checkpoint
 
 import trainer
+from runs import TINY, TRAINER, checkpoint
 from support.output import Attempts, Unbreakable, reason
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
