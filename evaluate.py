@@ -9,6 +9,10 @@ SSIM, LPIPS, FID and the plot need more packages; all else is measured without t
 
     pip install torchmetrics lpips torch-fidelity matplotlib
 """
+if __name__ == "__main__":
+    from support.output import quiet_interrupt
+    quiet_interrupt()
+
 import json
 import math
 import platform
@@ -31,9 +35,10 @@ from images import SettingsError, data, one_line
 from images.corruptions import Batch, parts
 from images.files import write_atomically
 from support.checkpoints import Run, open_run
+from support.command_line import parse
 from support.machine import autocast, chip, pick_device, reseed, set_up
 from support.model import draw, load_network, make_players, silent_net
-from support.settings import parse
+from support.output import reason, unbreakable_output
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -267,6 +272,7 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
+    unbreakable_output()
     try:
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
@@ -324,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("evaluate.py: out of GPU memory; lower batch_size", file=sys.stderr)
         return 1
     except OSError as failure:  # a full disk
-        print(f"evaluate.py: {one_line(failure)}", file=sys.stderr)
+        print(f"evaluate.py: {reason(failure)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -34,8 +34,8 @@ from images import DatasetError, SettingsError
 from images.files import ENDINGS, list_images, read_alpha, read_image, save_png, to_image, write_atomically
 from images.pictures import grid, row_titles, strip, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED, export, open_run
+from support.command_line import parse
 from support.model import Model, batched
-from support.settings import parse
 from trainer import Config
 
 

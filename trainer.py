@@ -4,6 +4,10 @@
     python trainer.py --no-overfit       the full run
     python trainer.py --help             every setting
 """
+if __name__ == "__main__":
+    from support.output import quiet_interrupt
+    quiet_interrupt()
+
 import copy
 import json
 import signal
@@ -20,9 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data, one_line
+from images import SettingsError, data
 from images.corruptions import Batch, Damage, Draws, parts
-from images.files import write_atomically
 from methods import Method
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -30,11 +33,10 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import checkpoints, machine
+from support import checkpoints, command_line, machine, output
 from support.logs import Log
-from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net
-from support.output import reason, unbreakable_output, warn
-from support.settings import check, first_look, parse, preset
+from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net, start_from
+from support.settings import check
 from support.watch import Watch
 
 COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
@@ -97,11 +99,13 @@ class Config:
     out_dir: str = "runs"
     # of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
     name: str | None = None
+    init: str | None = None  # a run or an exported file whose averaged weights a new run begins with, where they fit
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
     print_loss_every: int = 50  # steps between logged losses
     checkpoint_every: int = 500  # steps between checkpoints
     keep_every: int | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
     use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
+    use_tensorboard: bool = False  # log to TensorBoard as well, in the run's folder (pip install tensorboard)
     wandb_project: str = "couplings"  # wandb's project
     wandb_entity: str | None = None  # wandb's user or team; None: the account's default
 
@@ -202,6 +206,8 @@ class Trainer:
 
         machine.reseed("weights", config.seed)
         self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
+        if config.init is not None and not checkpoint:
+            start_from(self.net, checkpoints.open_run(config.init, Config))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = make_players(config, self.net, self.num_classes)
         self.shared = [machine.shared(module) for module, _ in self.players]
@@ -227,19 +233,13 @@ class Trainer:
         self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
-        plain = json.dumps(asdict(c), indent=1)
-        files = {"config.json": plain.encode()}
+        checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
-            files["left_out.txt"] = "\n".join([*self.images.left_out, ""]).encode(errors="surrogateescape")
-        for name, content in files.items():
-            try:
-                write_atomically(self.folder / name, lambda f: f.write(content))
-            except OSError as failure:
-                raise SettingsError(f"{self.folder / name} can't be written ({reason(failure)})") from None
+            checkpoints.write_text(self.folder / "left_out.txt", "\n".join(self.images.left_out) + "\n")
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
-        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None)
+        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None, c.use_tensorboard)
 
     @torch.no_grad()
     def rehearse(self):
@@ -447,9 +447,9 @@ class Trainer:
             absolute_paths=checkpoints.absolute_paths(c),
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.watch.state())
-        if unfit := self.watch.unfit(checkpoint):
+        if reason := self.watch.unfit(checkpoint):
             if not self.due:
-                warn(f"step {self.step:,} is not saved: {unfit}; {self.advice()}")
+                tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
             self.saved, self.due = False, True
             return
         self.due = False
@@ -460,58 +460,22 @@ class Trainer:
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""
         c = self.config
-        try:
-            state = checkpoint["players"], checkpoint["optimizers"]
-            self.ema.load_state_dict(checkpoint["ema"])
-            for (module, _), optimizer, weights, moments in zip(self.players, self.optimizers, *state, strict=True):
-                module.load_state_dict(weights)
-                optimizer.load_state_dict(moments)
-            self.watch.load(checkpoint)
-        except KeyError as failure:
-            raise SettingsError(f"resume = {c.resume!r}: its checkpoint lacks {failure}, can't go on") from None
-        except (RuntimeError, ValueError) as failure:
-            reason = one_line(failure)[:200]
-            raise SettingsError(f"resume = {c.resume!r}: its network is not the one these settings describe "
-                                f"({reason} ...)") from None
+        checkpoints.restore(checkpoint, c.resume, self.ema, [module for module, _ in self.players], self.optimizers)
+        self.watch.load(checkpoint)
         self.step = checkpoint["step"]
         self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
         if self.step >= c.steps:
             raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
-    """The run's Config, and the checkpoint that --resume names. Raises SettingsError, exits after --help."""
-    first, run = first_look(arguments), None
-    resume = first.resume
-    if resume == "":
-        raise SettingsError("resume = '': allowed is a run's folder")
-    if first.name is not None:
-        if resume is not None:
-            raise SettingsError("of --name and --resume one is allowed: --name goes on by itself")
-        folder = checkpoints.named_folder(first.out_dir, first.name)
-        resume = str(folder) if checkpoints.has_checkpoint(folder) else None
-    if resume is not None:
-        run = checkpoints.open_run(resume, Config)
-        start = replace(run.config, resume=resume)
-    else:
-        start = Config(**preset(first.preset, first.device))
-    config = parse(Config, arguments, __doc__, start)
-    if run:
-        checkpoints.refuse_another_network(run.config, config)
-    if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
-        config = replace(config, max_steps=first.max_steps)
-        if config.overfit:
-            config = replace(config, warmup_steps=first.warmup_steps or 0)
-    config.check()
-    config.recipe.check(config.task, config.condition)
-    return config, run.checkpoint if run else None
+    """The run's settings, and the checkpoint that it goes on from. Raises SettingsError, exits after --help."""
+    return command_line.read(arguments, Config, __doc__)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
-    unbreakable_output()
+    output.unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None
     try:

@@ -20,7 +20,7 @@ import torch
 from benchmarks.step import eager, in_process, variants
 from benchmarks.timing import Common, cells, describe, machine, markdown, save, size
 from images import SettingsError
-from support.settings import parse
+from support.command_line import parse
 from trainer import Config
 
 

@@ -25,9 +25,9 @@ from benchmarks.speed import trained
 from benchmarks.timing import describe, machine, markdown, save
 from evaluation.judge import Judge
 from images import SettingsError
+from support.command_line import parse
 from support.machine import bf16_helps, pick_device, set_up
 from support.model import draw
-from support.settings import parse
 from trainer import Config
 from unet import Counted, Guided
 

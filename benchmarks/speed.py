@@ -29,9 +29,9 @@ from benchmarks.timing import Common, cells, describe, in_turns, machine, markdo
 from images import SettingsError, data
 from images.corruptions import Batch, parts
 from support.checkpoints import open_run
+from support.command_line import parse
 from support.machine import bf16_helps, reseed, set_up
 from support.model import draw, load_network
-from support.settings import parse
 from trainer import Config, Trainer
 from unet import Counted
 

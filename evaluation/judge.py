@@ -340,7 +340,7 @@ def kept(path: str, make):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), lambda f: torch.save(value, f))
-    except OSError as failure:
+    except (OSError, RuntimeError) as failure:  # torch.save's, on a full disk
         print(f"warning: {path} can't be written ({one_line(failure)}); the next evaluation makes it again",
               file=sys.stderr)
     return value

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from images import SettingsError, data, one_line
 from images.files import write_atomically
+from support.output import reason
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
@@ -88,8 +89,8 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     except PermissionError as failure:
         raise SettingsError(f"run = {name!r}: {file} can't be read ({failure.strerror})") from None
     except Exception as failure:  # a file of anything fails in many ways
-        reason = one_line(failure)[:100]
-        raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({reason})") from None
+        why = one_line(failure)[:100]
+        raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({why})") from None
     config = read_config(name, c["config"], config_class)
     there = {field: path for field, path in c.get("absolute_paths", {}).items() if Path(path).exists()}
     config = replace(config, **there)  # the folder one stands in may be another today
@@ -189,6 +190,31 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     if keep:
         link(last, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
     return last
+
+
+def restore(checkpoint: dict, resume: str, ema, modules: list, optimizers: list):
+    """The state of the averaged network, the players' modules and their optimizers. Raises SettingsError."""
+    missing = {"optimizers", "loss", "skipped", "wandb_id"} - checkpoint.keys()
+    if missing:
+        raise SettingsError(f"resume = {resume!r}: its checkpoint lacks {', '.join(sorted(missing))}, can't go on")
+    try:
+        ema.load_state_dict(checkpoint["ema"])
+        for module, weights in zip(modules, checkpoint["players"], strict=True):
+            module.load_state_dict(weights)
+        for optimizer, moments in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+    except (RuntimeError, ValueError) as failure:
+        why = one_line(failure)[:200]
+        raise SettingsError(f"resume = {resume!r}: its network is not the one these settings describe "
+                            f"({why} ...)") from None
+
+
+def write_text(path: Path, text: str):
+    """Raises SettingsError where there is no room for it, or no permission."""
+    try:
+        write_atomically(path, lambda f: f.write(text.encode(errors="surrogateescape")))
+    except OSError as failure:
+        raise SettingsError(f"{path} can't be written ({reason(failure)})") from None
 
 
 def link(file: Path, other: Path):

@@ -22,7 +22,7 @@ from support.output import Attempts, reason, warn
 class Log:
     """Numbers and pictures to every sink: the run's files, and wandb if wanted."""
 
-    def __init__(self, folder: Path, step: int, wandb: dict | None = None):
+    def __init__(self, folder: Path, step: int, wandb: dict | None = None, tensorboard: bool = False):
         """step: where the run goes on. wandb: project, entity, id (None: a new one) and config; None: no wandb.
 
         Raises SettingsError where the run's files can't be written.
@@ -33,6 +33,9 @@ class Log:
             self.wandb_id = wandb["id"] or secrets.token_hex(4)
             how = wandb | dict(id=self.wandb_id)
             self.sinks.append(Background("wandb", lambda: Wandb(folder, **how), leave_wandb))
+
+        if tensorboard:
+            self.sinks.append(Background("tensorboard", lambda: TensorBoard(folder, step)))
 
     def __call__(self, step: int, pictures: dict[str, np.ndarray] | None = None, **numbers):
         """A line of metrics, those that are None left out; pictures (H, W, 3) uint8 by name."""
@@ -114,6 +117,32 @@ def step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
+
+
+# -------------------------------------------------------------------------------------------------------- TensorBoard
+
+class TensorBoard:
+    """The same in the run's folder tensorboard/. What came after the checkpoint that a run goes on from is hidden."""
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("it needs one more package: pip install tensorboard") from None
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        print(f"tensorboard: `tensorboard --logdir {folder / 'tensorboard'}` shows the run")
+
+    def log(self, numbers: dict, pictures: dict):
+        step = numbers["step"]
+        for name, value in numbers.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            self.writer.add_image(f"samples/{name}", picture, step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- wandb

@@ -14,7 +14,7 @@ from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts,
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
-from support.machine import autocast, hashed, pick_device, set_up
+from support.machine import autocast, hashed, pick_device, processes, set_up
 from unet import Counted, Guided, Tiled, Unet
 
 # For an interpolant: within one level of 255 of dopri5's result, at a tenth of its evaluations (benchmarks/README.md).
@@ -59,6 +59,20 @@ def compile_network(net: nn.Module, rehearse):
         net._compiled_call_impl = None
         warnings.warn(f"the network is not compiled ({one_line(failure)[:200]})")
     net.zero_grad()
+
+
+def start_from(net: nn.Module, run: Run):
+    """Gives `net` the run's averaged weights (or raw ones, where it holds no others) by name and shape.
+
+    What does not fit, as after a change of channels or classes, is named and stays as it is.
+    """
+    trained, own = run.weights.get("ema") or run.weights["raw"], net.state_dict()
+    fitting = {name: weight for name, weight in trained.items() if name in own and own[name].shape == weight.shape}
+    net.load_state_dict(own | fitting)
+    fresh = sorted(own.keys() - fitting.keys())
+    left = f"; fresh are {', '.join(fresh[:8])}" + (f" and {len(fresh) - 8} more" if len(fresh) > 8 else "")
+    if processes()[0] == 0:
+        print(f"{len(fitting)} of {len(own)} tensors are those of {run.path}{left if fresh else ''}")
 
 
 def silent_net(c):

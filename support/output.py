@@ -1,5 +1,6 @@
 """What is said to the user, where it may fail: a stream that can't be written, and warnings that don't repeat."""
 import os
+import signal
 import sys
 from contextlib import suppress
 
@@ -8,11 +9,20 @@ from tqdm import tqdm
 from images import one_line
 
 
+def quiet_interrupt():
+    """Until the command's main() begins, while its imports take their seconds, Ctrl-C ends it without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def unbreakable_output():
     """From now on a closed pipe or terminal, or a log file on a full disk, loses what is printed and ends nothing.
 
-    To be called first in a command's main(). A stream that takes text again gets what is printed from then on.
+    To be called first in a command's main(), which hears of Ctrl-C again. A stream that takes text again gets what is
+    printed from then on.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when Python started

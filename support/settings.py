@@ -1,14 +1,8 @@
-"""Settings from the command line and from plain dicts; PRESETS, whole recipes on this project's UNet."""
-import io
+"""PRESETS, whole recipes on this project's UNet; settings from plain dicts, and what is allowed of them."""
 import math
 import warnings
-from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import dropwhile, takewhile
+from dataclasses import fields, is_dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
-
-import torch
-import tyro
 
 import ode_int
 from images import SettingsError
@@ -18,7 +12,6 @@ from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
 from methods.udpm import PAPER_LPIPS, UDPM
-from support.machine import processes
 
 # two CPU cores, a few minutes
 SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600,
@@ -83,41 +76,6 @@ PRESETS = {  # name: what differs from Config's defaults
 }
 
 
-@dataclass
-class FirstLook:
-    """The flags that decide what the others start from."""
-
-    preset: str = "auto"
-    resume: str | None = None
-    name: str | None = None
-    out_dir: str = "runs"
-    device: str = "auto"
-    max_steps: int | None = None
-    warmup_steps: int | None = None
-
-
-def first_look(arguments: list[str]) -> FirstLook:
-    """Those of the command line; `parse` reads it in full, and tells what is wrong with it."""
-    try:
-        with redirect_stderr(io.StringIO()):
-            return tyro.cli(FirstLook, args=arguments, return_unknown_args=True, add_help=False)[0]
-    except SystemExit:
-        return FirstLook()
-
-
-def preset(name: str, device: str) -> dict:
-    """What that recipe changes of Config's defaults; auto: the one that the device is up to. Raises SettingsError."""
-    if name == "auto":
-        cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
-        name = "small" if cpu else "cifar10-sr"
-        if processes()[0] == 0:
-            why = "no GPU here, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
-            print(f"preset {name}: {why}")
-    if name not in PRESETS:
-        raise SettingsError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")
-    return PRESETS[name] | dict(preset=name)
-
-
 def from_plain(kind, plain: dict):
     """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning.
 
@@ -157,20 +115,6 @@ def fits(value, hint) -> bool:
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
-
-
-def parse(kind, arguments: list[str], description: str, default=None):
-    """The dataclass `kind` from the command line, by tyro. Raises SettingsError, in one line; exits after --help."""
-    with redirect_stderr(io.StringIO()) as errors:
-        try:
-            how = {} if default is None else dict(default=default)
-            return tyro.cli(kind, args=arguments, description=description, **how)
-        except SystemExit as end:
-            if not end.code:
-                raise
-    # the first paragraph of tyro's box, whose frame is drawn in ASCII where the terminal knows no better
-    lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
-    raise SettingsError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))
 
 
 def check(c):

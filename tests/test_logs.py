@@ -506,3 +506,24 @@ def test_dopri5_samples_by_default(tmp_path):
     run = start(tmp_path, "--max-steps 2 --solver auto --sample-steps None")
     logged = next(m for m in metrics(run) if "psnr" in m)
     assert logged["nfe"] >= 2 + 6 * 2 and logged["psnr"] > 5
+
+
+# -------------------------------------------------------------------------------------------------------- TensorBoard
+
+def test_tensorboard_holds_the_numbers_and_the_grids(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = start(tmp_path, f"{FINISHED} --use-tensorboard")
+    resume(run, "--max-steps 6 --use-tensorboard")
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    shown = {(event.step, round(event.value, 4)) for event in events.Scalars("loss")}
+    assert shown == {(line["step"], round(line["loss"], 4)) for line in metrics(run) if "loss" in line}
+    assert [event.step for event in events.Images("samples/step")] == [2, 4, 6]
+
+
+def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch, capsys, finished):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = start(tmp_path, f"{FINISHED} --use-tensorboard")
+    assert capsys.readouterr().err.count("pip install tensorboard") == 1
+    same(checkpoint(run), checkpoint(finished))

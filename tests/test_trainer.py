@@ -311,6 +311,26 @@ def test_where_nothing_can_be_compiled_the_run_goes_on(tmp_path, monkeypatch, fi
     same(checkpoint(run), checkpoint(finished))
 
 
+# ------------------------------------------------------------------------------------- starting from a trained network
+
+def test_a_new_run_begins_with_another_ones_weights(tmp_path, finished, capsys):
+    trained = checkpoint(finished)["ema"]
+    net = make(f"--out-dir {tmp_path}/a --init {finished}").net.state_dict()
+    assert all(torch.equal(net[name], weight) for name, weight in trained.items())
+    run = make(f"--out-dir {tmp_path}/b --init {finished} --task generate")  # which does not see the damaged image
+    said = capsys.readouterr().out
+    assert "fresh are stem.weight\n" in said
+    other = run.net.state_dict()
+    assert other["stem.weight"].shape[1] == 3 and run.step == 0
+    assert all(torch.equal(other[name], weight) for name, weight in trained.items() if name != "stem.weight")
+    assert all(torch.equal(run.ema.state_dict()[name], other[name]) for name in other)
+
+
+def test_no_such_run_to_begin_with(tmp_path, capsys):
+    assert trainer.main(f"{TINY} --out-dir {tmp_path} --init {tmp_path}/nowhere".split()) == 2
+    assert "nowhere" in one_line(capsys)
+
+
 # ------------------------------------------------------------------------------------------------- settings and data
 
 def test_settings_survive_json():
