@@ -166,6 +166,7 @@ PATIENT_TRAINER = """
 import sys
 from support import background
 background.PATIENCE = 3
+import trainer
 sys.exit(trainer.main())
 """
 
