@@ -184,11 +184,11 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     new = last.with_name(".next.pt")
     last.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(new, lambda f: torch.save(checkpoint, f))
+    if keep:  # first: a run that is killed here comes to this step again
+        link(new, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
     if last.exists():
         link(last, last.with_name("previous.pt"))
     os.replace(new, last)
-    if keep:
-        link(last, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
     return last
 
 
