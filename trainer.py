@@ -233,6 +233,8 @@ class Trainer:
         self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
+        if checkpoint and "damaged" in checkpoint:  # or the next checkpoint would make it previous.pt, the good one
+            checkpoints.set_aside(Path(checkpoint["damaged"]))
         checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
             checkpoints.write_text(self.folder / "left_out.txt", "\n".join(self.images.left_out) + "\n")

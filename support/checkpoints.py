@@ -67,6 +67,7 @@ def open_run(path: str | Path, config_class) -> Run:
         except SettingsError:
             raise failure from None
         warnings.warn(f"{failure}; previous.pt, of step {run.step:,}, takes its place: what came after is lost")
+        run.checkpoint["damaged"] = str(last)
         return run
 
 
@@ -260,6 +261,13 @@ def lock_folder(folder: Path):
         raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
     except (ImportError, OSError) as failure:
         warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
+
+
+def set_aside(file: Path):
+    """A file that must not be taken for a good one any more, nor be lost: damaged_NAME, or NAME.before of a text."""
+    name = f"{file.name}.before" if file.suffix == ".jsonl" else f"damaged_{file.name}"
+    if file.is_file():
+        os.replace(file, file.with_name(name))
 
 
 def remove_leftovers(folder: Path):
