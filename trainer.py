@@ -233,7 +233,9 @@ class Trainer:
         self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
-        if checkpoint and "damaged" in checkpoint:  # or the next checkpoint would make it previous.pt, the good one
+        if not checkpoint:  # a run of this name that died before its first checkpoint; this one writes the same lines
+            checkpoints.set_aside(self.folder / "metrics.jsonl")
+        elif "damaged" in checkpoint:  # or the next checkpoint would make it previous.pt, the good one
             checkpoints.set_aside(Path(checkpoint["damaged"]))
         checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
