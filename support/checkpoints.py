@@ -263,6 +263,15 @@ def lock_folder(folder: Path):
         warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
 
 
+def forget_samples(metrics: Path, step: int):
+    """Drops the line of that step's sampling, which comes again."""
+    with suppress(OSError):  # the log will say so
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if not (line.startswith(b'{"step": %d,' % step) and b'"nfe"' in line)]
+        if kept != lines:
+            write_atomically(metrics, lambda f: f.writelines(kept))
+
+
 def set_aside(file: Path):
     """A file that must not be taken for a good one any more, nor be lost: damaged_NAME, or NAME.before of a text."""
     name = f"{file.name}.before" if file.suffix == ".jsonl" else f"damaged_{file.name}"

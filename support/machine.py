@@ -140,7 +140,7 @@ def average_over_processes(tensors: list[Tensor]):
 
 class Signals:
     """SIGINT, SIGTERM and SIGHUP while a run trains. The first one ends the run after its step, or cuts short what is
-    `interruptible`; a second one ends it at once, by KeyboardInterrupt.
+    within `interruption`; a second one ends it at once, by KeyboardInterrupt.
 
     What comes within a second counts as one: a scheduler may signal each process, and torchrun then does so again.
     """
@@ -168,6 +168,15 @@ class Signals:
         if again or self.interruptible:
             raise KeyboardInterrupt
         tqdm.write(f"{self.name}: saving and leaving after this step")
+
+    @contextmanager
+    def interruption(self):
+        """What is within is cut short by the first signal: it raises KeyboardInterrupt there, or as it is left."""
+        try:
+            self.interruptible = True
+            yield
+        finally:
+            self.interruptible = False
 
     @property
     def name(self) -> str:
