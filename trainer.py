@@ -366,6 +366,8 @@ class Trainer:
                 clock += time.perf_counter() - paused
             stopped = self.asked_to_stop()
             overdue = self.due and self.step % c.print_loss_every == 0
+            if stopped and self.rank == 0:
+                tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
             if last or stopped or overdue or self.step % c.checkpoint_every == 0:
                 self.save()
         bar.close()

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from images import SettingsError, one_line
 
@@ -167,7 +166,7 @@ class Signals:
         self.came = now
         if again or self.interruptible:
             raise KeyboardInterrupt
-        tqdm.write(f"{self.name}: saving and leaving after this step")
+        # nothing is printed here: where the signal came as something was being printed, Python raises an exception
 
     @contextmanager
     def interruption(self):
