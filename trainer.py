@@ -182,6 +182,7 @@ class Trainer:
 
     def __init__(self, config: Config, checkpoint: dict | None = None):
         self.config, self.step, self.images_seen = config, 0, 0
+        self.sampled, self.owes = 0, False  # the step of the last sampling; whether the run begins with one
         self.saved, self.due = True, False  # whether the last checkpoint was written; whether one is to be caught up on
         self.signals, (self.rank, self.world) = machine.Signals(), machine.processes()
         self.device = machine.pick_device(config.device)
@@ -235,9 +236,15 @@ class Trainer:
         self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
         self.lock = checkpoints.lock_folder(self.folder)
         checkpoints.remove_leftovers(self.folder)
+        if not checkpoint:  # a run of this name that died before its first checkpoint; this one writes the same lines
+            checkpoints.set_aside(self.folder / "metrics.jsonl")
+        elif "damaged" in checkpoint:  # or the next checkpoint would make it previous.pt, the good one
+            checkpoints.set_aside(Path(checkpoint["damaged"]))
         checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
             checkpoints.write_text(self.folder / "left_out.txt", "\n".join(self.images.left_out) + "\n")
+        if self.owes:
+            checkpoints.forget_samples(self.folder / "metrics.jsonl", self.step)
         self.announce()
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
@@ -342,8 +349,11 @@ class Trainer:
         quiet = True if self.rank else None  # None: tqdm shows the bar on a terminal only
         bar = tqdm(total=c.steps, initial=self.step, disable=quiet, dynamic_ncols=True, unit="step")
         clock, counted = time.perf_counter(), self.step
-        if self.step and self.step % c.sample_every == 0 and self.rank == 0 and not self.picture.exists():
-            self.show()  # the run was stopped before it could
+        if self.owes:
+            self.show()
+            if self.step == c.steps:
+                self.save()
+                stopped = self.signals.number
         while self.step < c.steps and not stopped:
             self.train_step()
             bar.update()
@@ -358,6 +368,8 @@ class Trainer:
                 clock += time.perf_counter() - paused
             stopped = self.asked_to_stop()
             overdue = self.due and self.step % c.print_loss_every == 0
+            if stopped and self.rank == 0:
+                tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
             if last or stopped or overdue or self.step % c.checkpoint_every == 0:
                 self.save()
         bar.close()
@@ -403,35 +415,30 @@ class Trainer:
         machine.reseed("show", c.seed)
         return c.damaged(z1, y if self.num_classes else None, zlo)
 
-    @property
-    def picture(self) -> Path:
-        return self.folder / "samples" / f"step_{self.step:06d}.png"
-
     @torch.no_grad()
     def show(self):
         """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took."""
         if self.rank:
             return
-        self.signals.interruptible = True
         try:
-            batch = self.held_out()
-            with machine.autocast(self.device, self.precision):
+            with self.signals.interruption(), machine.autocast(self.device, self.precision):
+                batch = self.held_out()
                 numbers, pictures = demonstrate(self.config.quick, self.ema, batch)
+        except ode_int.SolverError as failure:
+            output.warn(f"no samples at step {self.step:,}: {failure}")
+        except torch.OutOfMemoryError:
+            output.warn(f"no samples at step {self.step:,}: out of GPU memory; lower sample_count")
+        except KeyboardInterrupt:
+            tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
+            return
+        else:
             self.log(self.step, pictures, **numbers)
             decibels = ""
             if "psnr" in numbers:
                 decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), "
             tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for "
-                       f"{len(batch.zlo)} images, {self.picture}")
-        except ode_int.SolverError as failure:
-            tqdm.write(f"warning: no samples at step {self.step:,}: {failure}", file=sys.stderr)
-        except torch.OutOfMemoryError:
-            reason = "out of GPU memory; lower sample_count"
-            tqdm.write(f"warning: no samples at step {self.step:,}: {reason}", file=sys.stderr)
-        except KeyboardInterrupt:
-            tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
-        finally:
-            self.signals.interruptible = False
+                       f"{len(batch.zlo)} images, {self.folder / 'samples' / f'step_{self.step:06d}.png'}")
+        self.sampled = self.step
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -448,7 +455,8 @@ class Trainer:
             num_classes=self.num_classes, pair_factor=self.images.pair_factor, wandb_id=self.log.wandb_id,
             absolute_paths=checkpoints.absolute_paths(c),
             ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers], **self.watch.state())
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers], sampled=self.sampled,
+            **self.watch.state())
         if reason := self.watch.unfit(checkpoint):
             if not self.due:
                 tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
@@ -466,8 +474,15 @@ class Trainer:
         self.watch.load(checkpoint)
         self.step = checkpoint["step"]
         self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
-        if self.step >= c.steps:
+        self.sampled, self.owes = checkpoint.get("sampled", self.step), owes_samples(checkpoint, c)
+        if self.step >= c.steps and not self.owes:
             raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
+
+
+def owes_samples(checkpoint: dict, c: Config) -> bool:
+    """Whether a signal prevented the sampling that was due in the checkpoint's step."""
+    step = checkpoint["step"]
+    return checkpoint.get("sampled", step) < step and (step % c.sample_every == 0 or step == c.steps)
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
@@ -482,7 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = None
     try:
         config, checkpoint = read_command_line(sys.argv[1:] if arguments is None else arguments)
-        if config.name and checkpoint and checkpoint["step"] >= config.steps:  # a scheduler may start it once more
+        done = checkpoint and checkpoint["step"] >= config.steps and not owes_samples(checkpoint, config)
+        if config.name and done:  # a scheduler may start it once more
             print(f"{config.out_dir}/{config.name} is done: step {checkpoint['step']:,} of {config.steps:,}")
             return 0
         trainer = Trainer(config, checkpoint)

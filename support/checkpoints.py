@@ -67,6 +67,7 @@ def open_run(path: str | Path, config_class) -> Run:
         except SettingsError:
             raise failure from None
         warnings.warn(f"{failure}; previous.pt, of step {run.step:,}, takes its place: what came after is lost")
+        run.checkpoint["damaged"] = str(last)
         return run
 
 
@@ -184,11 +185,11 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     new = last.with_name(".next.pt")
     last.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(new, lambda f: torch.save(checkpoint, f))
+    if keep:  # first: a run that is killed here comes to this step again
+        link(new, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
     if last.exists():
         link(last, last.with_name("previous.pt"))
     os.replace(new, last)
-    if keep:
-        link(last, last.with_name(f"step_{checkpoint['step']:06d}.pt"))
     return last
 
 
@@ -260,6 +261,22 @@ def lock_folder(folder: Path):
         raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
     except (ImportError, OSError) as failure:
         warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
+
+
+def forget_samples(metrics: Path, step: int):
+    """Drops the line of that step's sampling, which comes again."""
+    with suppress(OSError):  # the log will say so
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if not (line.startswith(b'{"step": %d,' % step) and b'"nfe"' in line)]
+        if kept != lines:
+            write_atomically(metrics, lambda f: f.writelines(kept))
+
+
+def set_aside(file: Path):
+    """A file that must not be taken for a good one any more, nor be lost: damaged_NAME, or NAME.before of a text."""
+    name = f"{file.name}.before" if file.suffix == ".jsonl" else f"damaged_{file.name}"
+    if file.is_file():
+        os.replace(file, file.with_name(name))
 
 
 def remove_leftovers(folder: Path):

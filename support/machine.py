@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from images import SettingsError, one_line
 
@@ -153,7 +152,7 @@ def average_over_processes(tensors: list[Tensor]):
 
 class Signals:
     """SIGINT, SIGTERM and SIGHUP while a run trains. The first one ends the run after its step, or cuts short what is
-    `interruptible`; a second one ends it at once, by KeyboardInterrupt.
+    within `interruption`; a second one ends it at once, by KeyboardInterrupt.
 
     What comes within a second counts as one: a scheduler may signal each process, and torchrun then does so again.
     """
@@ -180,7 +179,16 @@ class Signals:
         self.came = now
         if again or self.interruptible:
             raise KeyboardInterrupt
-        tqdm.write(f"{self.name}: saving and leaving after this step")
+        # nothing is printed here: where the signal came as something was being printed, Python raises an exception
+
+    @contextmanager
+    def interruption(self):
+        """What is within is cut short by the first signal: it raises KeyboardInterrupt there, or as it is left."""
+        try:
+            self.interruptible = True
+            yield
+        finally:
+            self.interruptible = False
 
     @property
     def name(self) -> str:

@@ -49,11 +49,12 @@ class Watch:
             return "the weights or the optimizer's averages are not finite"
 
     def state(self) -> dict:
-        return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest)
+        return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest, first_loss=self.first)
 
     def load(self, checkpoint: dict):
         self.loss, self.skipped = (checkpoint[name].to(self.loss.device) for name in ("loss", "skipped"))
         self.lowest = checkpoint.get("lowest_loss")
+        self.first = checkpoint.get("first_loss", self.first).to(self.loss.device)
 
 
 def is_finite(checkpoint) -> bool:

@@ -105,7 +105,7 @@ def kept(monkeypatch) -> dict:
 
 # Processes that may be killed come from a fork server that has imported the trainer once.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["trainer"])
+SERVER.set_forkserver_preload(["trainer", "torch._dynamo", "PIL.PngImagePlugin"])  # what a run imports late
 
 
 def child(target, log, env, *args):

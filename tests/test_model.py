@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_sample import get, make_run, photo, put
 
 import sample
 import trainer
@@ -16,6 +15,7 @@ from images import SettingsError
 from images.pictures import to_float
 from runs import start
 from sample import open_model
+from test_sample import get, make_run, photo, put
 
 HERE = Path(__file__).parent
 
