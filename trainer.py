@@ -59,6 +59,9 @@ class Config:
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
     image_size: int = 32  # side of the clean images, pixels
     channels: int = 3  # 3 colour, 1 grey
+    # center: each image's middle square, resized; random, for folders of photographs: squares of image_size from
+    # anywhere in them, at their own resolution (test images: from the middle)
+    crop: Literal["center", "random"] = "center"
 
     # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
     max_steps: int | None = None
@@ -186,12 +189,15 @@ class Trainer:
         with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
-                limit=config.batch_size if config.overfit else None, or_shapes=config.overfit).to(self.device)
+                limit=config.batch_size if config.overfit else None, or_shapes=config.overfit,
+                crop=config.crop).to(self.device)
             recipe = config.recipe.settled()
         # what was left open is chosen once: a resumed run takes the same
         config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off",
                          **{config.method: recipe})
         self.config = config
+        self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
+                              config.overfit)
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
@@ -260,8 +266,7 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """This process's share of the step's batch, damaged; a function of (seed, step, rank)."""
         c = self.config
-        index = data.batch_indices(len(self.images.train), c.batch_size, c.seed, 0 if c.overfit else step)
-        z1, y, zlo = self.images.batch(index[self.rank::self.world], self.device)
+        z1, y, zlo = self.feed(step)
         machine.reseed("train", c.seed, step, self.rank)
         if not c.overfit:
             flip = torch.rand(len(z1), 1, 1, 1, device=self.device) < 0.5
