@@ -62,6 +62,9 @@ class Config:
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
     image_size: int = 32  # side of the clean images, pixels
     channels: int = 3  # 3 colour, 1 grey
+    # center: each image's middle square, resized; random, for folders of photographs: squares of image_size from
+    # anywhere in them, at their own resolution (test images: from the middle)
+    crop: Literal["center", "random"] = "center"
 
     # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
     max_steps: int | None = None
@@ -196,12 +199,15 @@ class Trainer:
         with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
-                limit=config.batch_size if config.overfit else None, or_shapes=config.overfit).to(self.device)
+                limit=config.batch_size if config.overfit else None, or_shapes=config.overfit,
+                crop=config.crop).to(self.device)
             recipe = config.recipe.settled()
         # what was left open is chosen once: a resumed run takes the same
         config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off",
                          **{config.method: recipe})
         self.config = config
+        self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
+                              config.overfit)
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
@@ -274,18 +280,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def pieces(self, step: int) -> list[Batch]:
-        """This process's share of the step's batch, in pieces of at most micro_batch images."""
-        c = self.config
-        size = min(c.micro_batch or c.batch_size, c.batch_size // self.world)
-        starts = range(self.rank, c.batch_size, size * self.world)
-        return [self.batch(step, slice(start, start + size * self.world, self.world)) for start in starts]
+    def batch(self, step: int) -> Batch:
+        """This process's share of the step's batch, in one piece."""
+        return self.pieces(step, self.config.batch_size)[0]
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """Those rows of the step's batch (None: this process's share), damaged; a function of (seed, step)."""
-        c, rows = self.config, rows or slice(self.rank, None, self.world)
-        index = data.batch_indices(len(self.images.train), c.batch_size, c.seed, 0 if c.overfit else step)
-        z1, y, zlo = self.images.batch(index[rows], self.device)
+    def pieces(self, step: int, size: int) -> list[Batch]:
+        """This process's share of the step's batch, damaged, in pieces of at most `size`; made of (seed, step)."""
+        share = self.feed(step)
+        return [self.piece(step, start, *(None if x is None else x[start:start + size] for x in share))
+                for start in range(0, len(share[0]), size)]
+
+    def piece(self, step: int, start: int, z1: Tensor, y: Tensor | None, zlo: Tensor | None) -> Batch:
+        """`start`: the number of its first image in this process's share."""
+        c = self.config
+        rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
         draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
                       rows, c.batch_size)
         if not c.overfit:
@@ -301,7 +309,7 @@ class Trainer:
     def train_step(self):
         """One step of every player. Its losses stay on the device."""
         c, losses = self.config, []
-        pieces = self.pieces(self.step)
+        pieces = self.pieces(self.step, c.micro_batch or c.batch_size)
         machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
         for (module, loss), shared, optimizer in zip(self.players, self.shared, self.optimizers):

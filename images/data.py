@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from images import DatasetError, SettingsError, one_line
-from images.files import few, fit, list_images, open_image, to_tensor
-from images.pairs import check_shape, pair_factor, partners
+from images.files import few, fit, list_images, to_tensor
+from images.packs import Form, Photos, open_pack, take
+from images.pairs import pair_factor, partners
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
 
@@ -35,13 +35,13 @@ MAX_BATCH = 2**20  # images
 
 @dataclass
 class Images:
-    train: Tensor  # (N, C, H, W) uint8
-    test: Tensor  # (M, C, H, W) uint8, held out
+    train: Tensor | Photos  # (N, C, H, W) uint8; Photos where random crops are taken
+    test: Tensor | Photos  # (M, C, H, W) uint8, held out
     train_y: Tensor | None  # (N,) int64; None where the set has no classes
     test_y: Tensor | None  # (M,)
     classes: list[str]  # their names, [] without classes
-    train_lo: Tensor | None = None  # damaged partners of train on the same grid, only with `paired_path`
-    test_lo: Tensor | None = None  # of test
+    train_lo: Tensor | Photos | None = None  # damaged partners of train on the same grid, only with `paired_path`
+    test_lo: Tensor | Photos | None = None  # of test
     name: str = ""
     left_out: list[str] = field(default_factory=list)  # a line for each file that is not used: which one, and why
     pair_factor: int = 1  # sides of the clean images / sides of their damaged partners, as the files have them
@@ -50,27 +50,38 @@ class Images:
         """All tensors onto `device`; on CUDA only where they leave half of its free memory, else they stay here."""
         tensors = {key: value for key, value in vars(self).items() if torch.is_tensor(value)}
         if torch.device(device).type == "cuda":
+            if isinstance(self.train, Photos):
+                return self
             if sum(t.nbytes for t in tensors.values()) > torch.cuda.mem_get_info(device)[0] // 2:
                 return self
         return replace(self, **{key: value.to(device) for key, value in tensors.items()})
 
+    def rows(self, index: Tensor, split: str = "train", places: Tensor | None = None, pinned: bool = False) -> list:
+        """Rows `index` (B,) of "train" or "test" where they lie: x (B, C, H, W) uint8, y (B,), damaged x or None.
+
+        places, pinned: see packs.take.
+        """
+        x, y, lo = ((self.train, self.train_y, self.train_lo) if split == "train" else
+                    (self.test, self.test_y, self.test_lo))
+        index = move(index, x.device)
+        return [take(x, index, places, pinned), None if y is None else y[index],
+                None if lo is None else take(lo, index, places, pinned)]
+
     def batch(self, index: Tensor, device, split: str = "train") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rows `index` (B,) of "train" or "test", on `device`: x (B, C, H, W) in [-1, 1], y (B,), damaged x or None."""
+        return on_device(self.rows(index, split), device)
 
-        def rows(t: Tensor | None) -> Tensor | None:
-            return None if t is None else move(t[move(index, t.device)], device)
 
-        if split == "train":
-            x, y, lo = rows(self.train), rows(self.train_y), rows(self.train_lo)
-        else:
-            x, y, lo = rows(self.test), rows(self.test_y), rows(self.test_lo)
-        return to_float(x), y, None if lo is None else to_float(lo)
+def on_device(rows: list, device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What Images.rows gave, on `device`, the images in [-1, 1]."""
+    x, y, lo = (None if t is None else move(t, device) for t in rows)
+    return to_float(x), y, None if lo is None else to_float(lo)
 
 
 def move(t: Tensor, device) -> Tensor:
     """t on `device`. Copying from memory that isn't pinned, the host would wait until the GPU has finished its work."""
     if torch.device(device).type == "cuda" and not t.is_cuda:
-        t = t.pin_memory()
+        t = t.pin_memory()  # itself where it is pinned already
     return t.to(device, non_blocking=True)
 
 
@@ -96,8 +107,50 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
+def crop_places(batch_size: int, seed: int, step: int) -> Tensor:
+    """Where in its photograph each row of the step's batch lies: (batch_size, 2) in [0, 1), downwards, to the right."""
+    random = np.random.default_rng((seed, step, 1))  # with the 1 it is not _permutation's
+    return torch.from_numpy(random.random((batch_size, 2)))
+
+
+class Feed:
+    """A run's training batches: feed(step) is this process's share of the step's, on its device.
+
+    A function of (seed, step): batch_indices gives the images, crop_places their crops. Where the set is not on the
+    device, a thread gathers the next `ahead` batches meanwhile. When overfitting, each step has the first batch, and
+    crops from the middle.
+    """
+
+    def __init__(self, images: Images, device, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                 overfit: bool = False, ahead: int | None = None):
+        self.images, self.device, self.overfit = images, torch.device(device), overfit
+        self.batch_size, self.seed, self.share = batch_size, seed, slice(rank, None, world)
+        self.pinned = self.device.type == "cuda"
+        near = images.train.device.type == self.device.type
+        self.ahead = ahead if ahead is not None else 0 if near else 3
+        self.waiting = {}  # step -> its rows, which the thread gathers or has gathered
+        self.thread = ThreadPoolExecutor(1, "feed", initializer=self.enter_thread)
+
+    def enter_thread(self):
+        if self.pinned:
+            torch.cuda.set_device(self.device)  # or the thread would take memory on the first GPU
+
+    def rows(self, step: int) -> list:
+        index = batch_indices(len(self.images.train), self.batch_size, self.seed, step)
+        places = None if self.overfit else crop_places(self.batch_size, self.seed, step)[self.share]
+        return self.images.rows(index[self.share], "train", places, self.pinned)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        step = 0 if self.overfit else step
+        if not self.ahead:
+            return on_device(self.rows(step), self.device)
+        steps = range(step, step + 1 + self.ahead)
+        self.waiting = {s: self.waiting.get(s) or self.thread.submit(self.rows, s) for s in steps}
+        return on_device(self.waiting[step].result(), self.device)
+
+
 def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "data", paired_path: str | None = None,
-         limit: int | None = None, or_shapes: bool = False) -> Images:
+         limit: int | None = None, or_shapes: bool = False, crop: str = "center") -> Images:
     """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
 
     dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path. None is
@@ -105,9 +158,17 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     paired_path: folder of damaged images with the names of dataset's (the endings may differ), as large as those or
     all the same whole number of times smaller.
     limit: at most so many images a split, evenly spread (of shapes the first ones).
+    crop: "center" cuts and resizes each image; "random", for folders, keeps photographs at their own size to take crops
+    of, from anywhere in training and from the middle else.
+    Image files are decoded once: later starts find them in data_path/packs.
     Raises DatasetError, and SettingsError for a number out of range or where memory is short. Of the images left out
     a warning names the first and Images.left_out all.
     """
+    if crop not in ("center", "random"):
+        raise SettingsError(f"crop = {crop}: allowed is center or random")
+    if crop == "random" and dataset in (None, "shapes", "cifar10", "fashion-mnist"):
+        raise SettingsError(f"crop = random: allowed is center for {dataset or 'cifar10'}, whose images are small; "
+                            "name a folder of photographs as dataset")
     if dataset is None:
         try:
             return load("cifar10", side, channels, data_path, paired_path, limit)
@@ -131,8 +192,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
         if dataset == "shapes":
             return _draw(side, channels, limit)
         if dataset in DOWNLOADS:
-            return _download(dataset, side, channels, data_path, limit)
-        return _folder(dataset, side, channels, paired_path, limit)
+            return _download(dataset, Form(side, channels, crop), data_path, limit)
+        return _folder(dataset, Form(side, channels, crop), data_path, paired_path, limit)
     except MemoryError as error:
         raise SettingsError(f"image_size = {side}: too little memory for the images of {dataset}; lower image_size, "
                             "or take fewer images") from error
@@ -177,23 +238,12 @@ def free_memory() -> int | None:
 
 # ------------------------------------------------------------------------------------------------------------- files
 
-@dataclass
-class Decoded:
-    """What `_decode` made of a list of files."""
-
-    clean: Tensor  # (kept, C, side, side) uint8
-    damaged: Tensor | None  # their partners, of the same shape, where the files are pairs
-    kept: list[int]  # places in the list of the files that could be used
-    left_out: list[str]  # why the others could not: a line for each
-    sizes: list[tuple]  # of each pair kept: see pair_factor
-
-
-def _folder(dataset: str, side: int, channels: int, paired_path: str | None, limit: int | None) -> Images:
+def _folder(dataset: str, form: Form, data_path: str, paired_path: str | None, limit: int | None) -> Images:
     root = Path(os.path.expanduser(dataset))
     if not dataset or not os.path.isdir(root):
         raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or {', '.join([*DOWNLOADS, 'shapes'])}")
     names = list_images(root)
-    paired = None
+    paired, partner = None, {}
     left_out = []
     if paired_path is not None:
         paired = Path(os.path.expanduser(paired_path))
@@ -206,37 +256,39 @@ def _folder(dataset: str, side: int, channels: int, paired_path: str | None, lim
 
     labels = {label(name) for name in train_names + test_names}
     classes = [] if None in labels or len(labels) == 1 else sorted(labels)
+    number = {name: i for i, name in enumerate(classes)}
     train_names, test_names = _spread(train_names, limit), _spread(test_names, limit)
-    count = len(train_names) + len(test_names)
-    _check_memory(2 * count if paired else count, side, channels)
+    names = train_names + test_names
+    # by their real paths, so that it is the same pack by whatever way one comes to the folder
+    here, there = os.path.realpath(root), os.path.realpath(paired) if paired else None
+    files = [(f"{here}/{name}", f"{there}/{partner[name]}" if paired else None) for name in names]
+    pack = open_pack(files, form, os.path.basename(here), data_path, [here, there, limit])
 
-    def read(names: list[str]) -> tuple[Decoded, Tensor | None]:
-        images = _decode([(root / name, paired / partner[name] if paired else None) for name in names], side, channels)
-        if not classes:
-            return images, None
-        return images, torch.tensor([classes.index(label(names[i])) for i in images.kept], dtype=torch.int64)
+    def part(rows: slice) -> tuple:
+        kept = [label(names[i]) for i in pack.kept[rows]]
+        y = torch.tensor([number[each] for each in kept], dtype=torch.int64) if classes else None
+        return pack.clean[rows], None if pack.damaged is None else pack.damaged[rows], y
 
-    train, y = read(train_names)
-    test, test_y = read(test_names)
-    broken = train.left_out + test.left_out
+    count = int((pack.kept < len(train_names)).sum())  # training images that could be read
+    (train, train_lo, y), (test, test_lo, test_y) = part(slice(count)), part(slice(count, None))
+    broken = list(pack.left_out.values())
     factor = 1
     if paired:
-        good = len(train.kept) + len(test.kept)
-        if 2 * good < count:
-            raise DatasetError(f"{paired}: only {good} of its {count} pairs with {root} can be used; check that these "
-                               f"are the same pictures: {few(broken, 3)}")
-        factor = pair_factor(train.sizes + test.sizes)
-    if not own and not train.kept:  # the only good images were held out
-        train, y, test, test_y = test, test_y, train, y
-    if not train.kept:
+        if 2 * len(pack.kept) < len(names):
+            raise DatasetError(f"{paired}: only {len(pack.kept)} of its {len(names)} pairs with {root} can be used; "
+                               f"check that these are the same pictures: {few(broken, 3)}")
+        factor = pair_factor(pack.pairs)
+    if not own and not len(train):  # the only good images were held out
+        train, train_lo, y, test, test_lo, test_y = test, test_lo, test_y, train, train_lo, y
+    if not len(train):
         raise DatasetError(f"{root}: none of the {len(train_names)} training images can be read; replace them: "
                            f"{few(broken, 3)}")
     _warn_of(root, broken)
-    if not test.kept:
+    if not len(test):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
-        test, test_y = train, y
-    return Images(train.clean, test.clean, y, test_y, classes, train.damaged, test.damaged,
-                  name=os.path.basename(os.path.realpath(root)), left_out=left_out + broken, pair_factor=factor)
+        test, test_lo, test_y = train, train_lo, y
+    return Images(train, test, y, test_y, classes, train_lo, test_lo, name=os.path.basename(here),
+                  left_out=left_out + broken, pair_factor=factor)
 
 
 def _warn_of(folder: Path, left_out: list[str]) -> None:
@@ -266,56 +318,9 @@ def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
     return train, test, level, False
 
 
-def _decode(files: list[tuple[Path, Path | None]], side: int, channels: int) -> Decoded:
-    """Reads files (clean, damaged or None)."""
-
-    def empty() -> Tensor:  # by numpy, which raises MemoryError where torch raises RuntimeError
-        return torch.from_numpy(np.empty((len(files), channels, side, side), np.uint8))
-
-    clean = empty()
-    damaged = empty() if any(partner for _, partner in files) else None
-    sizes = {}  # by place in `files`, as is the next
-    broken = {}
-
-    def read(row: int) -> None:
-        path, partner = files[row]
-        image = open_image(path, channels)
-        clean[row] = to_tensor(fit(image, side))
-        if partner:
-            lo = open_image(partner, channels)
-            check_shape(image.size, lo.size, partner)
-            sizes[row] = image.size, lo.size, partner
-            if lo.size != image.size:
-                lo = lo.resize(image.size, Image.Resampling.BICUBIC)  # as files.enlarge does
-            damaged[row] = to_tensor(fit(lo, side))
-
-    def read_some(rows: range) -> int:
-        for row in rows:
-            try:
-                read(row)
-            except DatasetError as error:
-                broken[row] = one_line(error)
-        return len(rows)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        bar = tqdm(total=len(files), desc="images", disable=None, delay=2, leave=False)
-        for done in pool.map(read_some, [range(i, min(i + 64, len(files))) for i in range(0, len(files), 64)]):
-            bar.update(done)
-        bar.close()
-    kept = [row for row in range(len(files)) if row not in broken]
-    for column in (clean, damaged):
-        if broken and column is not None:
-            for new, old in enumerate(kept):  # in place: there may be no memory for a second copy
-                column[new] = column[old]
-    if damaged is not None:
-        damaged = damaged[:len(kept)]
-    return Decoded(clean[:len(kept)], damaged, kept, left_out=[broken[row] for row in sorted(broken)],
-                   sizes=[sizes[row] for row in kept if row in sizes])
-
-
 # ------------------------------------------------------------------------------------------------------ by torchvision
 
-def _download(name: str, side: int, channels: int, data_path: str, limit: int | None) -> Images:
+def _download(name: str, form: Form, data_path: str, limit: int | None) -> Images:
     from torchvision import datasets  # a second to import
 
     kind, by_hand = DOWNLOADS[name]
@@ -333,16 +338,18 @@ def _download(name: str, side: int, channels: int, data_path: str, limit: int | 
         socket.setdefaulttimeout(before)
     rows = _spread(list(range(len(train))), limit)
     test_rows = _spread(list(range(len(test))), limit)
-    _check_memory(len(rows) + len(test_rows), side, channels)
     if name == "celeba":  # 40 attributes and 10,000 identities, but no classes
-        folder = Path(train.root) / "celeba" / "img_align_celeba"
-        x = _decode([(folder / train.filename[i], None) for i in rows], side, channels)
-        test_x = _decode([(folder / test.filename[i], None) for i in test_rows], side, channels)
-        broken = x.left_out + test_x.left_out
-        if not x.kept or not test_x.kept:
+        folder = os.path.realpath(Path(train.root) / "celeba" / "img_align_celeba")
+        names = [train.filename[i] for i in rows] + [test.filename[i] for i in test_rows]
+        files = [(f"{folder}/{file}", None) for file in names]
+        pack = open_pack(files, form, "celeba", data_path, [folder, None, limit])
+        count, broken = int((pack.kept < len(rows)).sum()), list(pack.left_out.values())
+        if not 0 < count < len(pack.kept):
             raise DatasetError(f"{folder}: no training or no test image can be read; get it anew: {few(broken, 3)}")
         _warn_of(folder, broken)
-        return Images(x.clean, test_x.clean, None, None, [], name=name, left_out=broken)
+        return Images(pack.clean[:count], pack.clean[count:], None, None, [], name=name, left_out=broken)
+    side, channels = form.side, form.channels
+    _check_memory(len(rows) + len(test_rows), side, channels)
     x = _resize(np.asarray(train.data)[rows], side, channels)
     test_x = _resize(np.asarray(test.data)[test_rows], side, channels)
     y = torch.as_tensor(train.targets)[rows]

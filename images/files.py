@@ -154,6 +154,16 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
 
 
+def cover(image: Image.Image, side: int) -> Image.Image:
+    """The image as it is, for crops of side x side; enlarged by bicubic where its shorter side is less than that."""
+    if min(image.size) >= side:
+        return image
+    if max(image.size) > STRIP * min(image.size):
+        return fit(image, side)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
 def _middle_of_strip(image: Image.Image, side: int) -> Image.Image:
     """What `fit` makes of an image that it has to enlarge, without enlarging more than the middle.
 

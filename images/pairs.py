@@ -41,16 +41,24 @@ def check_shape(clean: tuple[int, int], damaged: tuple[int, int], path: Path) ->
                            "crop one of them")
 
 
-def pair_factor(sizes: list[tuple]) -> int:
-    """How many times longer the clean images' sides are than their partners'. DatasetError where it is not one whole
-    number for all. A side that it does not divide may have been rounded up or down: half of 101 is 50 or 51.
+def factor_of(clean: tuple[int, int], damaged: tuple[int, int]) -> int:
+    """How many times longer the clean image's sides are than its partner's; 0 where that is no whole number.
 
-    sizes: for each pair (width, height) of the clean image, of the damaged one, and the damaged one's path.
+    A side that it does not divide may have been rounded up or down: half of 101 is 50 or 51.
+    """
+    factor = round(max(clean) / max(damaged))
+    return 0 if any(abs(c - factor * d) >= max(factor, 1) for c, d in zip(clean, damaged)) else factor
+
+
+def pair_factor(pairs: list[tuple]) -> int:
+    """The factor_of all pairs. DatasetError where it is not one whole number for all.
+
+    pairs: for each (width, height) of the clean image, of the damaged one, and the damaged one's path.
     """
     found = {}  # factor -> a damaged image that has it
-    for clean, damaged, path in sizes:
-        factor = round(max(clean) / max(damaged))
-        if factor < 1 or any(abs(c - factor * d) >= factor for c, d in zip(clean, damaged)):
+    for clean, damaged, path in pairs:
+        factor = factor_of(clean, damaged)
+        if factor < 1:
             raise DatasetError(f"{path}: has {_by(damaged)} pixels, its partner {_by(clean)}; make the damaged images "
                                "as large as the clean ones, or all of them the same whole number of times smaller")
         found[factor] = path

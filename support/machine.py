@@ -1,4 +1,5 @@
 """The machine that a command runs on: device, precision, processes, signals, random streams."""
+import inspect
 import os
 import random
 import signal
@@ -104,8 +105,12 @@ def join_processes(device: torch.device):
     """Lets the processes talk; of one process it does nothing."""
     if processes()[1] > 1 and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes again: the addresses in it are those of dead ones
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # the others wait for the first one while it reads the data set, and while it samples
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6), device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6), device_id=gpu,
+                                store=store, rank=rank, world_size=world)
 
 
 def leave_processes():
@@ -121,7 +126,10 @@ def shared(module: nn.Module) -> nn.Module:
         return module
     device = next(module.parameters()).device
     gpus = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=gpus, broadcast_buffers=False)
+    # buffers are the same everywhere; torch 2.14 has a new name for leaving them alone
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, device_ids=gpus, **{buffers: False})
 
 
 def keep_to_oneself(module: nn.Module):

@@ -49,12 +49,15 @@ class Watch:
             return "the weights or the optimizer's averages are not finite"
 
     def state(self) -> dict:
-        return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest, first_loss=self.first)
+        first = self.first.item()
+        return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest,
+                    first_loss=None if math.isnan(first) else first)
 
     def load(self, checkpoint: dict):
         self.loss, self.skipped = (checkpoint[name].to(self.loss.device) for name in ("loss", "skipped"))
         self.lowest = checkpoint.get("lowest_loss")
-        self.first = checkpoint.get("first_loss", self.first).to(self.loss.device)
+        if checkpoint.get("first_loss") is not None:
+            self.first.fill_(float(checkpoint["first_loss"]))
 
 
 def is_finite(checkpoint) -> bool:

@@ -15,6 +15,15 @@ os.environ["WANDB_MODE"] = "offline"  # no test talks to a server
 torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere(tmp_path_factory):
+    """Tests stand in a folder of their own: what they leave in data/ and runs/ is not found by the next."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def as_found():
     """One thread, which is fastest for so small a network, and the signal handlers of before."""

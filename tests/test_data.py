@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torchvision
 from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
-from images import DatasetError, SettingsError, data, shapes
+from images import DatasetError, SettingsError, data, packs, shapes
 from images.data import batch_indices, load
 from images.files import enlarge, fit, open_image, to_tensor
 from images.pairs import pair_factor
@@ -507,27 +508,31 @@ def test_a_download_that_fails(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "" and socket.getdefaulttimeout() is None
 
 
-def test_too_little_memory_is_said_beforehand(tmp_path, monkeypatch):
+def test_too_little_memory_or_disk_is_said_beforehand(tmp_path, monkeypatch):
     for i in range(4):
         solid(tmp_path / f"{i}.png", i)
     monkeypatch.setattr(data, "free_memory", lambda: 500_000_000)
-    for dataset in (str(tmp_path), "shapes"):
-        with pytest.raises(SettingsError, match=r"image_size = 8192: .* images need .* GB .*0.5 GB are free; lower"):
-            load(dataset, 8192)
-    monkeypatch.setattr(data, "free_memory", lambda: 4 * 3 * 16**2 - 1)
+    with pytest.raises(SettingsError, match=r"image_size = 8192: .* images need .* GB of mem.*0.5 GB are free; lower"):
+        load("shapes", 8192)
+
+    free = types.SimpleNamespace(free=500_000_000)
+    monkeypatch.setattr(packs.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(SettingsError, match=r"image_size = 8192: 4 images need 0.8 GB of disk, and 0.5 GB are free in"):
+        load(str(tmp_path), 8192)
+    free.free = 4 * 3 * 16**2 - 1
     with pytest.raises(SettingsError, match="4 images need"):
         load(str(tmp_path), 16)
     with pytest.raises(SettingsError, match="8 images need"):
         load(str(tmp_path), 16, paired_path=str(tmp_path))
-    monkeypatch.setattr(data, "free_memory", lambda: 4 * 3 * 16**2)
+    free.free = 4 * 3 * 16**2
     assert len(load(str(tmp_path), 16).train) == 3
 
     def none_left(*_):
         raise MemoryError
-    monkeypatch.setattr(data, "free_memory", lambda: None)  # another system than Linux
-    monkeypatch.setattr(np, "empty", none_left)
-    with pytest.raises(SettingsError, match="image_size = 16: too little memory"):
-        load(str(tmp_path), 16)
+    free.free = 10**9
+    monkeypatch.setattr(packs, "fit", none_left)
+    with pytest.raises(SettingsError, match="image_size = 24: too little memory"):
+        load(str(tmp_path), 24)
 
 
 def test_free_memory_is_that_of_this_machine():

@@ -1,0 +1,365 @@
+"""Packs: the same pixels as the files', decoded once, whole or not taken; and crops that are a function of the step."""
+import errno
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from images import SettingsError, data, packs
+from images.data import Feed, Images, crop_places, load
+from images.files import fit, list_images, open_image, to_tensor
+from images.pictures import to_float, to_uint8
+from runs import checkpoint, make, resume, same, start, until
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """20 photographs of noise, each of another size, in the folders of two classes."""
+    for i in range(20):
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(16 + i, 30 - i // 2, 3, seed=i)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """The names of the files that are decoded from now on."""
+    names, read = [], packs._read
+    monkeypatch.setattr(packs, "_read", lambda path, *rest: names.append(os.path.basename(path)) or read(path, *rest))
+    return names
+
+
+def everything(images: Images) -> bytes:
+    """Pixels and labels, to compare."""
+    return b"".join(t.numpy().tobytes() for t in (images.train, images.test, images.train_y, images.test_y))
+
+
+def the_pack() -> Path:
+    return next(Path("data/packs").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """So that the test's packs are its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pack_holds_the_pixels_of_the_files(photos, decoded, channels):
+    images = load(str(photos), 12, channels)
+    names = list_images(photos)
+    assert sorted(decoded) == sorted(os.path.basename(name) for name in names)
+    expected = {to_tensor(fit(open_image(photos / name, channels), 12)).numpy().tobytes(): name[0] for name in names}
+    found = [*zip(images.train, images.train_y), *zip(images.test, images.test_y)]
+    assert {x.numpy().tobytes(): images.classes[y] for x, y in found} == expected
+    decoded.clear()
+    again = load(str(photos), 12, channels)
+    assert not decoded and everything(again) == everything(images)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux shows there what is mapped")
+def test_the_images_lie_in_the_file(photos):
+    for crop in ("center", "random"):
+        images = load(str(photos), 12, crop=crop)
+        address = (images.train if crop == "center" else images.train.flat).data_ptr()
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "clean.u8" in line]
+        assert any(int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16) for line in mapped)
+        assert all(line.split()[1] == "r--s" for line in mapped)  # shared with other processes, not copied on write
+
+
+def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path):
+    with open(tmp_path / "large", "wb") as f:
+        f.truncate(4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # a hole, which takes no disk
+    mapped = packs._map(tmp_path / "large")
+    assert len(mapped) == os.path.getsize(tmp_path / "large") and mapped[-1] == 0
+    rows = packs.take(mapped[:4096 * 1000].view(1000, 1, 64, 64), torch.tensor([999, 3]))
+    assert rows.shape == (2, 1, 64, 64) and not rows.any()
+
+
+def test_another_way_to_the_folder_is_the_same_pack(photos, decoded, monkeypatch):
+    before = everything(load(str(photos), 12))
+    decoded.clear()
+    (photos.parent / "link").symlink_to(photos)
+    monkeypatch.chdir(photos.parent)
+    for way in ("link", "photos", "./photos/", str(photos)):
+        assert everything(load(way, 12)) == before
+    assert not decoded
+
+
+def test_other_settings_are_another_pack(photos, decoded):
+    load(str(photos), 12)
+    others = dict(side=13), dict(channels=1), dict(limit=3), dict(crop="random"), dict(paired_path=str(photos))
+    for settings in others:
+        for count in (True, False):
+            decoded.clear()
+            load(str(photos), **{"side": 12, **settings})
+            assert bool(decoded) == count, settings
+    assert len(list(Path("data/packs").iterdir())) == 6
+
+
+def test_unreadable_images_stay_left_out_and_named(photos, decoded):
+    for name in ("a/02.png", "b/07.png"):
+        (photos / name).write_text("no image")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="2 images are left out: .*a/02.png: can't be read.*b/07.png"):
+            images = load(str(photos), 12)
+        assert [line.split(":")[0] for line in images.left_out] == [str(photos / "a/02.png"), str(photos / "b/07.png")]
+        assert len(images.train) + len(images.test) == 18
+    assert len(decoded) == 20
+    Image.fromarray(noise(20, 20, 3)).save(photos / "a/02.png")
+    assert len(load(str(photos), 12).left_out) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- stale
+
+@pytest.mark.parametrize("change", ["content", "time", "new", "gone", "renamed", "pack cut", "index cut"])
+def test_a_stale_pack_is_made_anew(photos, decoded, change):
+    before = load(str(photos), 12)
+    pixels = everything(before)
+    decoded.clear()
+    if change == "content":
+        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/04.png")
+    elif change == "time":
+        os.utime(photos / "a/04.png", ns=(1, 1))
+    elif change == "new":
+        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/99.png")
+    elif change == "gone":
+        (photos / "a/04.png").unlink()
+    elif change == "renamed":
+        (photos / "a/04.png").rename(photos / "b/04.png")
+    elif change == "pack cut":
+        pack = the_pack()
+        whole = (pack / "clean.u8").read_bytes()
+        (pack / "clean.u8").unlink()
+        (pack / "clean.u8").write_bytes(whole[:-1])
+    else:
+        (the_pack() / "index.json").write_text((the_pack() / "index.json").read_text()[:-30])
+    after = load(str(photos), 12)
+    assert len(decoded) == {"new": 21, "gone": 19}.get(change, 20)
+    assert everything(before) == pixels  # whoever still reads the old pack reads what it was
+    assert (everything(after) == pixels) == (change in ("time", "pack cut", "index cut"))
+    assert len(list(Path("data/packs").iterdir())) == 1
+    decoded.clear()
+    assert everything(load(str(photos), 12)) == everything(after) and not decoded
+
+
+# ------------------------------------------------------------------------------------------------- killed, in parallel
+
+def pack_slowly(photos, log, seconds):
+    """In a process of its own: writes the name of each file that it decodes into `log`."""
+    read = packs._read
+
+    def slow(path, *rest):
+        with open(log, "a") as f:
+            f.write(f"{os.path.basename(path)}\n")
+        time.sleep(seconds)
+        return read(path, *rest)
+
+    packs._read, packs.BLOCK, packs.RECORD_EVERY = slow, 1, 0
+    load(str(photos), 12)
+
+
+def recorded() -> int:
+    found = list(Path("data/packs").glob("*/index.json"))
+    return json.loads(found[0].read_text())["done"] if found else 0
+
+
+def test_a_killed_packing_goes_on_where_it_was(photos, decoded, process, tmp_path):
+    (photos / "a/02.png").write_text("no image")
+    killed = process(in_folder, tmp_path, pack_slowly, photos, tmp_path / "log", 0.05)
+    until(lambda: recorded() >= 6, killed)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    done = recorded()
+    assert 6 <= done < 20
+    with open(the_pack() / "clean.u8", "ab") as f:
+        f.write(b"half an image")
+    resumed = load(str(photos), 12)
+    assert len(decoded) == 20 - done and len(resumed.left_out) == 1
+    for file in the_pack().iterdir():
+        file.unlink()
+    assert everything(load(str(photos), 12)) == everything(resumed)
+
+
+def in_folder(folder, function, *args):
+    os.chdir(folder)
+    function(*args)
+
+
+def test_of_two_processes_one_packs(photos, process, tmp_path):
+    both = [process(in_folder, tmp_path, pack_slowly, photos, tmp_path / "log", 0.2) for _ in range(2)]
+    for each in both:
+        each.join(60)
+        assert each.exitcode == 0
+    names = (tmp_path / "log").read_text().split()
+    assert sorted(names) == sorted(os.path.basename(name) for name in list_images(photos))
+    assert any("waiting for another process" in each.log.read_text() for each in both)
+
+
+def test_a_pack_that_can_not_be_written(photos, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="data_path = .*file: the pack of photos can't be written .*Not a"):
+        load(str(photos), 12, data_path=str(tmp_path / "file"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packs, "write_atomically", full)
+        with pytest.raises(SettingsError, match="data_path = data: .*No space left on device.; name a folder"):
+            load(str(photos), 12)
+    expected = everything(load(str(photos), 12))
+    monkeypatch.setattr(Path, "mkdir", full)  # of a pack that is there nothing has to be written
+    assert everything(load(str(photos), 12)) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+def fed(images, steps, **how):
+    feed = Feed(images, "cpu", 7, 3, **how)
+    return [[t for t in feed(step) if t is not None] for step in steps]
+
+
+def equal(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_batches_gathered_ahead_are_the_same(photos, crop):
+    images = load(str(photos), 12, paired_path=str(photos), crop=crop)
+    steps = [0, 1, 2, 3, 9, 10, 4, 4, 0]  # a resumed run begins anywhere
+    assert equal(fed(images, steps, ahead=3), fed(images, steps))
+    assert equal(fed(images, steps[:3], ahead=2, overfit=True), fed(images, [0, 0, 0], overfit=True))
+    whole, shares = fed(images, [5]), [fed(images, [5], rank=rank, world=3) for rank in range(3)]
+    for rank, share in enumerate(shares):
+        assert equal([[t[rank::3] for t in whole[0]]], share)
+
+
+def test_of_square_images_batches_are_the_rows_of_batch_indices(photos):
+    images = load(str(photos), 12)
+    for step, (x, y) in enumerate(fed(images, range(4))):
+        index = data.batch_indices(len(images.train), 7, 3, step)
+        assert torch.equal(x, to_float(images.train[index])) and torch.equal(y, images.train_y[index])
+
+
+def test_random_crops_are_of_the_photograph_itself(photos):
+    images = load(str(photos), 12, crop="random")
+    names = [name for name in list_images(photos)]
+    train = data._split(names)[0]
+    for step in range(3):
+        index, places = data.batch_indices(len(images.train), 7, 3, step), crop_places(7, 3, step)
+        x, _ = fed(images, [step])[0]
+        for crop, i, (down, right) in zip(to_uint8(x), index.tolist(), places.tolist()):
+            photo = to_tensor(open_image(photos / train[i]))
+            top, left = int(down * (photo.shape[1] - 11)), int(right * (photo.shape[2] - 11))
+            assert torch.equal(crop, photo[:, top:top + 12, left:left + 12])
+
+
+def test_random_crops_cover_the_photograph_evenly(tmp_path):
+    """Of 13x15 pixels, squares of 12 lie at 2 x 4 places: each comes equally often."""
+    (tmp_path / "one").mkdir()
+    row, column = np.mgrid[:13, :15]
+    for i in range(2):
+        Image.fromarray((10 * row + column).astype(np.uint8)).save(tmp_path / "one" / f"{i}.png")
+    images = load(str(tmp_path / "one"), 12, channels=1, crop="random")
+    feed = Feed(images, "cpu", 400, 0)
+    corners = torch.cat([to_uint8(feed(step)[0])[:, 0, 0, 0] for step in range(4)])
+    values, counts = corners.unique(return_counts=True)
+    assert values.tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert (counts - 200).abs().max() < 5 * 200**0.5
+    assert torch.equal(crop_places(400, 0, 3), crop_places(400, 0, 3))
+    assert not torch.equal(crop_places(400, 0, 3), crop_places(400, 0, 4))
+    assert not torch.equal(crop_places(400, 0, 3), crop_places(400, 1, 3))
+
+
+def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
+    images = load(str(photos), 12, crop="random")
+    names = data._split(list_images(photos))[1]
+    x, y, _ = images.batch(torch.arange(len(names)), "cpu", "test")
+    for crop, name in zip(to_uint8(x), names, strict=True):
+        photo = to_tensor(open_image(photos / name))
+        top, left = (photo.shape[1] - 12) // 2, (photo.shape[2] - 12) // 2
+        assert torch.equal(crop, photo[:, top:top + 12, left:left + 12])
+    assert torch.equal(images.test[torch.tensor([1, 0])], to_uint8(x[[1, 0]]))
+    index = data.batch_indices(len(images.train), 7, 3, 0)
+    assert torch.equal(fed(images, [8], overfit=True)[0][0], to_float(images.train[index]))  # the overfitted batch too
+
+
+@pytest.mark.parametrize("height, width, kept", [
+    (8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50)),
+    (1, 300, (12, 12)),  # a strip: enlarged as a whole it would fill the memory
+])
+def test_small_photographs_are_enlarged_until_a_crop_fits(tmp_path, height, width, kept):
+    (tmp_path / "small").mkdir()
+    for i in range(2):
+        Image.fromarray(noise(height, width, 3)).save(tmp_path / "small" / f"{i}.png")
+    images = load(str(tmp_path / "small"), 12, crop="random")
+    assert images.train.sizes.tolist() == [list(kept)]
+    assert Feed(images, "cpu", 5, 0)(0)[0].shape == (5, 3, 12, 12)
+
+
+def test_pairs_have_the_same_crop(tmp_path):
+    """The damaged one is the negative, at a third of the size."""
+    for i in range(6):
+        blocks = noise(8, 9 + i, 1, seed=i)
+        clean = np.kron(blocks, np.ones((9, 9, 1), np.uint8))
+        for folder, pixels in (("clean", clean), ("damaged", 255 - clean[::3, ::3])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels[..., 0]).save(tmp_path / folder / f"{i}.png")
+    images = load(str(tmp_path / "clean"), 32, 1, paired_path=str(tmp_path / "damaged"), crop="random")
+    assert images.pair_factor == 3
+    feed = Feed(images, "cpu", 16, 0)
+    for x, _, lo in [feed(0), feed(1), images.batch(torch.tensor([0]), "cpu", "test")]:
+        assert x.shape == lo.shape
+        assert np.corrcoef(x.flatten(), lo.flatten())[0, 1] < -0.9  # of two places it would be 0
+
+
+@pytest.mark.parametrize("dataset", [None, "shapes", "cifar10", "fashion-mnist"])
+def test_small_squares_have_no_random_crops(dataset):
+    with pytest.raises(SettingsError, match=f"crop = random: allowed is center for {dataset or 'cifar10'}, whose"):
+        load(dataset, 16, crop="random", or_shapes=True)
+    with pytest.raises(SettingsError, match="crop = middle: allowed is center or random"):
+        load(dataset, 16, crop="middle")
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+def test_a_run_from_a_pack_has_the_same_bits(photos, decoded, tmp_path):
+    flags = f"--dataset {photos} --no-overfit --max-steps 3 --sample-every 3"
+    first = checkpoint(start(tmp_path / "first", flags))
+    assert decoded
+    decoded.clear()
+    same(first, checkpoint(start(tmp_path / "second", flags)))
+    assert not decoded
+
+
+@pytest.mark.parametrize("task", ["sr", "paired"])
+def test_with_random_crops_a_resumed_run_has_the_same_bits(photos, tmp_path, task):
+    paired = f"--task paired --paired-path {photos}" if task == "paired" else ""
+    flags = f"--dataset {photos} {paired} --crop random --no-overfit --sample-every 2 --checkpoint-every 2"
+    whole = start(tmp_path / "whole", f"{flags} --max-steps 4")
+    part = start(tmp_path / "part", f"{flags} --max-steps 2")
+    resume(part, "--max-steps 4")
+    same(checkpoint(whole), checkpoint(part))
+
+
+def test_overfitting_one_crop_of_each_photograph(photos, tmp_path):
+    """What is trained on is what is shown, and the same at each step."""
+    run = make(f"--out-dir {tmp_path / 'runs'} --dataset {photos} --crop random")
+    for step in (0, 5):
+        assert torch.equal(run.batch(step).z1[:2], run.held_out().z1)
