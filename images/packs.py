@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images import DatasetError, SettingsError, one_line
-from images.files import cover, fit, open_image, to_tensor, write_atomically
+from images.files import cover, fit, open_image, write_atomically
 from images.pairs import check_shape, factor_of
 
 VERSION = 1  # of the arrays' layout and of what `fit` and `cover` make of a file: raise it when one of them changes
@@ -106,8 +106,8 @@ def take(images: Tensor | Photos, index: Tensor, places: Tensor | None = None, p
         for view in views:
             for plane in view:
                 will_read(plane)
-        for row, view in zip(out, views):
-            row.copy_(view)
+        for row, view in zip(out.numpy(), views):
+            row[:] = view.numpy()  # by numpy: torch would wake all its threads for each
         return out
     if images.device.type != "cpu":
         return images[index]
@@ -259,7 +259,7 @@ def _make(index: Index, folder: Path, files: list[tuple[str, str | None]], form:
                 if reason:
                     index.left_out[index.done] = reason
                 for name, picture in zip(columns, pictures):
-                    arrays[name].write(picture.contiguous().numpy())
+                    arrays[name].write(picture)
                 if pictures and form.crop == "random":
                     arrays["sizes.i32"].write(np.array(pictures[0].shape[1:], np.int32))
                 if pair:
@@ -305,14 +305,19 @@ def _read_some(files: list[tuple[str, str | None]], form: Form) -> list[tuple]:
     return done
 
 
-def _read(path: str, partner: str | None, form: Form) -> tuple[list[Tensor], tuple | None]:
-    cut = fit if form.crop == "center" else cover
+def _read(path: str, partner: str | None, form: Form) -> tuple[list[np.ndarray], tuple | None]:
     image = open_image(path, form.channels)
     if partner is None:
-        return [to_tensor(cut(image, form.side))], None
+        return [_pixels(image, form)], None
     lo = open_image(partner, form.channels)
     check_shape(image.size, lo.size, partner)
     pair = image.size, lo.size, partner
     if lo.size != image.size:
         lo = lo.resize(image.size, Image.Resampling.BICUBIC)  # as files.enlarge does
-    return [to_tensor(cut(x, form.side)) for x in (image, lo)], pair
+    return [_pixels(image, form), _pixels(lo, form)], pair
+
+
+def _pixels(image: Image.Image, form: Form) -> np.ndarray:
+    """(C, H, W) uint8. By numpy: torch would start all its threads in each of the pool's."""
+    image = fit(image, form.side) if form.crop == "center" else cover(image, form.side)
+    return np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))

@@ -1,16 +1,21 @@
 """Packs: the same pixels as the files', decoded once, whole or not taken; and crops that are a function of the step."""
+import contextlib
 import errno
 import json
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+from benchmarks import data as benchmark
 from images import SettingsError, data, packs
 from images.data import Feed, Images, crop_places, load
 from images.files import fit, list_images, open_image, to_tensor
@@ -123,6 +128,29 @@ def test_unreadable_images_stay_left_out_and_named(photos, decoded):
     assert len(decoded) == 20
     Image.fromarray(noise(20, 20, 3)).save(photos / "a/02.png")
     assert len(load(str(photos), 12).left_out) == 1
+
+
+def test_celeba_is_packed_too(photos, decoded, monkeypatch, tmp_path):
+    folder = tmp_path / "data" / "celeba" / "img_align_celeba"
+    folder.parent.mkdir(parents=True)
+    (photos / "a").rename(folder)
+
+    class CelebA:
+        def __init__(self, root, download, split):
+            self.root = root
+            self.filename = [f"{i:02}.png" for i in range(0, 18, 2) if (i < 14) == (split == "train")]
+
+        def __len__(self):
+            return len(self.filename)
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", CelebA)
+    (folder / "04.png").write_text("no image")
+    for crop in ("center", "random"):
+        images = load("celeba", 12, crop=crop)
+        assert (len(images.train), len(images.test), len(images.left_out)) == (6, 2, 1)
+    assert len(decoded) == 18
+    load("celeba", 12)
+    assert len(decoded) == 18
 
 
 # --------------------------------------------------------------------------------------------------------------- stale
@@ -363,3 +391,17 @@ def test_overfitting_one_crop_of_each_photograph(photos, tmp_path):
     run = make(f"--out-dir {tmp_path / 'runs'} --dataset {photos} --crop random")
     for step in (0, 5):
         assert torch.equal(run.batch(step).z1[:2], run.held_out().z1)
+
+
+def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
+    """In threads, not in processes, each of which would import torch."""
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count=1, mp_context=None: ThreadPoolExecutor(count))
+    monkeypatch.setattr(benchmark.PROCESSES, "Manager", lambda: contextlib.nullcontext(threading))
+    for crop in ("center", "random"):
+        flags = f"--images 30 --side 12 --crop {crop} --batch-size 4 --folder {tmp_path} --out {tmp_path}/out.json"
+        assert benchmark.main([*flags.split(), "--device", "cpu"]) == 0
+        said = capsys.readouterr().out
+        assert "30 JPEG files of 12" in said and "| second start | " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert benchmark.main(["--images", "0"]) == 2
+    assert capsys.readouterr().err == "data.py: images = 0: allowed is 1 or more\n"
