@@ -368,7 +368,10 @@ class Trainer:
             overdue = self.due and self.step % c.print_loss_every == 0
             if stopped and self.rank == 0:
                 tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
-            if last or stopped or overdue or self.step % c.checkpoint_every == 0:
+            due = last or stopped or self.step % c.checkpoint_every == 0
+            if due:
+                self.watch.share()
+            if due or overdue:
                 self.save()
         bar.close()
         return stopped
