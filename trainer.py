@@ -359,9 +359,9 @@ class Trainer:
         clock, counted = time.perf_counter(), self.step
         if self.owes:
             self.show()
+            stopped = self.asked_to_stop()
             if self.step == c.steps:
                 self.save()
-                stopped = self.signals.number
         while self.step < c.steps and not stopped:
             self.train_step()
             bar.update()
@@ -369,16 +369,19 @@ class Trainer:
             if last or self.step % c.print_loss_every == 0:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
-            leaving = self.signals.number  # the pictures can wait until the run is resumed
-            if last or (self.step % c.sample_every == 0 and not leaving):
+            stopped = self.asked_to_stop()
+            if self.samples_here and not stopped:  # or they come when the run goes on
                 paused = time.perf_counter()
                 self.show()
                 clock += time.perf_counter() - paused
-            stopped = self.asked_to_stop()
+                stopped = self.asked_to_stop()
             overdue = self.due and self.step % c.print_loss_every == 0
             if stopped and self.rank == 0:
                 tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
-            if last or stopped or overdue or self.step % c.checkpoint_every == 0:
+            due = last or stopped or self.step % c.checkpoint_every == 0
+            if due:
+                self.watch.share()
+            if due or overdue:
                 self.save()
         bar.close()
         return stopped
@@ -387,9 +390,13 @@ class Trainer:
         """The signal that ends the run now, or 0. Several processes agree on it every few steps."""
         if self.world == 1:
             return self.signals.number
-        if self.step % min(self.config.print_loss_every, 10):
-            return 0
-        return self.signals.agreed(self.device)
+        if self.samples_here or self.step % min(self.config.print_loss_every, 10) == 0:
+            return self.signals.agreed(self.device)
+        return 0
+
+    @property
+    def samples_here(self) -> bool:
+        return self.step % self.config.sample_every == 0 or self.step == self.config.steps
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""

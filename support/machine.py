@@ -105,12 +105,12 @@ def join_processes(device: torch.device):
     """Lets the processes talk; of one process it does nothing."""
     if processes()[1] > 1 and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None
-        store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun keeps its store when it starts the processes again: the addresses in it are those of dead ones
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        # torchrun keeps its store when it starts lost processes again: they must not find the addresses of before
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # the others wait for the first one while it reads the data set, and while it samples
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6), device_id=gpu,
-                                store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=6), device_id=gpu)
 
 
 def leave_processes():

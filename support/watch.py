@@ -27,8 +27,7 @@ class Watch:
 
     def report(self) -> tuple[float | None, int, int]:
         """The mean loss since the last report, over all processes; the steps skipped in all, and in a row."""
-        if dist.is_initialized():
-            average_over_processes([self.loss])
+        self.share()
         loss, count = self.loss.tolist()
         self.loss.zero_()
         mean = loss / count if count else None
@@ -36,6 +35,11 @@ class Watch:
         seen = [value for value in (self.lowest, self.first.item(), mean) if value is not None and math.isfinite(value)]
         self.lowest = min(seen, default=None)
         return mean, *map(int, self.skipped.tolist())
+
+    def share(self):
+        """What this process has counted becomes the mean of what all have."""
+        if dist.is_initialized():
+            average_over_processes([self.loss])
 
     def unfit(self, checkpoint: dict) -> str | None:
         """Why a checkpoint of this moment must not replace a good one; None: it may."""
