@@ -17,7 +17,10 @@ from support.output import reason
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
-KEYS = {"step", "config", "classes", "num_classes", "ema", "players"}  # that a checkpoint has to have to be sampled
+# what a checkpoint has to have to be sampled, and what else it may have; of which kind. read_config looks at the config
+KEYS = dict(step=int, config=object, classes=list, num_classes=int, ema=dict, players=list)
+MORE = dict(images_seen=int, pair_factor=int, absolute_paths=dict, sampled=int, optimizers=list, loss=Tensor,
+            skipped=Tensor, first_loss=Tensor, lowest_loss=float | None, wandb_id=str | None)
 
 
 @dataclass
@@ -84,9 +87,11 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
             if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
                 raise ValueError(f"the checksum of {damaged} is wrong")
         c = torch.load(file, map_location="cpu", weights_only=True)
-        missing = KEYS - c.keys()
+        missing = KEYS.keys() - c.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if wrong := of_another_kind(c):
+            raise ValueError(f"of another kind than it should be is {', '.join(wrong)}")
     except PermissionError as failure:
         raise SettingsError(f"run = {name!r}: {file} can't be read ({failure.strerror})") from None
     except Exception as failure:  # a file of anything fails in many ways
@@ -98,6 +103,16 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     seen, weights = c.get("images_seen", c["step"] * config.batch_size), dict(ema=c["ema"], raw=c["players"][0])
     about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
     return Run(name, config, *about, weights, c)
+
+
+def of_another_kind(c: dict) -> list[str]:
+    """The names of what in a checkpoint is something else than it should be."""
+    wrong = [name for name, kind in (KEYS | MORE).items() if name in c and not isinstance(c[name], kind)]
+    if not wrong and not (c["players"] and all(isinstance(weights, dict) for weights in c["players"])):
+        wrong.append("players")
+    if not wrong and not all(isinstance(path, str) for path in c.get("absolute_paths", {}).values()):
+        wrong.append("absolute_paths")
+    return wrong
 
 
 def read_config(name: str, plain: dict, config_class):
@@ -204,7 +219,7 @@ def restore(checkpoint: dict, resume: str, ema, modules: list, optimizers: list)
             module.load_state_dict(weights)
         for optimizer, moments in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
-    except (RuntimeError, ValueError) as failure:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as failure:
         why = one_line(failure)[:200]
         raise SettingsError(f"resume = {resume!r}: its network is not the one these settings describe "
                             f"({why} ...)") from None
