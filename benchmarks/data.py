@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from benchmarks.timing import describe, machine, markdown, save, synchronize
 from images import SettingsError, data
+from support.command_line import parse
 from support.machine import pick_device
-from support.settings import parse
 
 PROCESSES = multiprocessing.get_context("spawn")
 
