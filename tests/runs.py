@@ -14,7 +14,7 @@ from trainer import Trainer
 
 TINY = (
     "--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 "
-    "--unet-blocks 1 --sample-count 2 --solver euler --sample-steps 2 --no-use-wandb"
+    "--unet-blocks 1 --sample-count 2 --solver euler --sample-steps 2 --no-use-wandb --compile off"
 )
 FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
 STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
