@@ -131,15 +131,14 @@ def read_or_forget(root: Path, cold: bool):
 
 
 def memory() -> dict:
-    """Bytes of this process's memory: its own; of the pack, what it has mapped, and its share where others have too."""
+    """Bytes of this process's memory: the most that was its own; of the pack, what it has mapped, and its share of that
+    where other processes have it mapped too."""
     try:
         status, maps = (Path(f"/proc/self/{name}").read_text().splitlines() for name in ("status", "smaps"))
     except OSError:  # another system than Linux
         return {}
-    result = dict(own=0, mapped=0, share=0)
-    for line in status:
-        if line.startswith("RssAnon:"):
-            result["own"] = 1024 * int(line.split()[1])
+    resident = {line.split()[0]: 1024 * int(line.split()[1]) for line in status if line.startswith(("Vm", "Rss"))}
+    result = dict(own=max(resident["RssAnon:"], resident["VmHWM:"] - resident["RssFile:"]), mapped=0, share=0)
     pack = False
     for line in maps:
         if "-" in line.split()[0]:  # the head of a mapping: its addresses, and its file at the end
@@ -186,7 +185,7 @@ def show(report: dict) -> str:
         sizes = [f"{row[key] / 1e9:.2f}" if key in row else "" for key in ("own", "mapped", "share")]
         rate = f"{row['images'] / row['seconds']:,.0f}"
         table.append([name, f"{row['seconds']:.2f}", rate, *sizes])
-    head = ["", "seconds", "images/s", "own memory, GB", "of the pack, GB", "its share of that, GB"]
+    head = ["", "seconds", "images/s", "own memory at most, GB", "of the pack, GB", "its share of that, GB"]
     return markdown(title, head, table)
 
 
