@@ -211,8 +211,7 @@ def test_a_killed_packing_goes_on_where_it_was(photos, decoded, process, tmp_pat
     until(lambda: recorded() >= 6, killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
-    done = recorded()
-    assert 6 <= done < 20
+    assert 6 <= (done := recorded()) < 20
     with open(the_pack() / "clean.u8", "ab") as f:
         f.write(b"half an image")
     resumed = load(str(photos), 12)
@@ -298,8 +297,8 @@ def test_random_crops_are_of_the_photograph_itself(photos):
 def test_random_crops_cover_the_photograph_evenly(tmp_path):
     """Of 13x15 pixels, squares of 12 lie at 2 x 4 places: each comes equally often."""
     (tmp_path / "one").mkdir()
-    row, column = np.mgrid[:13, :15]
     for i in range(2):
+        row, column = np.mgrid[:13, :15]
         Image.fromarray((10 * row + column).astype(np.uint8)).save(tmp_path / "one" / f"{i}.png")
     feed = Feed(load(str(tmp_path / "one"), 12, channels=1, crop="random"), "cpu", 400, 0)
     corners = torch.cat([to_uint8(feed(step)[0])[:, 0, 0, 0] for step in range(4)])
