@@ -49,6 +49,8 @@ class Judge:
         self.metrics = metrics
         self.seed = seed
         self.why = {}
+        if config.crop != "center":
+            raise SettingsError(f"crop = {config.crop!r}: runs on random crops can't be compared yet; allowed is center")
         self.images = images = data.load(
             config.dataset, config.image_size, config.channels, config.data_path, config.paired_path)
         self.split = "train" if images.test is images.train else "test"
