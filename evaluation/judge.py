@@ -50,7 +50,7 @@ class Judge:
         self.seed = seed
         self.why = {}
         if config.crop != "center":
-            raise SettingsError(f"crop = {config.crop!r}: runs on random crops can't be compared yet; allowed is center")
+            raise SettingsError(f"crop = {config.crop!r}: runs on random crops can't be compared yet")
         self.images = images = data.load(
             config.dataset, config.image_size, config.channels, config.data_path, config.paired_path)
         self.split = "train" if images.test is images.train else "test"
