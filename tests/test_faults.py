@@ -1,0 +1,16 @@
+"""A few of the faults of `python tests/faults.py`, which tries them all, many times."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from faults import attempt
+
+
+@pytest.mark.parametrize("name", ["kill", "kill_while_saving", "signals", "damaged_checkpoint", "damaged_metrics",
+                                  "few_bad_gradients", "two_trainers"])
+def test_nothing_is_lost(tmp_path, monkeypatch, name):
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here), *sys.path[:1]]))
+    assert attempt(name, 0, "the suite", tmp_path) is None
