@@ -1,5 +1,6 @@
 """The command line of trainer.py, and of all other commands: flags into dataclasses, by tyro."""
 import io
+import re
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import dropwhile, takewhile
@@ -59,7 +60,8 @@ def parse(kind, arguments: list[str], description: str, default=None):
                 raise
     # the first paragraph of tyro's box, whose frame is drawn in ASCII where the terminal knows no better
     lines = (line.strip("│| ").strip("─-") for line in errors.getvalue().splitlines()[1:])
-    raise SettingsError(" ".join(takewhile(bool, dropwhile(lambda line: not line, lines))))
+    text = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines)))
+    raise SettingsError(re.sub(r"^Error parsing [\w.]+: ", "", text))  # our own messages name the field
 
 
 def read(arguments: list[str], config_class, description: str) -> tuple:
