@@ -60,7 +60,7 @@ class Victim:
         until(ready.exists, self.process)
 
     def kill(self, number: int = signal.SIGKILL):
-        with suppress(ProcessLookupError):
+        if self.process.exitcode is None:  # or its number may be another one's by now
             os.kill(self.process.pid, number)
 
     def end(self, *allowed: int, seconds: float = PATIENCE, traceback: bool = False) -> int:
