@@ -165,6 +165,10 @@ class Config:
         """Whether the network learns what an image without a label is, which guidance starts from."""
         return self.unet_use_classes and self.dropped > 0
 
+    def samples_at(self, step: int) -> bool:
+        """Whether pictures are due after that step."""
+        return step % self.sample_every == 0 or step == self.steps
+
     @property
     def generates(self) -> bool:
         """Whether images are made from noise alone."""
@@ -341,7 +345,7 @@ class Trainer:
         return total
 
     def run(self) -> int:
-        """Trains to the last step, or to SIGINT or SIGTERM; returns that signal's number, or 0."""
+        """Trains to the last step, or to a signal (see machine.Signals); returns that signal's number, or 0."""
         with self.signals:
             try:
                 stopped = self.loop()
@@ -370,7 +374,7 @@ class Trainer:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
             stopped = self.asked_to_stop()
-            if self.samples_here and not stopped:  # or they come when the run goes on
+            if c.samples_at(self.step) and not stopped:  # or they come when the run goes on
                 paused = time.perf_counter()
                 self.show()
                 clock += time.perf_counter() - paused
@@ -390,13 +394,9 @@ class Trainer:
         """The signal that ends the run now, or 0. Several processes agree on it every few steps."""
         if self.world == 1:
             return self.signals.number
-        if self.samples_here or self.step % min(self.config.print_loss_every, 10) == 0:
+        if self.config.samples_at(self.step) or self.step % min(self.config.print_loss_every, 10) == 0:
             return self.signals.agreed(self.device)
         return 0
-
-    @property
-    def samples_here(self) -> bool:
-        return self.step % self.config.sample_every == 0 or self.step == self.config.steps
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
@@ -497,7 +497,7 @@ class Trainer:
 def owes_samples(checkpoint: dict, c: Config) -> bool:
     """Whether a signal prevented the sampling that was due in the checkpoint's step."""
     step = checkpoint["step"]
-    return checkpoint.get("sampled", step) < step and (step % c.sample_every == 0 or step == c.steps)
+    return checkpoint.get("sampled", step) < step and c.samples_at(step)
 
 
 def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
