@@ -83,8 +83,8 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is: 2, 4 or 8
-    factor: int = 2
+    # sr: how many times smaller the low-resolution image is: 2, 4 or 8; of several each image draws one
+    factor: int | tuple[int, ...] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
@@ -95,23 +95,28 @@ class Damage:
     kernel: Literal["uniform", "gaussian"] = "uniform"
     # blur: side of the kernel in pixels, odd; None: 9 if uniform, 5 if gaussian, as in DDRM (arXiv:2201.11793) and I2SB
     taps: int | None = None
-    # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps
-    sigma: float = 10.0
-    # jpeg: quality, 1 (worst) to 100
-    quality: int = 10
+    # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps. Of two
+    # numbers, each image draws one between them
+    sigma: float | tuple[float, float] = 10.0
+    # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
+    quality: int | tuple[int, int] = 10
 
     def __post_init__(self):
-        if not math.isfinite(self.sigma):  # whatever the task: config.json can't hold it
+        if not all(map(math.isfinite, several(self.sigma))):  # whatever the task: config.json can't hold it
             raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
 
     def check(self, task: str, side: int) -> None:
         """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
-        names, factor, taps = parts(task), self.factor, self.width
+        names, taps = parts(task), self.width
+        factors, sigmas, qualities = several(self.factor), several(self.sigma), several(self.quality)
+        divides = bool(factors) and all(factor in (2, 4, 8) and side % factor == 0 for factor in factors)
         rules = [  # task, field, its value, whether that is allowed, which values are
-            ("sr", "factor", factor, factor in (2, 4, 8) and side % factor == 0, f"2, 4, 8, dividing the side, {side}"),
+            ("sr", "factor", self.factor, divides, f"2, 4, 8, dividing the side, {side}"),
             ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, self.sigma >= 0.01, "finite numbers from 0.01 (pixels)"),
-            ("jpeg", "quality", self.quality, 1 <= self.quality <= 100, "whole numbers from 1 to 100"),
+            ("blur", "sigma", self.sigma, 0.01 <= sigmas[0] <= sigmas[-1],
+             "finite numbers from 0.01 (pixels), the lower first"),
+            ("jpeg", "quality", self.quality, 1 <= qualities[0] <= qualities[-1] <= 100,
+             "whole numbers from 1 to 100, the lower first"),
         ]
         for name, knob in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
             value, allowed = getattr(self, knob), get_args(Damage.__annotations__[knob])
@@ -150,13 +155,12 @@ class Damage:
             return z1.masked_fill(hole > 0, 0), hole, hole
         levels = to_levels(z1)
         if name == "sr":
-            height, width = levels.shape[2:]
-            levels = resize(levels, (height // self.factor, width // self.factor), self.down)
-            levels = resize(levels, (height, width), self.up)
+            levels = self.shrink_and_enlarge(levels, draws)
         elif name == "blur":
-            levels = blur(levels, self.weights())
+            levels = blur(levels, self.weights(levels, draws))
         elif name == "jpeg":
-            levels = jpeg(levels, self.quality)
+            low, high = several(self.quality)[0], several(self.quality)[-1]
+            levels = jpeg(levels, low if low == high else draws.randint(low, high + 1, levels))
         else:
             raise NotImplementedError(f"task {name!r} has no branch in Damage._apply")
         return from_levels(levels), one, 0 * one
@@ -166,12 +170,30 @@ class Damage:
         """Side of the blur kernel in pixels."""
         return (9 if self.kernel == "uniform" else 5) if self.taps is None else self.taps
 
-    def weights(self) -> list[float]:
-        """Blur kernel along one axis; the square kernel is its outer product with itself."""
+    def shrink_and_enlarge(self, levels: Tensor, draws: Draws) -> Tensor:
+        """Task sr on levels (B, C, H, W), each image by one of the factors."""
+        height, width = levels.shape[2:]
+        each = []
+        for factor in several(self.factor):
+            small = resize(levels, (height // factor, width // factor), self.down)
+            each.append(resize(small, (height, width), self.up))
+        if len(each) == 1:
+            return each[0]
+        return torch.stack(each)[draws.randint(0, len(each), levels), torch.arange(len(levels), device=levels.device)]
+
+    def weights(self, x: Tensor, draws: Draws) -> Tensor:
+        """(B, width) blur kernels along one axis, or (1, width); the square kernel is the outer product with itself."""
         if self.kernel == "uniform":
-            return [1 / self.width] * self.width
-        bell = [math.exp(-0.5 * ((k - self.width // 2) / self.sigma) ** 2) for k in range(self.width)]
-        return [w / sum(bell) for w in bell]
+            return x.new_full((1, self.width), 1 / self.width)
+        low, high = several(self.sigma)[0], several(self.sigma)[-1]
+        sigma = x.new_full((1, 1), low) if low == high else low + (high - low) * draws.rand(x, 1)
+        bell = (-0.5 * ((torch.arange(self.width, device=x.device) - self.width // 2) / sigma) ** 2).exp()
+        return bell / bell.sum(1, keepdim=True)
+
+
+def several(value) -> tuple:
+    """A knob's one value, or its several ones."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def parts(task: str) -> list[str]:
@@ -255,10 +277,11 @@ def resize(levels: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 # blur ----------------------------------------------------------------------------------------------------------------
 
 
-def blur(levels: Tensor, weights: list[float]) -> Tensor:
-    """Convolution with the outer product of `weights` with itself; the image is mirrored at its edges."""
+def blur(levels: Tensor, weights: Tensor) -> Tensor:
+    """Convolution with the outer product of a row of `weights` (B or 1, taps) with itself; edges mirror the image."""
     # not I2SB's own blur, which drops a tap, pads with zeros and mixes up rows: no convolution with the kernel it names
-    reach, (height, width) = len(weights) // 2, levels.shape[2:]
+    reach, (height, width) = weights.shape[1] // 2, levels.shape[2:]
+    weights = weights.T[..., None, None, None]  # (taps, B or 1, 1, 1, 1)
     x = F.pad(levels, (reach,) * 4, mode="reflect")
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
     x = sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
@@ -323,12 +346,14 @@ CHROMA = "17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99
 
 
 @cache  # one copy a device: copying from the host at each batch would make the device wait
-def tables(quality: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(8, 8) each: the orthonormal DCT, one row a frequency, and the quantisation steps of brightness and colour."""
+def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The orthonormal DCT (8, 8), one row a frequency, and the quantisation steps of brightness and colour, (101, 8, 8)
+    by quality."""
     k = torch.arange(8, dtype=torch.float64, device=device)
     dct = 0.5 * torch.cos((2 * k + 1) * k[:, None] * math.pi / 16)
     dct[0] /= math.sqrt(2)
-    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    percent = [5000 // max(quality, 1) if quality < 50 else 200 - 2 * quality for quality in range(101)]
+    percent = torch.tensor(percent, device=device)[:, None, None]
     steps = (torch.tensor([int(q) for q in table.split()], device=device).view(8, 8) for table in (LUMA, CHROMA))
     return dct.float(), *(((percent * step + 50) // 100).clamp(1, 255).float() for step in steps)
 
@@ -339,8 +364,8 @@ def _last(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """A plane (B, 1, H, W) of levels through 8x8 DCT, rounding to multiples of `step`, and back."""
-    height, width = plane.shape[2:]
+    """A plane (B, 1, H, W) of levels through 8x8 DCT, rounding to multiples of `step` (8, 8) or (B, 8, 8), and back."""
+    step, (height, width) = step.view(-1, 1, 1, 1, 8, 8), plane.shape[2:]
     x = F.pad(plane - 128, (0, -width % 8, 0, -height % 8), mode="replicate")
     x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (B, 1, H/8, W/8, 8, 8)
     x = _last(_last(x, dct.mT).mT, dct.mT).mT
@@ -366,10 +391,14 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
 
 
-def jpeg(levels: Tensor, quality: int) -> Tensor:
-    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0)."""
+def jpeg(levels: Tensor, quality: int | Tensor) -> Tensor:
+    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0).
+
+    quality: one for all images, or (B,).
+    """
     # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
-    dct, luma, chroma = tables(quality, levels.device)
+    dct, luma, chroma = tables(levels.device)
+    luma, chroma = luma[quality], chroma[quality]
     if levels.shape[1] == 1:
         return _code(levels, dct, luma)
     if levels.shape[1] != 3:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from images import corruptions
-from images.corruptions import TASKS, Damage, cond_channels, from_damaged, has_holes, to_full_size
+from images.corruptions import TASKS, Damage, Draws, cond_channels, from_damaged, has_holes, to_full_size
 
 MIXTURE = "sr,inpaint,blur,jpeg,generate"
 
@@ -142,7 +142,8 @@ def test_jpeg_fills_its_last_blocks_as_libjpeg_does(size, channels, quality):
 def test_jpeg_steps_are_those_in_libjpeg_files():
     for quality in (1, 5, 10, 25, 49, 50, 51, 75, 95, 100):
         tables = libjpeg(Image.new("RGB", (8, 8)), quality).quantization
-        dct, luma, chroma = corruptions.tables(quality, torch.device("cpu"))
+        dct, *steps = corruptions.tables(torch.device("cpu"))
+        luma, chroma = (step[quality] for step in steps)
         assert luma.flatten().tolist() == tables[0] and chroma.flatten().tolist() == tables[1]
     assert torch.allclose(dct @ dct.mT, torch.eye(8), atol=1e-6)
 
@@ -247,6 +248,26 @@ def test_mixture_draws_each_task_equally():
         assert (batch.cond[chosen, 3:] == one.hole).all()
 
 
+@pytest.mark.parametrize("task, knob, several, values", [
+    ("sr", "factor", (4, 2, 8), (2, 4, 8)), ("jpeg", "quality", (10, 14), range(10, 15)),
+])
+def test_of_several_values_each_image_draws_one(task, knob, several, values):
+    torch.manual_seed(0)
+    z1 = to_z(photos(500, 16, 16))
+    made = Damage(**{knob: several})(task, z1).zlo
+    same = torch.stack([(made == Damage(**{knob: value})(task, z1).zlo).all((1, 2, 3)) for value in values])
+    assert same.any(0).all()  # each is the work of one value
+    assert ((same.sum(1) - 500 / len(values)).abs() < 4 * 500**0.5 / 2).all()  # and each value's turn comes
+
+
+def test_sigma_is_drawn_from_its_range():
+    torch.manual_seed(0)
+    weights = Damage(kernel="gaussian", taps=31, sigma=(0.5, 3.0)).weights(torch.zeros(2000, 1, 1, 1), Draws())
+    sigma = (weights * (torch.arange(31) - 15) ** 2).sum(1).sqrt()  # a kernel's standard deviation tells its sigma
+    assert sigma.min() > 0.45 and sigma.max() < 3.05 and torch.allclose(weights.sum(1), torch.ones(2000))
+    assert abs(sigma.mean() - 1.75) < 0.05 and abs(sigma.std() - 2.5 / 12**0.5) < 0.03
+
+
 def test_the_same_seed_gives_the_same_damage():
     z1, other = to_z(photos(8, 32, 32)), to_z(photos(8, 32, 32, seed=9))
     batches = []
@@ -287,6 +308,9 @@ def test_everything_stays_on_the_device():
     (Damage(kernel="gaussian", sigma=0), "blur", ["damage.sigma", "0", "from 0.01"]),
     (Damage(kernel="gaussian", sigma=1e-200), "blur", ["damage.sigma", "1e-200", "from 0.01"]),
     (Damage(quality=0), "jpeg", ["damage.quality", "0", "100"]),
+    (Damage(quality=(40, 10)), "jpeg", ["damage.quality", "(40, 10)", "the lower first"]),
+    (Damage(kernel="gaussian", sigma=(3.0, 1.0)), "blur", ["damage.sigma", "(3.0, 1.0)", "the lower first"]),
+    (Damage(factor=(4, 8)), "sr", ["damage.factor", "(4, 8)", "36"]),
     (Damage(quality=101), "sr,jpeg", ["damage.quality", "101", "100"]),
 ])
 def test_wrong_values_are_refused(damage, task, words):
