@@ -54,6 +54,7 @@ class Options:
     input: str | None = None  # damaged images: a folder, searched with the folders in it, or a file
     count: int | None = None  # how many images to make, of each label
     export: str | None = None  # the .safetensors file to write
+    half: bool = False  # --export: weights in bf16, a file of half the size
     output: str | None = None  # folder for the pictures; None: a new one in the run's
     overwrite: bool = False  # replace files that exist; else they are left as they are
 
@@ -71,6 +72,10 @@ class Options:
     swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
     perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
+    # how many times larger the result is, where the run knows several: 4 or 2; 1 restores at the image's own size
+    factor: int | None = None
+    # a picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
+    before_after: Literal["auto", "on", "off"] = "auto"
     masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is to be made
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: int = 1
@@ -104,6 +109,9 @@ class Options:
         for name in ("input", "output"):
             need(name, lambda path: path != "", "a path")
         need("masks", lambda _: self.input, "a path, with --input only")
+        need("factor", lambda _: self.input, "left out but with --input")
+        need("before_after", lambda which: which != "on" or self.input, "left out but with --input")
+        need("half", lambda half: not half or self.export, "left out but with --export")
         need("output", lambda path: Path(path).suffix.lower() not in ENDINGS, "a folder")
         need("export", lambda path: Path(path).suffix == EXPORTED, "a name that ends in .safetensors")
 
@@ -199,6 +207,7 @@ class Restorer:
         if o.masks is not None and "inpaint" not in model.tasks:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
         path, self.folder = Path(o.input).expanduser(), output_folder(o, "restored")
+        self.before_after = o.before_after == "on" or (o.before_after == "auto" and path.is_file())
         self.root, names = (path.parent, [path.name]) if path.is_file() else (path, list_images(path))
         folder = Path(os.path.realpath(self.folder))
         if folder == Path(os.path.realpath(self.root)):
@@ -256,6 +265,8 @@ class Restorer:
         paths = [single + ".png" for single in singles]
         if n > 1:
             paths += [base + "_mean.png", base + "_std.png"]
+        if self.before_after:
+            paths += [single + "_before_after.png" for single in singles]
         if self.options.trace:
             paths += [single + end for single in singles for end in ("_trace.png", "_trace.gif")]
         return paths
@@ -293,6 +304,8 @@ class Restorer:
             try:
                 paths = self.outputs(name)
                 save_png(Path(paths[i]), to_image(picture))
+                if self.before_after:
+                    self.save_before_after(paths[i], to_uint8(zlo[row]), picture)
                 if o.trace:
                     save_trace(paths[i], frames.until(sample), slice(row, row + 1))
                 if o.draws > 1:
@@ -301,6 +314,13 @@ class Restorer:
                         self.save_statistics(name, torch.stack(self.made.pop(name)).float())
             except OSError as failure:  # a full disk, say
                 self.failures[name] = f"{self.root / name}: {why(failure)}"
+
+    def save_before_after(self, path: str, before: Tensor, after: Tensor):
+        """Both (C, H, W) uint8, side by side: the image as the network got it, and what became of it."""
+        if self.model.config.channels == 1:
+            before, after = before.expand(3, -1, -1), after.expand(3, -1, -1)
+        pictures = [x.permute(1, 2, 0).numpy() for x in (before, after)]
+        save_png(Path(stem(path) + "_before_after.png"), Image.fromarray(titled(["before", "after"], pictures)))
 
     def save_statistics(self, name: str, draws: Tensor):
         """Pictures of the mean over the draws (n, C, H, W) in levels of 255, and of their standard deviation."""
@@ -356,7 +376,7 @@ def export_model(o: Options) -> int:
     if Path(o.run).suffix == EXPORTED:
         raise SettingsError(f"run = {o.run!r}: allowed is a run or a checkpoint, for this is an exported file already")
     refuse_outputs([o.export], o.overwrite)
-    size = export(open_run(o.run, Config), Path(o.export), o.ema)
+    size = export(open_run(o.run, Config), Path(o.export), o.ema, o.half)
     print(f"{'averaged' if o.ema else 'raw'} weights, {size / 1e6:.1f} MB, in {o.export}")
     return 0
 
@@ -365,7 +385,7 @@ def run(o: Options) -> int:
     if o.export:
         return export_model(o)
     model = open_model(o.run, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
-                       tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision)
+                       factor=o.factor, tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision)
     c = model.config
     if model.num_classes and not c.trains_null_label and o.label is None:
         print("note: images without labels were no part of the training; give a --label")

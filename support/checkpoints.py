@@ -139,12 +139,15 @@ def open_exported(path: str, config_class) -> Run:
     return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
 
 
-def export(run: Run, path: Path, ema: bool = True) -> int:
-    """Writes the weights; in the file's header, as JSON, the rest of what open_run gives. -> its size in bytes"""
+def export(run: Run, path: Path, ema: bool = True, half: bool = False) -> int:
+    """Writes the weights, `half`: as bf16; in the file's header, as JSON, the rest of what open_run gives.
+
+    -> its size in bytes
+    """
     safetensors = import_safetensors()
     about = dict(config=asdict(run.config), classes=run.classes, num_classes=run.num_classes,
                  pair_factor=run.pair_factor, step=run.step, images_seen=run.images_seen, ema=ema)
-    weights = {name: w.contiguous() for name, w in run.network(ema).items()}
+    weights = {name: (w.bfloat16() if half else w).contiguous() for name, w in run.network(ema).items()}
     content = safetensors.torch.save(weights, {"run": json.dumps(about)})
     write_atomically(path, lambda f: f.write(content))
     return len(content)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ode_int
 from images import SettingsError, one_line
-from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts, to_full_size
+from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts, several, to_full_size
 from images.data import free_memory
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
@@ -161,6 +161,8 @@ class Model:
     ema          the averaged weights, or the raw ones
     solver, steps, tolerance, guidance, precision
                  None takes the run's own, but for an interpolant: its dopri5 becomes midpoint in 5 steps
+    factor       how many times larger a restored image becomes: one that the run was trained on; a mixture also has 1,
+                 for what is of full size already. None: the run's own, of a mixture 1
     tile         side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the
                  network; None: the side trained on, 0: one piece always
     batch_size   images at a time; those larger than trained on count as several
@@ -169,18 +171,17 @@ class Model:
     """
 
     def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
-                 tolerance: float | None = None, guidance: float | None = None, tile: int | None = None,
-                 batch_size: int = 64, device: str = "auto", precision: str | None = None):
+                 tolerance: float | None = None, guidance: float | None = None, factor: int | None = None,
+                 tile: int | None = None, batch_size: int = 64, device: str = "auto", precision: str | None = None):
         self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
         self.tasks, self.batch_size = parts(c.task), batch_size
         self.guidance = c.guidance if guidance is None else guidance
         check_guidance(run, self.guidance)
-        # of these alone, files come in low resolution
-        self.factor = {("sr",): c.damage.factor, ("paired",): run.pair_factor}.get(tuple(self.tasks), 1)
+        self.factor = self.choose_factor(factor)
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
-        blocks = {"sr": c.damage.factor, "jpeg": 16}
+        blocks = {"sr": max(several(c.damage.factor)), "jpeg": 16}
         self.align = max([2**c.recipe.levels, *(blocks.get(name, 1) for name in self.tasks)])
         tile = c.image_size if tile is None else tile
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
@@ -189,6 +190,19 @@ class Model:
         self.precision = set_up(self.device, precision or c.precision)
         self.net = load_network(run, ema).to(self.device)
         self.images = self.rows = 0  # made so far, and what they took of the network
+
+    def choose_factor(self, factor: int | None) -> int:
+        """How many times larger a restored image becomes. Raises SettingsError."""
+        known = {"sr": several(self.config.damage.factor), "paired": (self.run.pair_factor,)}
+        each = [known.get(name, (1,)) for name in self.tasks]
+        allowed = sorted({factor for factors in each for factor in factors})
+        if factor is None:
+            factor = allowed[0]  # of a mixture 1: who enlarges says so
+            if len(allowed) > 1 and factor > 1:
+                raise SettingsError(f"factor = None: the run knows {', '.join(map(str, allowed))}; name one")
+        if factor not in allowed:
+            raise SettingsError(f"factor = {factor}: allowed is {', '.join(map(str, allowed))}")
+        return factor
 
     def label_number(self, label: str | int) -> int:
         """A class's name, or its number. Raises SettingsError."""
@@ -246,7 +260,7 @@ class Model:
 
     def full_size(self, zlo: Tensor) -> Tensor:
         """Damaged images as they come in files -> on z1's grid."""
-        up = self.config.damage.up if self.tasks == ["sr"] else "bicubic"  # as pairs of two sizes are trained on
+        up = self.config.damage.up if "sr" in self.tasks else "bicubic"  # as pairs of two sizes are trained on
         return to_full_size(zlo, self.factor, up) if self.factor > 1 else zlo
 
     def check_size(self, height: int, width: int, name: str = "image", traced: bool = False):

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import growth, memory, plain, solvers, speed, step, timing
+from benchmarks import growth, memory, photos, plain, solvers, speed, step, timing
 from images import data
 from images.corruptions import Damage
+from images.pictures import psnr, to_float, to_uint8
 from support.machine import reseed
+from test_sample import make_run, photo, put
 from trainer import Config, Trainer
 
 CPU = torch.device("cpu")
@@ -289,3 +291,24 @@ def test_memory_counts_what_the_backward_pass_is_kept_for():
 def test_memory_refuses_other_presets(capsys):
     assert memory.main(["--help"]) == 0 and "activation checkpointing" in capsys.readouterr().out
     assert memory.main(["small-udpm"]) == 2 and "small-udpm" in capsys.readouterr().err
+
+
+def test_photos_scores_a_model_that_changes_nothing_as_the_damage_itself(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    run = make_run(tmp_path / "run", identity=True, task="sr,jpeg,blur", damage=Damage(factor=(4, 2)))
+    for seed in range(2):
+        put(tmp_path / f"photos/{seed}.png", photo(37, 33, seed=seed))
+    arguments = [run, "--photos", str(tmp_path / "photos"), "--draws", "2", "--pictures", str(tmp_path / "pictures")]
+    monkeypatch.setattr(sys, "argv", ["photos.py", *arguments])
+    assert photos.main() == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    figures = {(damage, answer): (float(decibels), bias) for damage, answer, decibels, _, bias, *_ in rows}
+    for title, (task, knobs) in photos.DAMAGES.items():
+        z1 = [x for _, x in photos.photographs(tmp_path / "photos", None, 3)]
+        assert all(x.shape == (1, 3, 32, 32) for x in z1)
+        expected = statistics.fmean(psnr(to_float(to_uint8(Damage(**knobs)(task, x).zlo)), x) for x in z1)
+        for answer in ("bicubic" if task == "sr" else "damaged", "one draw", "mean of 2"):
+            assert figures[title, answer][0] == pytest.approx(expected, abs=0.011)
+    sharpened = [decibels for (title, answer), (decibels, _) in figures.items() if answer.startswith("unsharp")]
+    assert len(sharpened) == 1
+    assert len(list((tmp_path / "pictures").iterdir())) == 2 * len(photos.DAMAGES)

@@ -219,6 +219,53 @@ def test_an_interrupt_still_tells_what_was_not_restored(tmp_path, capsys, monkey
     assert "not restored: " in error and "a.png: can't be read" in error and "interrupted" in error
 
 
+# how much larger, and before and after -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, factors", [("sr", (4, 2)), ("sr,jpeg", (4, 2)), ("sr,jpeg", 2), ("jpeg", 2)])
+def test_factor_says_how_much_larger(tmp_path, capsys, task, factors):
+    damage = Damage(factor=factors, down="bicubic", up="bicubic")
+    identity = make_run(tmp_path / "run", identity=True, task=task, damage=damage)
+    rgb = photo(11, 9)
+    image = put(tmp_path / "in.png", rgb)
+    known = set() if task == "jpeg" else {factors} if isinstance(factors, int) else set(factors)
+    if task != "sr":
+        known.add(1)
+    for factor in (1, 2, 3, 4):
+        out = tmp_path / f"{factor}"
+        status = run(identity, "--input", image, "--factor", factor, "--output", out)
+        if factor in known:
+            enlarged = to_uint8(to_full_size(to_float(torch.from_numpy(rgb).permute(2, 0, 1))[None], factor, "bicubic"))
+            assert status == 0
+            made = get(out / "in.png")
+            assert made.shape == (9 * factor, 11 * factor, 3)
+            assert abs(made.astype(int) - enlarged[0].permute(1, 2, 0).numpy()).max() <= 1
+        else:
+            assert status == 2 and f"factor = {factor}: allowed is" in capsys.readouterr().err
+    status = run(identity, "--input", image, "--output", tmp_path / "none")
+    if task == "sr":
+        assert status == 2 and "the run knows 2, 4; name one" in capsys.readouterr().err
+    else:
+        assert status == 0 and get(tmp_path / "none/in.png").shape == (9, 11, 3)
+
+
+def test_of_one_file_before_and_after_stand_side_by_side(tmp_path):
+    identity, rgb = make_run(tmp_path / "run", identity=True, task="jpeg"), photo(20, 16)
+    image = put(tmp_path / "in/a.png", rgb)
+    assert run(identity, "--input", image, "--output", tmp_path / "one") == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"a.png", "a_before_after.png"}
+    page = get(tmp_path / "one/a_before_after.png")
+    height, width = page.shape[:2]
+    assert width >= 40 and height > 16
+    found = [(page[y:y + 16, x:x + 20] == rgb).all() for y in range(height - 15) for x in range(width - 19)]
+    assert sum(found) == 2  # the identity's result is the image
+    for more, names in (("--before-after", "on"), {"a.png", "a_before_after.png"}), ((), {"a.png"}):
+        out = tmp_path / f"folder{len(more)}"
+        assert run(identity, "--input", tmp_path / "in", "--output", out, *more) == 0
+        assert {p.name for p in out.iterdir()} == names
+    assert run(identity, "--input", image, "--output", tmp_path / "no", "--before-after", "off") == 0
+    assert {p.name for p in (tmp_path / "no").iterdir()} == {"a.png"}
+
+
 # inpainting ----------------------------------------------------------------------------------------------------------
 
 def test_inpainting_makes_what_the_mask_or_transparency_says(tmp_path, capsys):
@@ -565,6 +612,21 @@ def test_export_samples_the_same_bits(tmp_path, capsys):
         run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2
         and "averaged weights only" in capsys.readouterr().err
     )
+
+
+def test_half_of_an_exported_file_is_the_weights_rounded_to_bf16(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    path, images = make_run(tmp_path / "run", method="i2sb", sample_steps=2), put(tmp_path / "in.png", photo(12, 9))
+    for name, more in ("whole", ()), ("half", ("--half",)):
+        assert run(path, "--export", tmp_path / f"{name}.safetensors", *more) == 0
+        assert run(tmp_path / f"{name}.safetensors", "--input", images, "--output", tmp_path / name) == 0
+    whole, half = (sample.open_model(str(tmp_path / f"{name}.safetensors")) for name in ("whole", "half"))
+    for one, other in zip(whole.net.parameters(), half.net.parameters()):
+        assert other.dtype == torch.float32 and torch.equal(one.bfloat16().float(), other)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[0] - sizes[1] == pytest.approx(2 * sum(p.numel() for p in whole.net.parameters()), abs=64)  # header
+    assert abs(get(tmp_path / "whole/in.png").astype(int) - get(tmp_path / "half/in.png")).max() <= 2
+    assert run(path, "--input", images, "--half") == 2 and "half = True" in capsys.readouterr().err
 
 
 def test_an_exported_file_is_not_exported_again(tmp_path, capsys):
