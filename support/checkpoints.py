@@ -139,13 +139,22 @@ def open_exported(path: str, config_class) -> Run:
     return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
 
 
+def portable(path: str | None) -> str | None:
+    """A path as it may be told to others: from the working directory on, of one elsewhere the last part."""
+    if path is None or not os.path.isabs(path):
+        return path
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if here in Path(path).parents else Path(path).name
+
+
 def export(run: Run, path: Path, ema: bool = True, half: bool = False) -> int:
     """Writes the weights, `half`: as bf16; in the file's header, as JSON, the rest of what open_run gives.
 
     -> its size in bytes
     """
     safetensors = import_safetensors()
-    about = dict(config=asdict(run.config), classes=run.classes, num_classes=run.num_classes,
+    paths = {name: portable(getattr(run.config, name)) for name in ("dataset", "data_path", "paired_path", "out_dir")}
+    about = dict(config=asdict(run.config) | paths, classes=run.classes, num_classes=run.num_classes,
                  pair_factor=run.pair_factor, step=run.step, images_seen=run.images_seen, ema=ema)
     weights = {name: (w.bfloat16() if half else w).contiguous() for name, w in run.network(ema).items()}
     content = safetensors.torch.save(weights, {"run": json.dumps(about)})

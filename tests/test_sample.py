@@ -629,6 +629,16 @@ def test_half_of_an_exported_file_is_the_weights_rounded_to_bf16(tmp_path, capsy
     assert run(path, "--input", images, "--half") == 2 and "half = True" in capsys.readouterr().err
 
 
+def test_an_exported_file_tells_no_folder_of_its_makers_disk(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    paths = dict(dataset=str(tmp_path / "data/photos"), data_path="/elsewhere/data", paired_path=None, out_dir="runs")
+    path = make_run(tmp_path / "run", **paths)
+    monkeypatch.chdir(tmp_path)
+    assert run(path, "--export", "model.safetensors") == 0
+    config = sample.open_model("model.safetensors").config
+    assert {name: getattr(config, name) for name in paths} == paths | dict(dataset="data/photos", data_path="data")
+
+
 def test_an_exported_file_is_not_exported_again(tmp_path, capsys):
     pytest.importorskip("safetensors")
     path = make_run(tmp_path / "run")
