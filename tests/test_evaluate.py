@@ -319,19 +319,19 @@ def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkey
     assert not list(folder.parent.glob("*.pt"))  # nothing beside the user's data
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
-    before = files("classifier"), files("statistics")
+    before = files("classifier"), files("features")
     again = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
-    assert again.accuracy == judge.accuracy and (files("classifier"), files("statistics")) == before
+    assert again.accuracy == judge.accuracy and (files("classifier"), files("features")) == before
     assert again(config, False, truth)["frechet"] == pytest.approx(judge(config, False, truth)["frechet"], rel=1e-4)
 
     fewer = judging.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
-    assert len(files("statistics") - before[1]) == 1 and files("classifier") == before[0]
+    assert len(files("features") - before[1]) == 1 and files("classifier") == before[0]
     assert fewer.key == judge.key and fewer.digest != judge.digest
 
     monkeypatch.undo()
     other = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
     assert other.key != judge.key
-    assert len(files("classifier") - before[0]) == 1 and len(files("statistics") - before[1]) == 2
+    assert len(files("classifier") - before[0]) == 1 and len(files("features") - before[1]) == 2
 
 
 @pytest.mark.parametrize("key, value", [
