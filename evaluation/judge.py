@@ -89,7 +89,8 @@ class Judge:
             self.key = digest(net, net.RECIPE, epochs, *seen)
             trained = shared("classifier", self.key, partial(net.learn, images, epochs, device))
             net.load_state_dict(trained["weights"])
-            net.to(device).eval().requires_grad_(False)
+            # channels last as in training: from the cache, and in every process, the features have the same bits
+            net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
             self.accuracy = trained["accuracy"]
             self.features["frechet"] = lambda x: net.features(to_float(x))
             say(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
