@@ -2,9 +2,11 @@
 
     python evaluate.py RUN [RUN ...]                           runs' folders, or checkpoints
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
+    torchrun --nproc-per-node 4 evaluate.py RUN [RUN ...]      four processes share the images, same figures
 
 Into --output go one JSON file a run, written after each figure, table.md, quality.pdf and quality.png. A RUN that is
-such a JSON file joins the table as it is, under the file's name. evaluation/judge.py says how each column is measured.
+such a JSON file joins the table as it is, under the file's name. evaluation/judge.py says how each column is measured,
+and its standard error.
 SSIM, LPIPS, FID and the plot need more packages; all else is measured without them:
 
     pip install torchmetrics lpips torch-fidelity matplotlib
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -34,9 +37,10 @@ from evaluation.report import COLUMNS, cell, check_result, differences, table, w
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, parts
 from images.files import write_atomically
+from support import machine
 from support.checkpoints import Run, open_run
 from support.command_line import parse
-from support.machine import autocast, chip, pick_device, reseed, set_up
+from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, reseed, say, set_up
 from support.model import draw, load_network, make_players, silent_net
 from support.output import reason, unbreakable_output
 from trainer import Config
@@ -184,8 +188,12 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         network=network, labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
         weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit)
     costs = dict(parameters=parameters, training_flops=flops, steps=run.step, global_batch=c.batch_size)
+    half = f"{judge.half:,}"
     record = dict(
-        reference="the same test images, undamaged; FID and FD: the other half of them", quantised="uint8, clamped",
+        reference=f"the same {judge.count:,} of {len(judge.images.test):,} {judge.split} images, undamaged; FID and "
+        f"FD: the samples for {half} of them against the truth of {half} others of them, both ways; the mean",
+        errors="standard errors over these images, FD's by a jackknife; of one training and one draw of noise",
+        quantised="uint8, clamped", processes=machine.processes()[1],
         dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
         device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__)
     result = dict(
@@ -211,17 +219,18 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
         row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == own, nfe=None)
         try:
             if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
-                with torch.no_grad():
+                with torch.no_grad(), suppress(ode_int.SolverError):  # the judge meets it again, in all processes
                     make(first_images(judge, c, classes, o.batch_size if o.nfe else 2))
                 counted.rows = 0
-            row |= judge(setting, classes > 0, make) | dict(nfe=counted.rows / judge.count)
+            row |= judge(setting, classes > 0, make) | dict(nfe=sum(machine.gathered(counted.rows)) / judge.count)
         except ode_int.SolverError as failure:
             row["failed"] = one_line(failure)
         result["rows"].append(row)
-        plain = json.dumps(result, indent=1)
-        write_atomically(file, lambda f: f.write(plain.encode()))
+        if machine.processes()[0] == 0:
+            plain = json.dumps(result, indent=1)
+            write_atomically(file, lambda f: f.write(plain.encode()))
         figures = ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row)
-        print(f"{result['name']}, {sampler}: {row.get('failed', figures)}", flush=True)
+        say(f"{result['name']}, {sampler}: {row.get('failed', figures)}")
 
 
 def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
@@ -269,68 +278,91 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
     return replace(run, config=replace(run.config, paired_path=o.paired_path or run.config.paired_path, **moved))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
-    unbreakable_output()
-    try:
-        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
-        o.check()
-        device = pick_device(o.device)
-        folder = Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
-        o = replace(o, precision=set_up(device, o.precision))
+def prepare(o: Options, device: torch.device) -> tuple[list[dict], list[tuple]]:
+    """-> a result of each run, and what is to be measured: (result, network, settings, judge, samplers, problem).
+
+    Everything is described before anything is measured: what is wrong shows at once. Raises SettingsError.
+    """
+    with machine.settings_for_all():
         earlier = {path: read_result(path) for path in o.runs if Path(path).suffix == ".json"}
         runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
         names = [earlier[path]["name"] if path in earlier else runs[path].name for path in o.runs]
         if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file "
                                 "may have another")
+    judges = {}  # of each data set
+    results, jobs = [], []
+    for path in o.runs:
+        if path in earlier:
+            results.append(earlier[path])
+            continue
+        c = runs[path].config
+        key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels, c.crop
+        if key not in judges:
+            judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
+        judge = judges[key]
+        with first_process_first():  # a loss with LPIPS downloads weights
+            result, net = describe(runs[path], o, judge)
+        batch = first_images(judge, c, net.num_classes, 2)
+        settings, result["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
+        if not settings:  # its own count is the only one it can do
+            settings, _ = samplers(c, (), batch, o.solver, default=True)
+        jobs.append((result, net, c, judge, settings, (key, result["problem"]["task"])))
+        results.append(result)
+    return results, jobs
+
+
+def run(o: Options):
+    """Measures what is to be measured and writes it. Raises SettingsError."""
+    with machine.settings_for_all():
+        device = pick_device(o.device)
+        folder = Path(o.output or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
+        o = replace(o, precision=set_up(device, o.precision))
         try:
             (folder if o.output else folder.parent).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise SettingsError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
-        judges = {}  # of each data set
-        results, jobs = [], []
-        for path in o.runs:  # everything is described before anything is measured: what is wrong shows at once
-            if path in earlier:
-                results.append(earlier[path])
-                continue
-            c = runs[path].config
-            key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels
-            if key not in judges:
-                judges[key] = Judge(
-                    c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
-            judge = judges[key]
-            result, net = describe(runs[path], o, judge)
-            batch = first_images(judge, c, net.num_classes, 2)
-            settings, result["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
-            if not settings:  # its own count is the only one it can do
-                settings, _ = samplers(c, (), batch, o.solver, default=True)
-            jobs.append((result, net, c, judge, settings, (key, result["problem"]["task"])))
-            results.append(result)
+    results, jobs = prepare(o, device)
+    first = machine.processes()[0] == 0
+    if first:
         folder.mkdir(exist_ok=True)
-        for difference in differences(results):
-            print(f"not one comparison: {difference}", file=sys.stderr)
-        baselines = {}  # of each data set and task
-        try:
-            for result, net, c, judge, settings, key in jobs:
-                if key not in baselines:
-                    baselines[key] = judge.baselines(c)
-                result["baselines"] = baselines[key]
-                measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
-        finally:
-            if results := [result for result in results if result["rows"]]:
-                write_report(results, folder)
+    for difference in differences(results):
+        say(f"not one comparison: {difference}", sys.stderr)
+    baselines = {}  # of each data set and task
+    try:
+        for result, net, c, judge, settings, key in jobs:
+            if key not in baselines:
+                baselines[key] = judge.baselines(c)
+            result["baselines"] = baselines[key]
+            measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
+    finally:
+        measured = [result for result in results if result["rows"]]
+        if first and measured:
+            write_report(measured, folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
+    unbreakable_output()
+    machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
+    try:
+        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        o.check()
+        run(o)
+        machine.leave_processes()
         return 0
-    except SettingsError as failure:
-        print(f"evaluate.py: {failure}", file=sys.stderr)
+    except SettingsError as failure:  # in all processes
+        say(f"evaluate.py: {failure}", sys.stderr)
+        machine.leave_processes()
         return 2
-    except torch.cuda.OutOfMemoryError:
-        print("evaluate.py: out of GPU memory; lower batch_size", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        say("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
         return 1
-    except OSError as failure:  # a full disk
-        print(f"evaluate.py: {reason(failure)}", file=sys.stderr)
+    except (OSError, ProcessLost) as failure:  # a full disk; the first process tells
+        say(f"evaluate.py: {reason(failure)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
+        say("evaluate.py: interrupted", sys.stderr)
         return 130
 
 

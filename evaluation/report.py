@@ -47,10 +47,16 @@ def check_result(result: dict):
 
 
 def cell(row: dict, column: str) -> str:
-    value = row.get(column)
-    if value is None:
+    """23.48 ± .02 where the row has the figure's standard error; a figure for each channel."""
+    values, errors = (each if isinstance(each, list) else [each]
+                      for each in (row.get(column), row.get("errors", {}).get(column)))
+    if values == [None]:
         return "–"
-    return " ".join(COLUMNS[column][1].format(v) for v in (value if isinstance(value, list) else [value]))
+    written, style = [COLUMNS[column][1].format(value) for value in values], COLUMNS[column][1].replace("+", "")
+    if errors != [None]:
+        errors = [style.format(error).removeprefix("0") for error in errors]
+        written = [f"{figure} ± {error}" for figure, error in zip(written, errors, strict=True)]
+    return " ".join(written)
 
 
 def line(*cells) -> str:

@@ -21,9 +21,14 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def psnr(x: Tensor, truth: Tensor) -> float:
     """Mean over images of the peak signal-to-noise ratio, dB, of x (B, C, H, W) as 8-bit images."""
+    return psnr_of_each(x, truth).mean().item()
+
+
+def psnr_of_each(x: Tensor, truth: Tensor) -> Tensor:
+    """The peak signal-to-noise ratio, dB, of each of x (B, C, H, W) as 8-bit images: (B,)."""
     error = (to_uint8(x).float() - to_uint8(truth).float()).square().flatten(1).mean(1)
     least = 1 / x[0].numel()  # one level in one value: an exact image does not count as infinitely good
-    return (10 * torch.log10(255**2 / error.clamp(min=least))).mean().item()
+    return 10 * torch.log10(255**2 / error.clamp(min=least))
 
 
 def grid(images: Tensor, columns: int | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -120,6 +121,55 @@ def leave_processes():
         dist.destroy_process_group()
 
 
+class ProcessLost(RuntimeError):
+    """Another of the processes is no longer there."""
+
+
+def talk(collective: Callable, *args):
+    """collective(*args), of torch.distributed. Raises ProcessLost where another process has ended."""
+    try:
+        return collective(*args)
+    except RuntimeError as failure:
+        time.sleep(1)  # what ended that one may be a Ctrl-C, which comes to this one too: then it ends here
+        raise ProcessLost(f"another process has ended ({one_line(failure)[:100]})") from None
+
+
+def gathered(value) -> list:
+    """What each process has, plain values and CPU tensors, in all of them, by rank. Raises ProcessLost."""
+    found = [value] * processes()[1]
+    if len(found) > 1:
+        talk(dist.all_gather_object, found, value)
+    return found
+
+
+def of_first_process(make: Callable):
+    """make() of the first process, plain values and CPU tensors, in all of them. Raises ProcessLost."""
+    rank, world = processes()
+    found = [make() if rank == 0 else None]
+    if world > 1:
+        talk(dist.broadcast_object_list, found)
+    return found[0]
+
+
+@contextmanager
+def settings_for_all():
+    """A SettingsError in one process is raised in all of them, where they leave what is within. Raises ProcessLost."""
+    failure = None
+    try:
+        yield
+    except SettingsError as caught:
+        failure = caught
+    for failure in gathered(failure):
+        if failure is not None:
+            raise failure
+
+
+def say(text: str, file=None):
+    """Prints a line, in the first process only."""
+    if processes()[0] == 0:
+        print(text, file=file, flush=True)
+
+
 def shared(module: nn.Module) -> nn.Module:
     """The module as processes train it together: its gradients become their mean while the backward pass goes on."""
     if processes()[1] == 1:
@@ -139,13 +189,22 @@ def keep_to_oneself(module: nn.Module):
 
 @contextmanager
 def first_process_first():
-    """The others come to what is within when the first process has done it: a download, say."""
+    """The others come to what is within when the first process has done it: a download, say.
+
+    Where it fails there by a SettingsError, they meet that themselves. Raises ProcessLost.
+    """
     rank, world = processes()
+    failure = None
     if rank:
-        dist.barrier()
-    yield
+        talk(dist.barrier)
+    try:
+        yield
+    except SettingsError as caught:
+        failure = caught
     if world > 1 and rank == 0:
-        dist.barrier()
+        talk(dist.barrier)
+    if failure:
+        raise failure
 
 
 def average_over_processes(tensors: list[Tensor]):

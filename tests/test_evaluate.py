@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import evaluate
 import trainer
 from evaluation import judge as judging
 from evaluation import report
-from images import data
+from images import SettingsError, data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
 from methods.edm import EDM
@@ -30,6 +32,7 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from ode_int import SolverError
+from runs import ranks, until
 from support.model import draw, make_unet
 from trainer import Config
 from unet import Counted, Guided
@@ -149,10 +152,10 @@ def test_ssim():
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     ssim = judging.load_ssim(6)
     x = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
-    assert ssim(x, x).item() == pytest.approx(1, abs=1e-6)
-    assert ssim((x * 0.75).round().to(torch.uint8), x).item() == pytest.approx(
-        0.9219, abs=2e-3
-    )  # torchmetrics' documented example
+    assert ssim(x, x).tolist() == pytest.approx([1] * 3, abs=1e-6)  # one an image
+    darker = (x * 0.75).round().to(torch.uint8)
+    assert ssim(darker, x).mean().item() == pytest.approx(0.9219, abs=2e-3)  # torchmetrics' documented example
+    assert ssim(torch.cat([x[:1], darker[1:]]), x).argmax() == 0
     # Wang et al. 2004, eq. 13 for two constant images: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 255)^2
     a, b, c1 = 100.0, 130.0, (0.01 * 255) ** 2
     flat = torch.ones(1, 1, 6, 6, dtype=torch.uint8)  # one image, of the smallest side
@@ -254,7 +257,7 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
         root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
         return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
 
-    assert score.keys() == {"fid", "seconds"}
+    assert score.keys() == {"fid", "seconds", "errors"} and score["errors"] == {}
     assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
 
 
@@ -280,7 +283,7 @@ def test_other_tasks(judge, config, task, names, without):
     c = replace(config, task=task)
     rows = judge.baselines(c)
     assert [row["name"] for row in rows] == names
-    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds"}
+    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds", "errors"}
     if task != "generate":  # the very damage of before is done to the sample, random masks included
         assert judge(c, False, truth)["consistency"] == 0
     if task == "inpaint":
@@ -304,9 +307,98 @@ def test_data_without_classes_and_too_few_images(folder, config):
         "consistency",
         "bias",
         "seconds",
+        "errors",
     }
     few = judging.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
     assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
+
+
+# ----------------------------------------------------------------------------------------------------- standard errors
+
+def test_errors_of_means_are_those_of_their_images(judge, config):
+    seen = []
+    score = judge(config, False, lambda batch: seen.append(batch) or batch.zlo)
+    zlo, z1 = (torch.cat([getattr(batch, name) for batch in seen]) for name in ("zlo", "z1"))
+    decibels = [psnr(a[None], b[None]) for a, b in zip(zlo, z1)]
+    bias = (to_uint8(zlo).double() - to_uint8(z1).double()).mean((2, 3)).numpy()
+    errors = score["errors"]
+    assert errors["psnr"] == pytest.approx(np.std(decibels, ddof=1) / math.sqrt(40), rel=1e-5)
+    assert errors["bias"] == pytest.approx((bias.std(0, ddof=1) / math.sqrt(40)).tolist(), rel=1e-9)
+    assert errors["consistency"] == 0  # the input fits to itself, every time
+    bright = (z1.mean((1, 2, 3)) > -0.1).double().mean().item()
+    grey = judge(config, False, lambda batch: torch.full_like(batch.z1, 0.3))  # all are called bright
+    assert grey["accuracy"] == pytest.approx(100 * bright)
+    assert grey["errors"]["accuracy"] == pytest.approx(100 * math.sqrt(bright * (1 - bright) / 39), rel=1e-9)
+
+
+def test_an_error_is_the_spread_over_other_images():
+    """PSNR of noise of a random level: the error of 100 images against the spread of 200 such hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    level = 5 + 40 * torch.rand(200, 100, 1, 1, 1, generator=generator)
+    x = to_float((128 + level * torch.randn(200, 100, 1, 8, 8, generator=generator)).clamp(0, 255).round())
+    each = torch.stack([judging.psnr_of_each(some, torch.zeros_like(some)) for some in x])
+    assert (each.std(1) / 10).mean().item() == pytest.approx(each.mean(1).std().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.0, 1.5), (0.0, 1.5, 1.5), (0.0, 1.0, 2.0)])
+def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
+    """Of Gaussians, for 60 independent sets of images; where ours are as the truth (the floor) it may be too large."""
+    generator = torch.Generator().manual_seed(0)
+    found, errors = [], []
+    for _ in range(60):
+        truth = torch.randn(800, 4, generator=generator)
+        noise = torch.randn(800, 4, generator=generator)
+        ours = shift + scale * (0.8 * truth + 0.6 * noise)  # samples follow the truth
+        pairs = ours.split(400), truth.split(400)
+        found.append(judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)))
+        errors.append(judging.jackknife(*pairs))
+    expected = 4 * (shift**2 + (scale - 1) ** 2)
+    spread, error = np.std(found, ddof=1), math.sqrt(np.mean(np.square(errors)))
+    assert np.mean(found) == pytest.approx(expected, abs=0.1)
+    assert 0.75 < error / spread < largest
+
+
+def test_the_jackknife_leaves_out_each_image_once():
+    """By a plain loop: 3 images a half, so 3 groups of one image of each half."""
+    random = np.random.default_rng(1)
+    ours, truth = random.normal(size=(2, 3, 1)), random.normal(size=(2, 3, 1)) + 1
+    figures = []
+    for g in range(3):
+        a, b = (np.delete(sets, g, axis=1)[..., 0] for sets in (ours, truth))
+        figures.append(sum((a[h].mean() - b[1 - h].mean()) ** 2 + (a[h].std(ddof=1) - b[1 - h].std(ddof=1)) ** 2
+                           for h in (0, 1)) / 2)
+    expected = math.sqrt(2 / 3 * sum((f - np.mean(figures)) ** 2 for f in figures))
+    assert judging.jackknife(torch.tensor(ours), torch.tensor(truth)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cell_shows_the_error_in_the_digits_of_the_figure():
+    row = dict(psnr=23.478, bias=[1.25, -0.34], nfe=3.0, errors=dict(psnr=0.0216, bias=[0.31, 1.26]))
+    assert report.cell(row, "psnr") == "23.48 ± .02" and report.cell(row, "bias") == "+1.2 ± .3 -0.3 ± 1.3"
+    assert report.cell(row, "nfe") == "3" and report.cell(row, "ssim") == "–"
+    assert report.cell(dict(psnr=23.478), "psnr") == "23.48"  # an older result
+
+
+# -------------------------------------------------------------------------------------------------------- random crops
+
+def test_runs_on_random_crops_are_measured_on_the_middles(tmp_path):
+    for i, picture in enumerate(data.load("shapes", 40, limit=60).train):
+        path = tmp_path / "photos" / ("train", "test")[i % 2] / "ab"[i // 2 % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).crop((0, 0, 40, 30)).save(path)
+    config = Config(dataset=str(tmp_path / "photos"), image_size=SIDE, crop="random", overfit=False, device="cpu")
+    arguments = torch.device("cpu"), ("psnr", "accuracy", "frechet"), 30, 16, 0, 1, tmp_path / "cache"
+    judge, seen = judging.Judge(config, *arguments), []
+    score = judge(config, False, lambda batch: seen.append(to_uint8(batch.z1)) or batch.z1)
+    files = sorted((tmp_path / "photos/test").rglob("*.png"))  # as the set lists them
+    middles = [np.array(Image.open(path))[7:23, 12:28] for path in files]
+    expected = torch.stack([torch.from_numpy(middle).permute(2, 0, 1) for middle in middles])
+    assert torch.equal(torch.cat(seen), expected[torch.cat(judge.batches)])
+    assert score["psnr"] == pytest.approx(EXACT) and score["frechet"] == judge.baselines(config)[-1]["frechet"]
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert len(names) == 2 and all("photos-16-random" in name for name in names)
+    centred = judging.Judge(replace(config, crop="center"), *arguments)
+    assert centred.digest != judge.digest and centred.key != judge.key
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
@@ -319,19 +411,19 @@ def test_what_is_kept_depends_on_what_it_came_from(config, judge, folder, monkey
     assert not list(folder.parent.glob("*.pt"))  # nothing beside the user's data
 
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
-    before = files("classifier"), files("statistics")
+    before = files("classifier"), files("features")
     again = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
-    assert again.accuracy == judge.accuracy and (files("classifier"), files("statistics")) == before
+    assert again.accuracy == judge.accuracy and (files("classifier"), files("features")) == before
     assert again(config, False, truth)["frechet"] == pytest.approx(judge(config, False, truth)["frechet"], rel=1e-4)
 
     fewer = judging.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
-    assert len(files("statistics") - before[1]) == 1 and files("classifier") == before[0]
+    assert len(files("features") - before[1]) == 1 and files("classifier") == before[0]
     assert fewer.key == judge.key and fewer.digest != judge.digest
 
     monkeypatch.undo()
     other = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
     assert other.key != judge.key
-    assert len(files("classifier") - before[0]) == 1 and len(files("statistics") - before[1]) == 2
+    assert len(files("classifier") - before[0]) == 1 and len(files("features") - before[1]) == 2
 
 
 @pytest.mark.parametrize("key, value", [
@@ -368,6 +460,7 @@ def test_digest_sees_every_value():
     y[3, 3] = 1
     assert len({judging.digest(x, 1), judging.digest(y, 1), judging.digest(x, 2), judging.digest(x, 1, None)}) == 4
     assert judging.digest(x.T, 1) == judging.digest(x, 1)
+    assert judging.digest(iter(y.split(3)), 1) == judging.digest(y, 1) != judging.digest(iter(x.split(3)), 1)
 
 
 # ---------------------------------------------------------------------------------------- what can't be had is left out
@@ -381,7 +474,7 @@ def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     judge = judging.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
     score = judge(config, False, truth)
-    assert score.keys() == {"psnr", "seconds"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
+    assert score.keys() == {"psnr", "seconds", "errors"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
     for module, metric in (("lpips", "lpips"), ("torch_fidelity", "fid")):
         try:
             __import__(module)
@@ -395,7 +488,7 @@ def test_packages_that_are_not_there(config, monkeypatch):
     for name in ("torchmetrics.functional.image", "lpips", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
     judge = judging.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
-    assert judge(config, False, truth).keys() == {"bias", "seconds"}
+    assert judge(config, False, truth).keys() == {"bias", "seconds", "errors"}
     assert (
         "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
     )
@@ -587,7 +680,9 @@ def test_the_json_holds_each_figure_with_its_record(results):
             and result["record"]["quantised"].startswith("uint8")
             and result["problem"]["classifier_accuracy"] == 100
         )
-        assert all(set(LOCAL) < row.keys() for row in result["rows"])
+        assert all(set(LOCAL) < row.keys() and set(LOCAL) == row["errors"].keys() for row in result["rows"])
+        assert result["baselines"][-1]["errors"].keys() == {"accuracy", "frechet"}  # the floor's
+        assert "12 of 42 test images" in result["record"]["reference"] and "truth of 6" in result["record"]["reference"]
         json.dumps(result, allow_nan=False)
     assert interpolant["baselines"] == udpm["baselines"]
     net, critic = udpm["costs"]["parameters"]
@@ -615,10 +710,10 @@ def test_the_table_says_what_the_json_says(results):
                 if r[0] == result["method"] and r[1].startswith(row["sampler"]) and r[2] == f"{row['nfe']:.4g}"
             )
             assert (
-                line[header.index("PSNR, dB ↑")] == f"{row['psnr']:.2f}"
-                and line[header.index("FD ↓")] == f"{row['frechet']:.2f}"
+                line[header.index("PSNR, dB ↑")] == report.cell(row, "psnr")
+                and line[header.index("FD ↓")] == report.cell(row, "frechet")
             )
-            assert line[header.index("accuracy, % ↑")] == f"{row['accuracy']:.1f}"
+            assert line[header.index("accuracy, % ↑")] == report.cell(row, "accuracy")
     assert [r[0] for r in rows[1:4]] == ["input", "bicubic", "floor"]
     assert (
         "SSIM" not in header and "regression network is missing" in written and "100.0% of all test images" in written
@@ -716,7 +811,7 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
         assert evaluate.main(arguments) == status
     kept, = tmp_path.glob("*.json")
     row, = json.loads(kept.read_text())["rows"]
-    assert f"| interpolant | euler | 2 | {row['psnr']:.2f} |" in (tmp_path / "table.md").read_text()
+    assert f"| interpolant | euler | 2 | {row['psnr']:.2f} ± " in (tmp_path / "table.md").read_text()
 
 
 def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatch):
@@ -768,6 +863,102 @@ def test_how_the_input_is_enlarged_does_not_change_the_task():
 
     assert task(up="nearest") == task(up="bicubic") == "sr (factor 2, down box)"
     assert len({task(), task(factor=4), task(down="bicubic")}) == 3
+
+
+def test_two_processes_write_what_one_writes(runs, tmp_path, process):
+    """5 + 5 + 2 images, of which the first process takes 7; the classifier is trained by the first one only."""
+    def arguments(name):
+        return [*runs, *FLAGS, "--metrics", *LOCAL, "--cache", str(tmp_path / name / "cache"),
+                "--output", str(tmp_path / name)]
+
+    pair = [process(counting, arguments("pair"), tmp_path / f"learned-{rank}", env=env)
+            for rank, env in enumerate(ranks(2))]
+    assert counting(arguments("whole"), tmp_path / "learned") == 0
+    for each in pair:
+        each.join(120)
+        assert each.exitcode == 0, each.log.read_text()
+    assert [(tmp_path / f"learned-{rank}").exists() for rank in range(2)] == [True, False]
+    assert said(pair[1]) == []
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.json"))
+    assert len(names) == 2 and names == sorted(path.name for path in (tmp_path / "pair").glob("*.json"))
+    for name in names:
+        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("pair", "whole"))
+        assert [result.pop("record")["processes"] for result in (ours, theirs)] == [2, 1]
+        for row in ours["rows"] + theirs["rows"]:
+            assert row.pop("seconds") > 0
+        assert ours == theirs
+
+
+def counting(arguments, record) -> int:
+    """An evaluation that leaves `record` if it trained a classifier."""
+    learn = judging.Classifier.learn
+
+    def learned(*args):
+        record.touch()
+        return learn(*args)
+
+    judging.Classifier.learn = learned
+    try:
+        return evaluate.main(arguments)
+    finally:
+        judging.Classifier.learn = learn
+
+
+def bad_in_one(arguments, rank) -> int:
+    """An evaluation in which the second process alone meets a wrong setting."""
+    pick = evaluate.pick_device
+
+    def pick_device(name):
+        if rank == 1:
+            raise SettingsError("device = 'cuda': allowed is what is there")
+        return pick(name)
+
+    evaluate.pick_device = pick_device
+    return evaluate.main(arguments)
+
+
+@pytest.mark.parametrize("target, flags, line", [
+    (bad_in_one, [], "device = 'cuda'"), (bad_in_one, ["--count", "0"], "count = 0"),
+    (bad_in_one, ["--data-path", "nowhere", "--device", "cpu"], "device = 'cuda'")])
+def test_a_wrong_setting_ends_all_processes_with_one_line(runs, tmp_path, process, target, flags, line):
+    pair = [process(target, [runs[0], *FLAGS, "--output", str(tmp_path / "out"), *flags], rank, env=env)
+            for rank, env in enumerate(ranks(2))]
+    for each in pair:
+        each.join(60)
+        assert each.exitcode == 2, each.log.read_text()
+    only, = said(pair[0])
+    assert only.startswith("evaluate.py: ") and line in only and said(pair[1]) == []
+
+
+def said(process) -> list[str]:
+    """The lines of a process's output, without what a library warns of."""
+    return [line for line in process.log.read_text().splitlines() if not line.startswith("[")]
+
+
+def slow_in_one(arguments, rank, marker) -> int:
+    """An evaluation in which the second process takes a minute for its first sample; the first waits for it."""
+    def slow(config, net, batch):
+        if rank == 1 and isinstance(net.net.net, nn.Module):
+            marker.touch()
+            time.sleep(60)
+        return draw(config, net, batch)
+
+    evaluate.draw = slow
+    return evaluate.main(arguments)
+
+
+def test_ctrl_c_ends_all_processes_with_one_line(runs, tmp_path, process):
+    arguments = [runs[0], *FLAGS, "--metrics", "psnr", "--output", str(tmp_path / "out")]
+    pair = [process(slow_in_one, arguments, rank, tmp_path / "slow", env=env) for rank, env in enumerate(ranks(2))]
+    until((tmp_path / "slow").exists, *pair)
+    time.sleep(1)  # the first one has done its part
+    for each in pair:
+        os.kill(each.pid, signal.SIGINT)
+    for each in pair:
+        each.join(30)
+        assert each.exitcode == 130, each.log.read_text()
+    assert said(pair[0])[-1] == "evaluate.py: interrupted" and said(pair[1]) == []
+    assert pair[0].log.read_text().count("evaluate.py: ") == 1 and "Traceback" not in pair[0].log.read_text()
 
 
 def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capsys):
