@@ -75,7 +75,7 @@ def set_up(device: torch.device, precision: str = "auto") -> str:
 
 
 def keep_freed_memory():
-    """From now on the C library keeps what is freed for the next tensor, where that is glibc and the user left it alone.
+    """From now on the C library keeps what is freed for the next tensor, if it is glibc and the user left it alone.
 
     By default it hands large pieces back to the system, and each training step waits for tens of thousands of pages
     that the system clears and maps again: benchmarks/README.md has what that takes.
