@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 # network calls a step; the adaptive solver chooses its own
 FIXED_STEP = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
@@ -79,6 +78,8 @@ def integrate(velocity, z0: Tensor, t0: float, t1: float, solver="dopri5", steps
     RuntimeWarning. Raises ValueError for an unknown solver, and SolverError where the field is not finite or where
     midpoint can't follow it either.
     """
+    from torchdiffeq import odeint  # it imports scipy, which --help need not wait for
+
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}: allowed are {', '.join(SOLVERS)}")
     z0 = z0.float()

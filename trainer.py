@@ -39,7 +39,7 @@ from support.model import compile_network, demonstrate, draw, make_players, make
 from support.settings import check
 from support.watch import Watch
 
-COMPILE_FROM = 20_000  # steps: benchmarks/README.md has what compiling takes and saves
+COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
 
 
@@ -116,7 +116,7 @@ class Config:
     # THE MACHINE. auto: cuda if there is one; or cuda, cuda:1, cpu
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
-    # torch.compile of the network, minutes at the start; auto: from 20,000 steps on
+    # torch.compile of the network, minutes at the start; auto: from 10,000 steps on
     compile: Literal["auto", "on", "off"] = "auto"
 
     damage: Damage = field(default_factory=Damage)

@@ -1,6 +1,8 @@
 """The machine that a command runs on: device, precision, processes, signals, random streams."""
+import ctypes
 import inspect
 import os
+import platform
 import random
 import signal
 import time
@@ -66,9 +68,27 @@ def set_up(device: torch.device, precision: str = "auto") -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
     if precision == "auto":
         return "bf16" if bf16_helps(device) else "fp32"
     return precision
+
+
+def keep_freed_memory():
+    """From now on the C library keeps what is freed for the next tensor, if it is glibc and the user left it alone.
+
+    By default it hands large pieces back to the system, and each training step waits for tens of thousands of pages
+    that the system clears and maps again: benchmarks/README.md has what that takes.
+    """
+    set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] != "glibc" or set_by_user:
+        return
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h; a value is a C int
+    mallopt = ctypes.CDLL(None).mallopt
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # the most that old versions take
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def autocast(device: torch.device, precision: str):

@@ -277,9 +277,9 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
 @pytest.mark.parametrize(
     "flags, compiled",
     [
-        ("--max-steps 20000 --compile auto", True),
-        ("--max-steps 19999 --compile auto", False),
-        ("--max-steps 20000 --compile off", False),
+        ("--max-steps 10000 --compile auto", True),
+        ("--max-steps 9999 --compile auto", False),
+        ("--max-steps 10000 --compile off", False),
         ("--max-steps 4 --compile on", True),
     ],
 )

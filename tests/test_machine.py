@@ -1,0 +1,41 @@
+"""What a command asks of its machine."""
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# fifty tensors of 4 MiB, made and freed as a training step does; printed: the pages that each further turn waits for
+TURNS = """
+import resource, torch
+from support.machine import set_up
+set_up(torch.device("cpu"))
+def faults(turns):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(turns):
+        kept = [torch.ones(2**20) for _ in range(50)]
+        del kept
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // turns
+faults(3)
+print(faults(5))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+@pytest.mark.parametrize("environment, kept", [(dict(), True), (dict(MALLOC_TRIM_THRESHOLD_="131072"), False)])
+def test_freed_memory_is_used_again_unless_the_user_chose_otherwise(environment, kept):
+    ours = {name: value for name, value in os.environ.items()
+            if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", TURNS], env=ours | environment, cwd=Path(__file__).parent.parent,
+                          capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == kept  # of 51,200 pages of 4 KiB
+
+
+def test_help_does_not_wait_for_packages_that_only_a_run_needs():
+    program = "import sys, trainer, sample, evaluate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True,
+                          text=True, check=True)
+    slow = {"scipy", "torchdiffeq", "torchvision", "wandb", "matplotlib", "torch._inductor"}
+    assert not slow & set(done.stdout.split())
