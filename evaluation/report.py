@@ -158,7 +158,9 @@ def mean_row(rows: list[dict]) -> dict:
         over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
         image_error = statistics.fmean(over_images) if over_images else None
         seed_error = None
-        if len(values) > 1 and column != "nfe":
+        if column in ("nfe", "seconds"):
+            continue
+        if len(values) > 1:
             mean["spread"][column] = statistics.stdev(values)
             seed_error = mean["spread"][column] / math.sqrt(len(values))
         elif image_error is not None:
