@@ -6,7 +6,7 @@
     python compare.py -- --damage.factor 4               what follows -- goes to trainer.py, for every run
 
 Into --output go a run METHOD-seedS each, results/METHOD-seedS.json, what the commands said in logs/, table.md,
-quality.png and .pdf, quality-seconds.png and .pdf. Ctrl-C saves; the same command again goes on, and skips what is done.
+quality.png and .pdf, quality-seconds.png and .pdf. Ctrl-C saves; the same command again goes on and skips what is done.
 """
 if __name__ == "__main__":
     from support.output import quiet_interrupt

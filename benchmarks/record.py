@@ -22,8 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torchvision
@@ -34,6 +33,7 @@ from images.files import write_atomically
 from support.command_line import parse
 from support.machine import chip, pick_device
 
+ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- record -->", "<!-- /record -->"
 
 
