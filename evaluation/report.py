@@ -61,13 +61,16 @@ def flat(value) -> list:
 
 
 def cell(row: dict, column: str) -> str:
-    """A figure, of a mean over seeds (see `mean_over_seeds`) with its spread."""
-    value = row.get(column)
-    if value is None:
+    """23.48 ± .02 where the row has the figure's spread over seeds or else its error; a figure for each channel."""
+    values, spreads = flat(row.get(column)), flat(row.get("spread", row.get("errors", {})).get(column))
+    if values == [None]:
         return "–"
     form = COLUMNS[column][1]
-    spread = row.get("spread", {}).get(column)
-    return " ".join(form.format(v) for v in flat(value)) + ("" if spread is None else " ± " + form.format(spread))
+    written = [form.format(value) for value in values]
+    if spreads != [None]:
+        spreads = [form.replace("+", "").format(spread).removeprefix("0") for spread in spreads]
+        written = [f"{figure} ± {spread}" for figure, spread in zip(written, spreads, strict=True)]
+    return " ".join(written)
 
 
 def line(*cells) -> str:
@@ -153,6 +156,10 @@ def mean_row(rows: list[dict]) -> dict:
             continue
         if isinstance(values[0], list):  # the bias, by channel
             mean[column] = [statistics.fmean(channel) for channel in zip(*values)]
+            if len(values) > 1:
+                mean["spread"][column] = [statistics.stdev(channel) for channel in zip(*values)]
+            elif column in good[0].get("errors", {}):
+                mean["spread"][column] = good[0]["errors"][column]
             continue
         mean[column] = statistics.fmean(values)
         over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
