@@ -162,18 +162,14 @@ def mean_row(rows: list[dict]) -> dict:
                 mean["spread"][column] = good[0]["errors"][column]
             continue
         mean[column] = statistics.fmean(values)
-        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
-        image_error = statistics.fmean(over_images) if over_images else None
-        seed_error = None
         if column in ("nfe", "seconds"):
             continue
-        if len(values) > 1:
-            mean["spread"][column] = statistics.stdev(values)
-            seed_error = mean["spread"][column] / math.sqrt(len(values))
-        elif image_error is not None:
-            mean["spread"][column] = image_error
-        if (seed_error, image_error) != (None, None):
-            mean["errors"][column] = math.hypot(seed_error or 0, image_error or 0)
+        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
+        image_error = statistics.fmean(over_images) if over_images else None
+        spread = statistics.stdev(values) if len(values) > 1 else image_error
+        if spread is not None:
+            seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
+            mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
     return mean
 
 
