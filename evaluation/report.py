@@ -1,13 +1,22 @@
-"""The table and the plot of evaluate.py: what was measured of several runs side by side, with all that keeps it from
-being fair."""
+"""The table and the plots of evaluate.py and compare.py: what was measured of several runs side by side, how sure it
+is, and all that keeps it from being fair.
+
+Runs that differ in nothing but their seed are one row and one curve, the mean over seeds. Of each figure there are
+
+    spread    over seeds: their standard deviation; of a single seed the standard error over the test images
+    error     the standard error of the mean, sqrt(spread^2 / seeds + (standard error over the test images)^2). All
+              seeds are measured on the same images, so that error of theirs does not average out
+"""
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from images.files import write_atomically
+from support.settings import INCIDENTAL
 
 COLUMNS = {  # of a row: title, format
     "nfe": ("NFE", "{:.4g}"),
@@ -22,6 +31,7 @@ COLUMNS = {  # of a row: title, format
     "seconds": ("s/image", "{:.2g}"),
 }
 PANELS = ("psnr", "lpips", "frechet", "fid", "accuracy")
+SURE = 2  # errors by which a figure has to be worse than the best one to count as worse
 ABOUT = """\
 Samples are compared as uint8. Consistency: squared error on [0, 1] of the sample damaged again, against the input.
 Bias: mean of sample - truth, in levels of 255. Accuracy: share of the samples that the classifier puts into their
@@ -41,21 +51,25 @@ def check_result(result: dict):
     for row in [*result["rows"], *result["baselines"]]:
         for column in COLUMNS:
             values = row.get(column)
-            for value in values if isinstance(values, list) else [values]:
+            for value in [*flat(values), *flat(row.get("errors", {}).get(column))]:
                 if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
                     raise ValueError(f"{column} is {value!r}")
 
 
+def flat(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def cell(row: dict, column: str) -> str:
-    """23.48 ± .02 where the row has the figure's standard error; a figure for each channel."""
-    values, errors = (each if isinstance(each, list) else [each]
-                      for each in (row.get(column), row.get("errors", {}).get(column)))
+    """23.48 ± .02 where the row has the figure's spread over seeds or else its error; a figure for each channel."""
+    values, spreads = flat(row.get(column)), flat(row.get("spread", row.get("errors", {})).get(column))
     if values == [None]:
         return "–"
-    written, style = [COLUMNS[column][1].format(value) for value in values], COLUMNS[column][1].replace("+", "")
-    if errors != [None]:
-        errors = [style.format(error).removeprefix("0") for error in errors]
-        written = [f"{figure} ± {error}" for figure, error in zip(written, errors, strict=True)]
+    form = COLUMNS[column][1]
+    written = [form.format(value) for value in values]
+    if spreads != [None]:
+        spreads = [form.replace("+", "").format(spread).removeprefix("0") for spread in spreads]
+        written = [f"{figure} ± {spread}" for figure, spread in zip(written, spreads, strict=True)]
     return " ".join(written)
 
 
@@ -82,7 +96,10 @@ def groups(results: list[dict]) -> list[list[dict]]:
 def title(result: dict, results: list[dict]) -> str:
     """The method if that says which run it is, else the run's folder."""
     methods = [r["method"] for r in results]
-    return result["method"] if methods.count(result["method"]) == 1 else result["name"]
+    if methods.count(result["method"]) == 1:
+        return result["method"]
+    more = len(result.get("seeds", [0])) - 1
+    return result["name"] + (f" and {more} more" if more else "")
 
 
 def heading(problem: dict) -> str:
@@ -101,10 +118,85 @@ def differences(results: list[dict]) -> list[str]:
     return found + told(overfit, n)
 
 
+# --------------------------------------------------------------------------------------------------- seeds and errors
+
+def mean_over_seeds(results: list[dict]) -> list[dict]:
+    """One result for all runs of other seeds and the same settings, with `seeds`, the list of theirs.
+
+    Its rows have the means, and beside them `spread` and `errors`, by metric, as this file's docstring defines them;
+    `measured`: of how many seeds. A seed given twice is no other seed: it stays a run of its own.
+    """
+    found = {}
+    for result in results:
+        settings = {k: v for k, v in result.get("config", {}).items() if k not in (*INCIDENTAL, "seed")}
+        same = json.dumps([result[k] for k in ("method", "problem", "training")] + [settings], sort_keys=True)
+        seed, copy = result.get("config", {}).get("seed"), 0
+        while seed in found.setdefault((same, copy), {}):
+            copy += 1
+        found[same, copy][seed] = result
+    means = []
+    for seeds in found.values():
+        runs = list(seeds.values())
+        rows = {}  # of one sampler
+        for row in (row for run in runs for row in run["rows"]):
+            rows.setdefault((row["sampler"], row.get("steps"), row["default"]), []).append(row)
+        means.append(runs[0] | dict(seeds=list(seeds), rows=[mean_row(alike) for alike in rows.values()]))
+    return means
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """What one sampler made with the networks of several seeds. A seed where it failed does not count."""
+    good = [row for row in rows if "failed" not in row]
+    if not good:
+        return rows[0]
+    mean = dict(good[0], spread={}, errors={}, measured=len(good))
+    for column in COLUMNS:
+        values = [row[column] for row in good if row.get(column) is not None]
+        if not values:
+            continue
+        if isinstance(values[0], list):  # the bias, by channel
+            mean[column] = [statistics.fmean(channel) for channel in zip(*values)]
+            if len(values) > 1:
+                mean["spread"][column] = [statistics.stdev(channel) for channel in zip(*values)]
+            elif column in good[0].get("errors", {}):
+                mean["spread"][column] = good[0]["errors"][column]
+            continue
+        mean[column] = statistics.fmean(values)
+        if column in ("nfe", "seconds"):
+            continue
+        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
+        image_error = statistics.fmean(over_images) if over_images else None
+        spread = statistics.stdev(values) if len(values) > 1 else image_error
+        if spread is not None:
+            seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
+            mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
+    return mean
+
+
+def best(rows: list[dict], column: str) -> list[dict]:
+    """The best row, and those that are not worse by more than SURE errors of the difference. Empty where a column has
+    no better and worse, or fewer than two rows.
+
+    The error of a difference: sqrt(error of one^2 + error of the other^2).
+    """
+    sign = {"↑": 1, "↓": -1}.get(COLUMNS[column][0][-1])
+    there = [row for row in rows if row.get(column) is not None]
+    if sign is None or len(there) < 2:
+        return []
+
+    def error(row):
+        return row.get("errors", {}).get(column) or 0
+
+    first = max(there, key=lambda row: sign * row[column])
+    return [row for row in there
+            if sign * (first[column] - row[column]) <= SURE * math.hypot(error(first), error(row))]
+
+
 # ----------------------------------------------------------------------------------------------------------- the table
 
 def table(results: list[dict]) -> str:
     """Markdown: for each problem the figures and what is missing; then the runs' sizes and costs."""
+    results = mean_over_seeds(results)
     name = partial(title, results=results)
     lines = ["# Quality against the number of network evaluations (NFE)", ""]
     lines += [f"**Not one comparison:** {difference}.\n" for difference in differences(results)]
@@ -121,12 +213,23 @@ def figures(group: list[dict], name: Callable) -> list[str]:
     lines = [line("run", "sampler", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * len(columns)]
     for row in group[0]["baselines"]:
         lines.append(line(row["name"], "", *(cell(row, m) for m in columns)))
+    rows = [row for result in group for row in result["rows"]]
+    bold = {m: best(rows, m) for m in columns}
     for result in group:
         for row in result["rows"]:
             sampler = row.get("failed", row["sampler"])
             if row["default"]:
                 sampler += ", default"
-            lines.append(line(name(result), sampler, *(cell(row, m) for m in columns)))
+            if row.get("measured", n := len(result["seeds"])) < n:
+                sampler += f", {row['measured']} of {n} seeds"
+            cells = (f"**{cell(row, m)}**" if any(row is b for b in bold[m]) else cell(row, m) for m in columns)
+            lines.append(line(name(result), sampler, *cells))
+    if any(bold.values()):
+        lines += ["", f"Bold: the best of the column, and what is not worse by more than {SURE} standard errors of the "
+                      "difference." + ("" if any(row.get("errors") for row in rows) else " No errors are known here.")]
+    if any(row.get("spread") for row in rows):
+        lines.append("±: the standard deviation over seeds; of a single seed the standard error over the test images. "
+                     "The error of a difference counts both kinds, of both rows.")
     return lines
 
 
@@ -156,14 +259,14 @@ def notes(group: list[dict], name: Callable) -> list[str]:
 def sizes(results: list[dict], name: Callable) -> list[str]:
     """A row a run: its network, and what its training took."""
     lines = [line("run", "network", "parameters", "images seen", "global batch", "training FLOPs", "weights",
-                  "class labels"), "|---|---|" + "---:|" * 4 + "---|---|"]
+                  "class labels", "seeds"), "|---|---|" + "---:|" * 4 + "---|---|---|"]
     for result in results:
         t, costs = result["training"], result["costs"]
         parameters = " + ".join(f"{n / 1e6:.2f}M" for n in costs["parameters"])
         flops = "–" if costs["training_flops"] is None else f"{costs['training_flops']:.2e}"
         labels = f"seen, guidance {t['guidance']:g}" if t["labels"] else "not seen"
         lines.append(line(name(result), t["network"], parameters, f"{t['images_seen']:,}", costs["global_batch"], flops,
-                          t["weights"], labels))
+                          t["weights"], labels, ", ".join(map(str, result["seeds"]))))
     return lines
 
 
@@ -175,59 +278,89 @@ PAPER = {"font.size": 8, "legend.fontsize": 7.5, "lines.linewidth": 1.2, "axes.l
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "floor": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
+OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
+
+
+AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds an image"}
 
 
 def few_ticks(axis, low: float, high: float):
-    """Plain numbers on a logarithmic axis: about five, also where it spans less than a decade."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    """Plain numbers on a logarithmic axis: 1 2 5 10 20 ..., 1 10 100 ... where those were too many, about five round
+    ones where it spans less than a decade."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     if not 0 < low < high:  # nothing is drawn there
         return
-    decades = math.log10(high / low)
-    if decades < 0.7:
-        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-    else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,)))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > 8:
+        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else MaxNLocator(5, steps=(1, 2, 5, 10)))
     axis.set_major_formatter("{x:g}")
-    if decades < 2.2:
-        axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter("")
+    axis.set_minor_locator(NullLocator())
 
 
-def plot(results: list[dict]):
-    """A matplotlib Figure: problems in rows, metrics in columns, a line a run.
+def plot(results: list[dict], against: str = "nfe"):
+    """A matplotlib Figure: problems in rows, metrics in columns, a curve a run, against a column of AXES.
 
-    Stars are default samplers, horizontal lines baselines. A PSNR more than 2 dB below the best of the worst line is
-    out of view.
+    A curve has the best solver at each NFE, its band is one error to each side. Large open markers are the papers' own
+    samplers, horizontal lines baselines. A PSNR more than 2 dB below the best of the worst curve is out of view.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
+    results = mean_over_seeds(results)
     panels = [m for m in PANELS if any(m in row for result in results for row in result["rows"])] or ["seconds"]
     figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups(results)), len(panels), squeeze=False)
+    name = partial(title, results=results)
     for group, axes in zip(groups(results), grid):
         problem = group[0]["problem"]
         axes[0].set_title(f"{heading(problem)}, {problem['images']:,} images", loc="left", fontsize=8)
         for metric, ax in zip(panels, axes):
-            draw_runs(ax, metric, group, partial(title, results=results))
-            set_axes(ax, metric, group)
+            draw_runs(ax, metric, group, name, against)
+            draw_levels(ax, metric, group, name)
+            set_axes(ax, metric, group, against)
     handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    handles["default sampler"] = Line2D([], [], ls="", marker="*", ms=9, mec="white", mew=0.5, color="0.3")
+    if any(row["default"] for result in results for row in result["rows"] if result["method"] != "regression"):
+        handles["the paper's sampler"] = Line2D([], [], ls="", marker="o", color="0.3", **OPEN)
+    if any(row.get("errors") for result in results for row in result["rows"]):
+        handles["± standard error"] = Patch(color="0.3", alpha=0.2, lw=0)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def draw_runs(ax, metric: str, group: list[dict], name: Callable):
-    """One panel: a line a run, and horizontal ones for the baselines, of which a regression network is one."""
+def draw_runs(ax, metric: str, group: list[dict], name: Callable, against: str):
+    """The curves of one panel."""
     for number, result in enumerate(r for r in group if r["method"] != "regression"):
-        rows = [row for row in result["rows"] if metric in row]
-        style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6], ms=3)
-        joined = sorted((row for row in rows if row["sampler"] != "dopri5"), key=lambda row: row["nfe"])
-        ax.plot([row["nfe"] for row in joined], [row[metric] for row in joined], label=name(result), **style)
+        rows = [row for row in result["rows"] if row.get(metric) is not None and row.get(against)]
+        style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6])
+        curve = sorted(best_solvers(rows, metric), key=lambda row: row[against])
+        x, y = ([row[key] for row in curve] for key in (against, metric))
+        ax.plot(x, y, label=name(result), ms=3, **style)
+        errors = [row.get("errors", {}).get(metric) or 0 for row in curve]
+        if any(errors):
+            low, high = ([value + sign * error for value, error in zip(y, errors)] for sign in (-1, 1))
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
         for row in rows:
             if row["default"]:
-                ax.plot(row["nfe"], row[metric], "*", color=style["color"], ms=9, mec="white", mew=0.5)
+                ax.plot(row[against], row[metric], ls="", **style, **OPEN)
+
+
+def best_solvers(rows: list[dict], metric: str) -> list[dict]:
+    """The best row of each NFE. dopri5 chooses its own number of them, which is no point of a curve."""
+    found = {}
+    for row in rows:
+        if row["sampler"] != "dopri5":
+            found.setdefault(round(row["nfe"], 3), []).append(row)
+    sign = -1 if COLUMNS[metric][0].endswith("↓") else 1
+    return [max(alike, key=lambda row: sign * row[metric]) for alike in found.values()]
+
+
+def draw_levels(ax, metric: str, group: list[dict], name: Callable):
+    """The baselines of one panel, of which a regression network is one, as horizontal lines."""
     levels = [(row["name"], row, "0.5", DASHES.get(row["name"], (0, (3, 1)))) for row in group[0]["baselines"]]
     levels += [(name(r), row, "k", REGRESSION) for r in group if r["method"] == "regression" for row in r["rows"]]
     for label, row, colour, dashes in levels:
@@ -235,22 +368,23 @@ def draw_runs(ax, metric: str, group: list[dict], name: Callable):
             ax.axhline(row[metric], color=colour, lw=1, ls=dashes, label=label, zorder=1)
 
 
-def set_axes(ax, metric: str, group: list[dict]):
+def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
     better = COLUMNS[metric][0].translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
-    ax.set(xscale="log", xlabel="network evaluations (NFE)", ylabel=better)
+    ax.set(xscale="log", xlabel=AXES[against], ylabel=better)
     few_ticks(ax.xaxis, *ax.get_xlim())
     if metric in ("frechet", "fid"):
         ax.set_yscale("log")
         few_ticks(ax.yaxis, *ax.get_ylim())
     if metric == "psnr":  # what is far below everyone's best would hide the differences
-        best = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
+        tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
         levels = [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min([*best, *levels], default=0) - 2))
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min([*tops, *levels], default=0) - 2))
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def write_report(results: list[dict], folder: Path):
+    """table.md, and with matplotlib quality.png and .pdf, against NFE, and quality-seconds.png and .pdf."""
     written = table(results)
     print("\n" + written)
     write_atomically(folder / "table.md", lambda f: f.write(written.encode()))
@@ -260,6 +394,8 @@ def write_report(results: list[dict], folder: Path):
         print("no plot: pip install matplotlib", file=sys.stderr)
     else:
         with matplotlib.rc_context(PAPER):
-            for kind in ("pdf", "png"):
-                write_atomically(folder / f"quality.{kind}", lambda f: plot(results).savefig(f, format=kind, dpi=300))
+            for file, against in (("quality", "nfe"), ("quality-seconds", "seconds")):
+                figure = plot(results, against)
+                for kind in ("pdf", "png"):
+                    write_atomically(folder / f"{file}.{kind}", lambda f: figure.savefig(f, format=kind, dpi=300))
     print(f"in {folder}")

@@ -82,6 +82,12 @@ PRESETS = {  # name: what differs from Config's defaults
         udpm=UDPM(lpips_weight=PAPER_LPIPS, disc_dropout=0.3, grad_penalty=(0.1, 0.4, 0.8))),
 }
 
+# fields of Config that say where a run is, how long it takes, what it shows and on what machine, not what it learns
+INCIDENTAL = (
+    "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
+    "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
+    "wandb_entity", "device", "compile", "micro_batch")
+
 
 def from_plain(kind, plain: dict):
     """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning.

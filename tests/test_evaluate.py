@@ -699,7 +699,8 @@ def test_the_table_says_what_the_json_says(results):
     output, found = results
     written = (output / "table.md").read_text()
     rows = [
-        [cell.strip() for cell in row.strip("|").split("|")] for row in written.splitlines() if row.startswith("| ")
+        [cell.strip(" *") for cell in row.strip("|").split("|")]
+        for row in written.splitlines() if row.startswith("| ")
     ]
     header = rows[0]
     for result in found:
