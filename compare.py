@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -32,11 +33,11 @@ from evaluation.report import write_report
 from images import SettingsError, data
 from images.files import write_atomically
 from support.checkpoints import absolute_paths, has_checkpoint, open_run
-from support.command_line import parse
+from support.command_line import parse, split
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output
-from support.settings import INCIDENTAL
+from support.settings import INCIDENTAL, require
 from trainer import Config, owes_samples, read_command_line
 
 HERE = Path(__file__).resolve().parent
@@ -66,10 +67,7 @@ class Options:
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        def need(name, good, allowed):
-            if not good:
-                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
-
+        need = partial(require, self)
         need("methods", self.methods and set(self.methods) <= set(METHODS), ", ".join(METHODS))
         need("only", set(self.only) <= set(self.methods), "some of the methods, " + ", ".join(self.methods))
         need("seeds", self.seeds and len(set(self.seeds)) == len(self.seeds), "one or more, each once")
@@ -243,9 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 bad input, 130 or 143 stopped by a signal."""
     unbreakable_output()
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        cut = arguments.index("--") if "--" in arguments else len(arguments)
-        o, more = parse(Options, arguments[:cut], __doc__), arguments[cut + 1:]
+        ours, more = split(sys.argv[1:] if arguments is None else arguments)
+        o = parse(Options, ours, __doc__)
         able = tuple(m for m in METHODS if o.task != "generate" or m != "regression")  # of nothing it makes the mean
         folder = o.output or f"runs/compare-{o.task.replace(',', '-')}"
         o = replace(o, methods=able if o.methods is None else o.methods, output=folder)

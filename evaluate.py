@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ from support.command_line import parse
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, reseed, say, set_up
 from support.model import draw, load_network, make_players, silent_net
 from support.output import reason, unbreakable_output
+from support.settings import require
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -77,10 +79,7 @@ class Options:
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        def need(name, good, allowed):
-            if not good:
-                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
-
+        need = partial(require, self)
         need("runs", self.runs, "one run or more")
         need("nfe", all(1 <= n <= 10_000 for n in self.nfe) and (self.nfe or self.default), "numbers from 1 to 10,000")
         need("solver", self.solver in ("auto", *ode_int.FIXED_STEP), "auto, " + ", ".join(ode_int.FIXED_STEP))

@@ -6,13 +6,16 @@ Each photograph, cut to sides of multiples of 16, is damaged in each way and res
 and the mean of all draws. Classical are the damaged image itself (for sr: enlarged by the bicubic filter), and for blur
 the best of an unsharp mask's strengths, chosen on the test photographs, so in its favour.
 """
-import argparse
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +25,8 @@ from images.corruptions import Damage
 from images.files import list_images, read_image, save_png
 from images.pictures import psnr, titled, to_float, to_uint8
 from sample import open_model
+from support.command_line import parse
+from support.settings import require
 
 DAMAGES = {  # title: task, knobs
     "sr 4": ("sr", dict(factor=4, down="bicubic", up="bicubic")),
@@ -35,6 +40,20 @@ HOLES = {
     "freeform": ("inpaint", dict(mask="freeform-20-30")),
 }
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the unsharp mask
+
+
+@dataclass
+class Options:
+    """Which model, and which photographs."""
+
+    model: tyro.conf.Positional[str]  # a run, a checkpoint or an exported file
+    photos: str  # folder of photographs that training never saw
+    count: int | None = None  # how many of them, evenly spread; None: all
+    draws: int = 8  # restorations of each
+    steps: int | None = None  # of the sampler; None: the model's
+    tile: int | None = None  # as sample.py's
+    only: tuple[str, ...] = ()  # damages to measure, by the names in DAMAGES and HOLES; none: all
+    pictures: str | None = None  # folder for pictures of the first eight photographs
 
 
 def unsharp(x: Tensor, strength: float) -> Tensor:
@@ -86,20 +105,13 @@ def measure(model, task: str, knobs: dict, photos: list, draws: int, ssim, pictu
     return means, seconds / draws / len(photos)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a run, a checkpoint or an exported file")
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs that training never saw")
-    parser.add_argument("--count", type=int, help="how many of them, evenly spread; default: all")
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="of the sampler; default: the model's")
-    parser.add_argument("--tile", type=int, help="as sample.py's")
-    parser.add_argument("--only", nargs="+", help="some of the damages: " + ", ".join([*DAMAGES, *HOLES]))
-    parser.add_argument("--pictures", type=Path, help="folder for pictures of the first eight photographs")
-    o = parser.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input."""
     try:
+        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        require(o, "only", {*o.only} <= {*DAMAGES, *HOLES}, ", ".join([*DAMAGES, *HOLES]))
         model = open_model(o.model, steps=o.steps, tile=o.tile)
-        photos, ssim = photographs(o.photos, o.count, model.config.channels), load_ssim(16)
+        photos, ssim = photographs(Path(o.photos), o.count, model.config.channels), load_ssim(16)
     except (SettingsError, ImportError) as failure:
         print(f"photos.py: {failure}", file=sys.stderr)
         return 2
@@ -109,7 +121,7 @@ def main() -> int:
     for title, (task, knobs) in damages.items():
         if o.only and title not in o.only or task not in model.tasks:
             continue
-        means, seconds = measure(model, task, knobs, photos, o.draws, ssim, o.pictures, title)
+        means, seconds = measure(model, task, knobs, photos, o.draws, ssim, o.pictures and Path(o.pictures), title)
         for answer, (decibels, similarity, *bias) in means.items():
             took = f"{seconds:.2g}" if answer == "one draw" else ""
             shown = " ".join(f"{value:+.2f}" for value in bias)

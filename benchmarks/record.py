@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,8 +31,9 @@ import torchvision
 import evaluate
 from images import SettingsError
 from images.files import write_atomically
-from support.command_line import parse
+from support.command_line import parse, split
 from support.machine import chip, pick_device
+from support.settings import require
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- record -->", "<!-- /record -->"
@@ -54,10 +56,7 @@ class Options:
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        def need(name, good, allowed):
-            if not good:
-                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
-
+        need = partial(require, self)
         need("nfe", 1 <= self.nfe <= 10, "1 to 10")
         need("every", 1 <= self.every <= self.max_steps, "1 to max_steps")
         need("output", not Path(self.output).exists(), "a folder that is not there yet: the clock starts with the run")
@@ -92,12 +91,11 @@ def measure(o: Options, file: Path) -> tuple[dict, dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 reached, 1 not reached, 2 bad input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    ours, more = split(sys.argv[1:] if arguments is None else arguments)
     try:
-        o = parse(Options, arguments[:cut], __doc__)
+        o = parse(Options, ours, __doc__)
         o.check()
-        for file, seconds in train(o, arguments[cut + 1:]):
+        for file, seconds in train(o, more):
             result, row = measure(o, file)
             if row["frechet"] <= o.frechet and row["accuracy"] >= o.accuracy:
                 break

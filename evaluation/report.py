@@ -279,8 +279,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "floor": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
-
-
 AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds an image"}
 
 

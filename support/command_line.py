@@ -49,6 +49,12 @@ def preset(name: str, device: str) -> dict:
     return PRESETS[name] | dict(preset=name)
 
 
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those behind -- for another one."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:cut], arguments[cut + 1:]
+
+
 def parse(kind, arguments: list[str], description: str, default=None):
     """The dataclass `kind` from the command line, by tyro. Raises SettingsError, in one line; exits after --help."""
     with redirect_stderr(io.StringIO()) as errors:

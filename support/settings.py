@@ -53,7 +53,7 @@ PRESETS = {  # name: what differs from Config's defaults
         damage=Damage(factor=(4, 2), down="bicubic", up="bicubic", quality=(10, 40), kernel="gaussian", taps=15,
                       sigma=(0.5, 2.5)),
         unet_channels=32, unet_dim_mults=(1, 2, 4, 4), unet_blocks=1, unet_use_classes=False, batch_size=16,
-        base_lr=1e-3, lr_decay=0.95, ema_decay=0.999, max_steps=60_000, sample_steps=8, sample_every=5000),
+        base_lr=1e-3, lr_decay=0.95, ema_decay=0.999, max_steps=60_000, sample_steps=4, sample_every=5000),
     "sr3-faces128": dict(
         method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
         overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,
@@ -87,6 +87,12 @@ INCIDENTAL = (
     "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
     "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
     "wandb_entity", "device", "compile", "micro_batch")
+
+
+def require(options, name: str, good, allowed: str):
+    """Raises SettingsError, one line with the field's name, its value and what is allowed, unless `good`."""
+    if not good:
+        raise SettingsError(f"{name} = {getattr(options, name)!r}: allowed is {allowed}")
 
 
 def from_plain(kind, plain: dict):

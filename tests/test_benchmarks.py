@@ -301,14 +301,13 @@ def test_memory_refuses_other_presets(capsys):
     assert memory.main(["small-udpm"]) == 2 and "small-udpm" in capsys.readouterr().err
 
 
-def test_photos_scores_a_model_that_changes_nothing_as_the_damage_itself(tmp_path, capsys, monkeypatch):
+def test_photos_scores_a_model_that_changes_nothing_as_the_damage_itself(tmp_path, capsys):
     pytest.importorskip("torchmetrics")
     run = make_run(tmp_path / "run", identity=True, task="sr,jpeg,blur", damage=Damage(factor=(4, 2)))
     for seed in range(2):
         put(tmp_path / f"photos/{seed}.png", photo(37, 33, seed=seed))
     arguments = [run, "--photos", str(tmp_path / "photos"), "--draws", "2", "--pictures", str(tmp_path / "pictures")]
-    monkeypatch.setattr(sys, "argv", ["photos.py", *arguments])
-    assert photos.main() == 0
+    assert photos.main(arguments) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     figures = {(damage, answer): (float(decibels), bias) for damage, answer, decibels, _, bias, *_ in rows}
     for title, (task, knobs) in photos.DAMAGES.items():
@@ -320,3 +319,5 @@ def test_photos_scores_a_model_that_changes_nothing_as_the_damage_itself(tmp_pat
     sharpened = [decibels for (title, answer), (decibels, _) in figures.items() if answer.startswith("unsharp")]
     assert len(sharpened) == 1
     assert len(list((tmp_path / "pictures").iterdir())) == 2 * len(photos.DAMAGES)
+    assert photos.main([*arguments, "--only", "sr 8"]) == 2
+    assert "only = ('sr 8',): allowed is sr 4, " in capsys.readouterr().err
