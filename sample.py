@@ -55,7 +55,7 @@ class Options:
     count: int | None = None  # how many images to make, of each label
     export: str | None = None  # the .safetensors file to write
     half: bool = False  # --export: weights in bf16, a file of half the size
-    output: str | None = None  # folder for the pictures; None: a new one in the run's
+    output: str | None = None  # folder for the pictures; None: a new one in the run's, of an exported file in runs
     overwrite: bool = False  # replace files that exist; else they are left as they are
 
     label: str | None = None  # class name or number, several joined by commas, or all; None: the network sees no label
@@ -189,6 +189,8 @@ def output_folder(o: Options, kind: str) -> Path:
         return Path(o.output).expanduser()
     run = Path(o.run).resolve()
     folder = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
+    if run.suffix == EXPORTED:  # what lies beside it is not its own
+        folder = Path("runs")
     return folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -636,6 +636,9 @@ def test_an_exported_file_tells_no_folder_of_its_makers_disk(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert run(path, "--export", "model.safetensors") == 0
     config = sample.open_model("model.safetensors").config
+    assert run("model.safetensors", "--input", put(tmp_path / "in.png", photo(8, 8))) == 0
+    folder, = (tmp_path / "runs").iterdir()  # pictures lie where runs do
+    assert folder.name.startswith("restored-") and (folder / "in.png").exists()
     assert {name: getattr(config, name) for name in paths} == paths | dict(dataset="data/photos", data_path="data")
 
 
