@@ -40,6 +40,7 @@ from support.settings import check
 from support.watch import Watch
 
 COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
+COMPILE_UP_TO = 64  # channels, on a CPU: there the compiler takes too long over wider networks, and gains little
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
 
 
@@ -116,7 +117,7 @@ class Config:
     # THE MACHINE. auto: cuda if there is one; or cuda, cuda:1, cpu
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
-    # torch.compile of the network, minutes at the start; auto: from 10,000 steps on
+    # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
 
     damage: Damage = field(default_factory=Damage)
@@ -151,9 +152,11 @@ class Config:
 
     @property
     def compiles(self) -> bool:
-        """auto: long runs, of one network at one size; each further size would take as long to compile again."""
-        long = self.steps >= COMPILE_FROM and not self.recipe.levels
-        return self.compile == "on" or (self.compile == "auto" and long)
+        """auto: long runs, of one network at one size (each further size would take as long to compile again)."""
+        if self.compile == "auto":
+            narrow = self.unet_channels <= COMPILE_UP_TO or machine.pick_device(self.device).type == "cuda"
+            return self.steps >= COMPILE_FROM and narrow and not self.recipe.levels
+        return self.compile == "on"
 
     @property
     def dropped(self) -> float:
@@ -259,6 +262,7 @@ class Trainer:
         wandb_id = checkpoint["wandb_id"] if checkpoint else None
         wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
         self.log = Log(self.folder, self.step, wandb if c.use_wandb else None, c.use_tensorboard)
+        self.saver = checkpoints.Saver(self.folder, self.log.attempt)
 
     @torch.no_grad()
     def rehearse(self):
@@ -351,6 +355,7 @@ class Trainer:
                 stopped = self.loop()
             finally:
                 if self.rank == 0:
+                    self.saver.wait()
                     self.log.close()
                     self.lock = None
             machine.leave_processes()
@@ -382,11 +387,12 @@ class Trainer:
             overdue = self.due and self.step % c.print_loss_every == 0
             if stopped and self.rank == 0:
                 tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
-            due = last or stopped or self.step % c.checkpoint_every == 0
+            kept = c.keep_every is not None and self.step % c.keep_every == 0
+            due = last or stopped or kept or self.step % c.checkpoint_every == 0
             if due:
                 self.watch.share()
             if due or overdue:
-                self.save()
+                self.save(wait=bool(last or stopped))
         bar.close()
         return stopped
 
@@ -457,10 +463,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self):
+    def save(self, wait: bool = True):
         """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
 
-        Data order and all noise are functions of (seed, step), so the step is their whole state.
+        Data order and all noise are functions of (seed, step), so the step is their whole state. wait: until it is
+        on the disk; else it is written while training goes on.
         """
         if self.rank:
             return
@@ -479,8 +486,9 @@ class Trainer:
             return
         self.due = False
         keep = c.keep_every is not None and self.step % c.keep_every == 0
-        path = self.log.attempt("the checkpoint", lambda: checkpoints.save_checkpoint(self.folder, checkpoint, keep))
-        self.saved = path is not None
+        self.saver(checkpoint, keep)
+        if wait:
+            self.saved = self.saver.wait()
 
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""

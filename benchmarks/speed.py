@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ class Options(Common):
     startup: bool = True
     # also compile, the repeated blocks or the whole network; auto: on a GPU
     compile: Literal["auto", "on", "off"] = "auto"
+    peer: bool = False  # also the step of diffusers' UNet2DModel of the same widths (pip install diffusers)
     workers: int | None = None  # processes of the plain recipe's DataLoader; None: one a CPU core, 8 at most
 
     run: str | None = None  # a trained run whose network samples; None: a network of a few training steps
@@ -167,6 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         o = parse(Options, arguments, __doc__)
         if o.quick:
             o = replace(o, repeats=2, seconds=0.01, workers=1, solver_steps=2)
+        if o.peer and not find_spec("diffusers"):
+            raise SettingsError("peer = True: it needs one more package: pip install diffusers")
         config, device = o.config(batch_size=o.batch_size, image_size=o.image_size, unet_channels=o.unet_channels)
         if o.run:
             found, net = trained(o.run, torch.device("cpu"))

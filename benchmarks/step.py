@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ode_int
+from benchmarks.peer import Peer
 from benchmarks.timing import cells, failed, in_turns, markdown, rows, say, size, synchronize, timer
 from images import data
 from images.corruptions import Batch
@@ -26,6 +27,8 @@ from support.model import make_unet
 from support.settings import from_plain
 from trainer import Config
 from unet import Attention, LinearAttention, ResBlock
+
+PEER = "diffusers' UNet2DModel"
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Variant:
     channels_last: bool = True
     compile: Literal["", "blocks", "whole"] = ""
     graph: bool = False  # the whole step replayed as one CUDA graph
+    peer: bool = False  # diffusers' network in place of ours
 
 
-def variants(device: torch.device, compiled: bool) -> list[Variant]:
-    """The plain one first, then what changes, one at a time."""
+def variants(device: torch.device, compiled: bool, peer: bool = False) -> list[Variant]:
+    """The plain one first, then what changes, one at a time; `peer`: then another network, as it comes and tuned."""
     fp32 = full_precision_name(device)
     result = [Variant(f"{fp32}, NCHW (plain)", bf16=False, channels_last=False)]
     result.append(Variant(f"{fp32}, channels_last", bf16=False))
@@ -51,20 +55,23 @@ def variants(device: torch.device, compiled: bool) -> list[Variant]:
         result += [replace(last, name=f"{last.name}, {what} compiled", compile=what) for what in ("blocks", "whole")]
     if device.type == "cuda":
         result += [replace(v, name=f"{v.name}, CUDA graph", graph=True) for v in result if v == last or v.compile]
+    if peer:
+        result += [Variant(f"{PEER}, as it comes: {fp32}, NCHW", bf16=False, channels_last=False, peer=True),
+                   replace(last, name=f"{PEER}, {last.name}", peer=True)]
     return result
 
 
 def eager(variants: list[Variant]) -> Variant:
     """Ours, without what needs time to set up."""
-    return [v for v in variants if not v.compile and not v.graph][-1]
+    return [v for v in variants if not v.compile and not v.graph and not v.peer][-1]
 
 
 def full_precision_name(device: torch.device) -> str:
     return "TF32" if device.type == "cuda" else "fp32"
 
 
-def unet(config: Config) -> torch.nn.Module:
-    return make_unet(config, len(data.SHAPES) if config.unet_use_classes else 0)
+def unet(config: Config, peer: bool = False) -> torch.nn.Module:
+    return (Peer if peer else make_unet)(config, len(data.SHAPES) if config.unet_use_classes else 0)
 
 
 def one_batch(config: Config, device: torch.device, count: int | None = None) -> Batch:
@@ -82,7 +89,7 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
     device = batch.zlo.device
     reseed("weights", config.seed)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    net = unet(config).to(device, memory_format=layout)
+    net = unet(config, variant.peer).to(device, memory_format=layout)
     compile_in_place(net, variant.compile)
     optimizer = torch.optim.AdamW(
         net.parameters(), config.base_lr, weight_decay=0.0, fused=True, capturable=variant.graph)
@@ -127,9 +134,9 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def flop_an_image(config: Config, device: torch.device) -> int:
+def flop_an_image(config: Config, device: torch.device, peer: bool = False) -> int:
     """Of the network, forward and backward; a multiplication and an addition count as two."""
-    net, batch = unet(config).to(device), one_batch(config, device, 1)
+    net, batch = unet(config, peer).to(device), one_batch(config, device, 1)
     with FlopCounterMode(display=False) as counter:
         config.recipe.loss(net, batch).mean().backward()
     return counter.get_total_flops()
@@ -186,7 +193,7 @@ def child(job: dict) -> dict:
     if isinstance(turns, str):
         return dict(error=turns)
     return dict(import_s=imported - job["spawned"], build_s=built - start, first_step_s=first, peak_bytes=peak(device),
-                turns=turns, flop_an_image=flop_an_image(config, device))
+                turns=turns, flop_an_image=flop_an_image(config, device, variant.peer))
 
 
 def forget_peak(device: torch.device):
@@ -213,7 +220,7 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
 
     o: speed.py's Options.
     """
-    todo = variants(device, o.compiles(device))
+    todo = variants(device, o.compiles(device), o.peer)
     fresh = {}  # what each takes in a process of its own
     for v in todo if o.startup else []:
         if not o.quick or v == eager(todo):
@@ -221,7 +228,8 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
             if v.compile and not v.graph:
                 fresh[v]["cached"] = in_process(config, v, 0, o.seconds, caches / v.compile)
 
-    flop, batch = flop_an_image(config, device), one_batch(config, device)
+    batch = one_batch(config, device)
+    flops = {peer: flop_an_image(config, device, peer) for peer in {v.peer for v in todo}}
     side = 8192 if device.type == "cuda" else 2048
     if o.quick:
         side = 128
@@ -241,7 +249,8 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
             broken[v.name] = failed(failure)
     times = in_turns(work, o.repeats, o.seconds) | broken
 
-    report["flop_an_image"] = flop
+    report["flop_an_image"] = flops[False]
+    report["parameters_of_peer"] = sum(p.numel() for p in unet(config, True).parameters()) if o.peer else None
     rates = {kind: 2 * side**3 / statistics.median(times[kind]) for kind in kinds}
     report["matmul_flop_per_second"] = rates
     measured = {v.name: times[v.name] for v in todo}
@@ -250,7 +259,7 @@ def measure_steps(o, config: Config, device: torch.device, report: dict, caches:
     for v, row in table.items():
         row |= dict(variant=asdict(v), fresh=fresh.get(v, {}))
         if "seconds" in row:
-            row["share"] = flop * row["images_per_second"] / rates["bf16" if v.bf16 else fp32]
+            row["share"] = flops[v.peer] * row["images_per_second"] / rates["bf16" if v.bf16 else fp32]
         if v.compile and not v.graph and first and "first_step_s" in row["fresh"]:
             row["compile_s"] = row["fresh"]["first_step_s"] - first
             row["compile_cached_s"] = row["fresh"]["cached"].get("first_step_s", math.nan) - first
@@ -284,6 +293,8 @@ def show_steps(report: dict) -> str:
     gflop = report["flop_an_image"] / 1e9
     title = (f"Training step, batch {report['config']['batch_size']}, {gflop:.3g} GFLOP an image forward and backward. "
              f"Matrix products, TFLOP/s: {rates}.")
+    if peer := report["parameters_of_peer"]:
+        title += f" {PEER} has {peer / 1e6:.1f}M parameters."
     table = []
     for row in report["step"]:
         fresh = row["fresh"]

@@ -1,6 +1,7 @@
 """A run's folder and what is in it; a trained run as a folder, a checkpoint or an exported file."""
 import json
 import os
+import threading
 import time
 import warnings
 import zipfile
@@ -218,6 +219,45 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
         link(last, last.with_name("previous.pt"))
     os.replace(new, last)
     return last
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread, so that training waits for a copy in memory and not for the disk.
+
+    One at a time. The thread is no daemon: Python does not leave before it has written.
+    """
+
+    def __init__(self, folder: Path, attempt):
+        """attempt: calls what may fail, see support.output.Attempts."""
+        self.folder, self.attempt, self.thread, self.written = folder, attempt, None, True
+
+    def __call__(self, checkpoint: dict, keep: bool):
+        """Waits for the checkpoint before. Its tensors may change as soon as this returns. keep: of save_checkpoint."""
+        self.wait()
+        own = copied(checkpoint)
+
+        def write():
+            path = self.attempt("the checkpoint", lambda: save_checkpoint(self.folder, own, keep))
+            self.written = path is not None
+
+        self.thread = threading.Thread(target=write, name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> bool:
+        """-> whether the last checkpoint is on the disk."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        return self.written
+
+
+def copied(value):
+    """Nested dicts and lists with copies of their tensors on the CPU."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copied(inner) for name, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def restore(checkpoint: dict, resume: str, ema, modules: list, optimizers: list):

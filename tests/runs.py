@@ -95,7 +95,7 @@ def kept(monkeypatch) -> dict:
     """{step: checkpoint} of all that are written from now on."""
     states, original = {}, Trainer.save
 
-    def save(self):
+    def save(self, wait=True):
         original(self)
         states[self.step] = checkpoint(self.folder)
 

@@ -143,6 +143,27 @@ def test_plain_sampling_solves_the_same_equation():
     assert (theirs - ours).abs().amax() < 3 * config.interpolant.t_min * (theirs - z0).abs().amax()
 
 
+def test_the_peer_is_called_like_our_network_and_learns_the_same_task():
+    pytest.importorskip("diffusers")
+    shipped, tuned = step.variants(CPU, False, peer=True)[-2:]
+    assert (shipped.bf16, tuned.peer) == (False, True) and not step.eager([step.Variant("ours"), tuned]).peer
+    config = replace(TINY, base_lr=1e-3)
+    batch = step.one_batch(config, CPU)
+    net = step.unet(config, peer=True)
+    out = net(batch.z1, torch.zeros(2), None, batch.zlo)
+    assert out.shape == batch.z1.shape and out.dtype == torch.float32
+    assert torch.equal(out, net(batch.z1, torch.zeros(2), torch.full((2,), net.num_classes), batch.zlo))
+    train = step.make_step(config, shipped, batch)
+    losses = [train().item() for _ in range(60)]
+    assert statistics.fmean(losses[-20:]) < 0.8 * statistics.fmean(losses[:20])
+
+
+def test_the_peer_asks_for_its_package(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    assert speed.main(["--peer"]) == 2
+    assert capsys.readouterr().err == "speed.py: peer = True: it needs one more package: pip install diffusers\n"
+
+
 def test_speed_in_a_smoke_run(tmp_path, capsys):
     out = tmp_path / "speed.json"
     assert speed.main(["--quick", "--no-startup", "--device", "cpu", "--out", str(out)]) == 0

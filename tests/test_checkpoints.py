@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -88,15 +90,47 @@ def test_the_lowest_loss_starts_from_the_first_and_survives(tmp_path):
     assert checkpoint(run)["lowest_loss"] <= before
 
 
+def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch):
+    gone_on, original, steps = threading.Event(), trainer.checkpoints.save_checkpoint, []
+
+    def slow(folder, state, keep):
+        assert state["step"] != 2 or gone_on.wait(60)
+        steps.append(state["step"])
+        return original(folder, state, keep)
+
+    straight = start(tmp_path / "straight", "--max-steps 2 --sample-every 1000")
+    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", slow)
+    at_step(monkeypatch, 4, gone_on.set)
+    run = start(tmp_path / "slow", f"{FINISHED} --keep-every 2")
+    assert steps == [2, 4] and checkpoint(run)["step"] == 4
+    same(torch.load(run / "checkpoints" / "step_000002.pt", weights_only=True), checkpoint(straight))
+
+
+def test_a_run_that_breaks_off_leaves_when_its_checkpoint_is_written(tmp_path, monkeypatch):
+    original = trainer.checkpoints.save_checkpoint
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return original(*arguments)
+
+    def breaks():
+        raise FloatingPointError("a test says so")
+
+    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", slow)
+    at_step(monkeypatch, 3, breaks)
+    run = start(tmp_path, FINISHED, status=1)
+    assert checkpoint(run)["step"] == 2
+
+
 # ------------------------------------------------------------------------------------------------------ what there is
 
 def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, capsys):
-    run = start(tmp_path, "--max-steps 7 --checkpoint-every 2 --keep-every 4 --sample-every 1000")
+    run = start(tmp_path, "--max-steps 7 --checkpoint-every 2 --keep-every 3 --sample-every 1000")
     folder = run / "checkpoints"
     steps = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.iterdir()}
-    assert steps == {"last.pt": 7, "previous.pt": 6, "step_000004.pt": 4}
-    straight = start(tmp_path / "straight", "--max-steps 4 --checkpoint-every 2 --sample-every 1000")
-    kept = torch.load(folder / "step_000004.pt", weights_only=True)
+    assert steps == {"last.pt": 7, "previous.pt": 6, "step_000003.pt": 3, "step_000006.pt": 6}
+    straight = start(tmp_path / "straight", "--max-steps 3 --checkpoint-every 2 --sample-every 1000")
+    kept = torch.load(folder / "step_000003.pt", weights_only=True)
     same(kept, checkpoint(straight), ("ema", "players", "optimizers"))
 
 

@@ -279,6 +279,7 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
     [
         ("--max-steps 10000 --compile auto", True),
         ("--max-steps 9999 --compile auto", False),
+        ("--max-steps 10000 --compile auto --unet-channels 72", False),
         ("--max-steps 10000 --compile off", False),
         ("--max-steps 4 --compile on", True),
     ],
