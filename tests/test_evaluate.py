@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 import evaluate
-from evaluation import judge as judging
+from evaluation.classifier import Classifier
 from images import SettingsError
 from measured import FLAGS, LOCAL
 from ode_int import SolverError
@@ -139,17 +139,17 @@ def test_two_processes_write_what_one_writes(runs, tmp_path, process):
 
 def counting(arguments, record) -> int:
     """An evaluation that leaves `record` if it trained a classifier."""
-    learn = judging.Classifier.learn
+    learn = Classifier.learn
 
     def learned(*args):
         record.touch()
         return learn(*args)
 
-    judging.Classifier.learn = learned
+    Classifier.learn = learned
     try:
         return evaluate.main(arguments)
     finally:
-        judging.Classifier.learn = learn
+        Classifier.learn = learn
 
 
 def bad_in_one(arguments, rank) -> int:

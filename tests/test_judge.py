@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from evaluation import judge as judging
+from evaluation.classifier import digest, kept
 from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
@@ -170,11 +171,11 @@ def test_kept(tmp_path):
         return dict(weights=torch.arange(3), accuracy=50.0)
 
     for _ in range(2):
-        value = judging.kept(path, make)
+        value = kept(path, make)
         assert value["accuracy"] == 50 and value["weights"].tolist() == [0, 1, 2]
     assert len(calls) == 1
     (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
-    judging.kept(path, make)
+    kept(path, make)
     assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
 
 
@@ -182,9 +183,9 @@ def test_digest_sees_every_value():
     x = torch.zeros(4, 4, dtype=torch.uint8)
     y = x.clone()
     y[3, 3] = 1
-    assert len({judging.digest(x, 1), judging.digest(y, 1), judging.digest(x, 2), judging.digest(x, 1, None)}) == 4
-    assert judging.digest(x.T, 1) == judging.digest(x, 1)
-    assert judging.digest(iter(y.split(3)), 1) == judging.digest(y, 1) != judging.digest(iter(x.split(3)), 1)
+    assert len({digest(x, 1), digest(y, 1), digest(x, 2), digest(x, 1, None)}) == 4
+    assert digest(x.T, 1) == digest(x, 1)
+    assert digest(iter(y.split(3)), 1) == digest(y, 1) != digest(iter(x.split(3)), 1)
 
 
 # ---------------------------------------------------------------------------------------- what can't be had is left out
