@@ -1,8 +1,9 @@
 """What scores images: PSNR, SSIM, LPIPS, consistency, bias; by a network's features, Frechet distances and accuracy.
 
 SSIM needs torchmetrics, LPIPS lpips, FID torch-fidelity; the last two download weights. What is not available is left
-out, with the reason. A small classifier, trained once on the data set itself and kept beside it, needs none of them: it
-gives the accuracy and FD, the Frechet distance on its features, which unlike Inception's mean something at 32x32.
+out, with the reason. A small classifier, trained once on the data set itself and kept (evaluation/classifier.py), needs
+none of them: it gives the accuracy and FD, the Frechet distance on its features, which unlike Inception's mean
+something at 32x32.
 
 A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half
 of the images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of
@@ -15,27 +16,24 @@ difference of two runs on the same images varies less than their errors suggest.
 
 Several processes share the images, a batch to each in turn. Batches stay whole: the figures are those of one process.
 """
-import hashlib
 import math
 import socket
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
+from evaluation.classifier import Classifier, digest, kept, pieces
 from images import SettingsError, data, one_line
 from images.corruptions import parts
-from images.files import write_atomically
-from images.packs import Photos
 from images.pictures import psnr_of_each, to_float, to_uint8
 from support.machine import first_process_first, gathered, of_first_process, processes, reseed, say
 from trainer import Config
@@ -244,57 +242,6 @@ class Judge:
         return [*rows, floor]
 
 
-# --------------------------------------------------------------------------------------------- the project's classifier
-
-class Classifier(nn.Module):
-    """Images (B, C, side, side) in [-1, 1] -> `features` (B, 32, 64 or 128) -> `head`, logits.
-
-    A CPU core takes a minute for an epoch of CIFAR-10.
-    """
-
-    RECIPE = dict(batch_size=128, peak=5e-3, decay=5e-3)  # images a step, largest learning rate, weight decay
-
-    def __init__(self, channels: int, classes: int, side: int):
-        super().__init__()
-        levels = max(1, round(math.log2(side)) - 2)  # down to 4x4
-        dims = [channels] + [32 * min(2**level, 4) for level in range(levels)]
-        self.features = nn.Sequential(*map(Block, dims, dims[1:]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(dims[-1], classes)
-
-    def learn(self, images: data.Images, epochs: int, device) -> dict:
-        """Trains on the training images, flipped at random -> its weights, and its accuracy (%) on all test images."""
-        batch_size, peak, decay = self.RECIPE.values()
-        self.to(device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.AdamW(self.parameters(), peak, weight_decay=decay)
-        steps = -(-epochs * len(images.train) // batch_size)
-        for step in tqdm(range(steps), desc="classifier", disable=None, leave=False):
-            x, y, _ = images.batch(data.batch_indices(len(images.train), batch_size, 0, step), device)
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-            optimizer.param_groups[0]["lr"] = peak * min(5 * (step + 1) / steps, 1.25 * (1 - step / steps))
-            optimizer.zero_grad()
-            F.cross_entropy(self.head(self.features(x)), y, label_smoothing=0.1).backward()
-            optimizer.step()
-        self.eval()
-        with torch.no_grad():
-            batches = [images.batch(rows, device, "test") for rows in torch.arange(len(images.test)).split(500)]
-            right = sum((self.head(self.features(x)).argmax(1) == y).sum().item() for x, y, _ in batches)
-        weights = {name: weight.cpu() for name, weight in self.state_dict().items()}
-        return dict(weights=weights, accuracy=100 * right / len(images.test))
-
-
-class Block(nn.Module):
-    """Halves the sides, then a residual convolution."""
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__()
-        self.halve = nn.Sequential(nn.Conv2d(dim_in, dim_out, 4, 2, 1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU())
-        self.stay = nn.Sequential(nn.Conv2d(dim_out, dim_out, 3, 1, 1, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.halve(x)
-        return x + self.stay(x)
-
-
 # ------------------------------------------------------------------------------------------------------- single metrics
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,41 +334,3 @@ def fill(x: Tensor, known: Tensor) -> Tensor:
     mean = F.avg_pool2d(x * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
     coarse = fill(mean, (weight > 0).float())
     return torch.where(known > 0, x, F.interpolate(coarse, x.shape[2:], mode="bilinear"))
-
-
-# ------------------------------------------------------------------------------------------------------------ the cache
-
-def digest(*things) -> str:
-    """8 hexadecimal digits of all that a kept file depends on: tensors, iterators of them, what prints as what it is.
-
-    A tensor and its pieces one after the other are the same.
-    """
-    total = hashlib.blake2b(digest_size=4)
-    for thing in things:
-        if not (torch.is_tensor(thing) or isinstance(thing, Iterator)):
-            total.update(repr(thing).encode())
-            continue
-        for piece in [thing] if torch.is_tensor(thing) else thing:
-            total.update(piece.cpu().flatten().numpy())
-    return total.hexdigest()
-
-
-def pieces(images: Tensor | Photos) -> Iterator[Tensor]:
-    """All images, 500 (B, C, H, W) uint8 at a time; of photographs the crops from their middles."""
-    for rows in torch.arange(len(images)).split(500):
-        yield images[rows]
-
-
-def kept(path: str, make):
-    """make() -> tensors and plain values, from the file that kept them the last time if it is there and whole."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # it is not there, or damaged, which shows in many ways
-        value = make()
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), lambda f: torch.save(value, f))
-    except (OSError, RuntimeError) as failure:  # torch.save's, on a full disk
-        print(f"warning: {path} can't be written ({one_line(failure)}); the next evaluation makes it again",
-              file=sys.stderr)
-    return value

@@ -1,4 +1,5 @@
-"""What tests share: one thread, and runs of a tiny network to look at."""
+"""What tests share: one thread, runs of a tiny network to look at, and what evaluate.py measured of two."""
+import json
 import os
 import shutil
 import signal
@@ -8,8 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
+import trainer
+from evaluation import judge as judging
 from images import data
+from measured import FLAGS, LOCAL, SIDE, TEST
 from runs import FINISHED, SERVER, child, start
+from trainer import Config
 
 os.environ["WANDB_MODE"] = "offline"  # no test talks to a server
 torch.manual_seed(0)
@@ -75,3 +81,58 @@ def process(tmp_path):
     for each in running:
         each.kill()
         each.join()
+
+
+# What the tests of evaluate.py share, not to be written to.
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory):
+    """Two classes, dark and bright drawings, with grey levels 20 .. 220, in train/ and test/."""
+    root = tmp_path_factory.mktemp("data") / "drawings"
+    for i, drawing in enumerate(data.load("shapes", SIDE, limit=TEST + 64).train):
+        label, split = ("dark", "bright")[i % 2], "test" if i < TEST else "train"
+        level = 20 + (drawing.float() * 100 / 255).round() + 100 * (i % 2)
+        path = root / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(level.to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def config(drawings):
+    return Config(dataset=str(drawings), image_size=SIDE, overfit=False, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def judge(config):
+    return judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=16, epochs=30)
+
+
+@pytest.fixture(scope="session")
+def runs(drawings, tmp_path_factory):
+    """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
+    out = tmp_path_factory.mktemp("runs")
+    common = [
+        "--dataset", str(drawings),
+        *"--preset small --task sr --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 --unet-blocks 1".split(),
+        *"--no-overfit --batch-size 4 --no-use-wandb --device cpu --precision fp32 --sample-count 2".split(),
+    ]
+    own = {
+        "interpolant": ["--solver", "euler", "--sample-steps", "1"],
+        "udpm": ["--udpm.lpips-weight", "0", "0", "0", "--udpm.disc-channels", "8"],
+    }
+    found = []
+    for method, flags in own.items():
+        assert (
+            trainer.main([*common, "--method", method, "--max-steps", "2", "--out-dir", str(out / method), *flags]) == 0
+        )
+        found += [str(path) for path in (out / method).iterdir()]
+    return found
+
+
+@pytest.fixture(scope="session")
+def results(runs, tmp_path_factory):
+    """What evaluate.py wrote of the two: the folder, and the content of its JSON files."""
+    output = tmp_path_factory.mktemp("output")
+    assert evaluate.main([*runs, *FLAGS, "--metrics", *LOCAL, "--output", str(output)]) == 0
+    return output, [json.loads((output / (run.split("/")[-1] + ".json")).read_text()) for run in runs]

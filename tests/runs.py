@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import trainer
@@ -19,6 +20,8 @@ TINY = (
 FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
 STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
 TRAINER = Path(trainer.__file__)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and /dev/full")
 
 
 def start(out, flags="", status=0) -> Path | None:

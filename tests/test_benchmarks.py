@@ -13,9 +13,10 @@ from benchmarks import growth, memory, photos, plain, solvers, speed, step, timi
 from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
+from pixels import photo, put
 from support.machine import reseed
-from test_sample import make_run, photo, put
 from trainer import Config, Trainer
+from untrained import make_run
 
 CPU = torch.device("cpu")
 TINY = Config(unet_channels=8, unet_dim_mults=(1, 2), image_size=16, batch_size=2, dataset="shapes", use_wandb=False)

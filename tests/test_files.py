@@ -13,12 +13,9 @@ from images import DatasetError, files
 from images.corruptions import to_full_size
 from images.files import enlarge, fit, flatten, list_images, open_image, to_image, to_tensor
 from images.pictures import to_float, to_uint8
+from pixels import noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those that matter are asserted
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def picture(path):

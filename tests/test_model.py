@@ -13,9 +13,10 @@ import sample
 import trainer
 from images import SettingsError
 from images.pictures import to_float
+from pixels import get, photo, put
 from runs import start
 from sample import open_model
-from test_sample import get, make_run, photo, put
+from untrained import make_run
 
 HERE = Path(__file__).parent
 

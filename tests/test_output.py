@@ -11,10 +11,8 @@ import pytest
 import torch
 
 import trainer
-from runs import TINY, TRAINER, checkpoint
+from runs import TINY, TRAINER, checkpoint, linux
 from support.output import Attempts, Unbreakable, reason
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 
 TALKS = """
 import sys, warnings

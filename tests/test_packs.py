@@ -20,13 +20,10 @@ from images import SettingsError, data, packs
 from images.data import Feed, Images, crop_places, load
 from images.files import fit, list_images, open_image, to_tensor
 from images.pictures import to_float, to_uint8
+from pixels import noise
 from runs import checkpoint, make, resume, same, start, until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture

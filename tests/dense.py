@@ -1,0 +1,74 @@
+"""UDPM's operators as dense matrices, and the batches, toy network and draws that its tests share."""
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from images.corruptions import Batch
+from methods.udpm import UDPM
+
+PLAIN = UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
+
+
+def dense_H(side: int) -> np.ndarray:
+    """(side^2 / 4, side^2): taps 1/2 on each 2x2 block."""
+    half = np.kron(np.eye(side // 2), [[1.0, 1.0]]) / 2**0.5
+    return np.kron(half, half)
+
+
+def dense_powers(side: int, times: int) -> list[np.ndarray]:
+    """H^0 .. H^times on images of that side."""
+    powers = [np.eye(side**2)]
+    for k in range(times):
+        powers.append(dense_H(side >> k) @ powers[-1])
+    return powers
+
+
+def flat(x: Tensor) -> np.ndarray:
+    """(B, 1, H, W) -> (pixels, B)."""
+    return x.flatten(1).double().numpy().T
+
+
+def image(x: np.ndarray) -> Tensor:
+    side = round(x.shape[0] ** 0.5)
+    return torch.from_numpy(np.ascontiguousarray(x.T)).reshape(-1, 1, side, side)
+
+
+def basis(n: int) -> Tensor:
+    """Every unit vector of n pixels, as images (n, 1, side, side)."""
+    return image(np.eye(n))
+
+
+def make_batch(size=2, channels=1, side=8, task="generate", y=None, seed=3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    z1 = torch.rand(size, channels, side, side, generator=generator) * 2 - 1
+    ones = torch.ones(size, 1, side, side)
+    if task == "generate":
+        return Batch(z1, 0 * z1, ones, ones, None, y)
+    if task == "restore":
+        zlo = (z1 + 0.3 * torch.randn(z1.shape, generator=generator)).clamp(-1, 1)
+        return Batch(z1, zlo, ones, 0 * ones, zlo, y)
+    hole = (torch.rand(ones.shape, generator=generator) < 0.5).float()
+    zlo = z1 * (1 - hole)
+    return Batch(z1, zlo, hole, hole, torch.cat([zlo, hole], dim=1), y)
+
+
+class Toy(nn.Module):
+    """A network with every argument in it, and a record of what it was given."""
+
+    def __init__(self, channels=1):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(channels, channels, 2, 2)
+        self.seen = []
+
+    def forward(self, x, t, y=None, cond=None):
+        self.seen.append((x, t, y, cond))
+        return self.up(x) + t[:, None, None, None]
+
+
+def at_level(method: UDPM, level: int, call):
+    """call() under a seed whose draw is that level."""
+    for seed in range(100):
+        torch.manual_seed(seed)
+        if torch.randint(1, method.levels + 1, ()) == level:
+            torch.manual_seed(seed)
+            return call()

@@ -1,0 +1,302 @@
+"""What sample.py draws: by noise, label, guidance, latent and sampler, and the trace of the way there."""
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+import trainer
+import untrained
+from images import SettingsError, data
+from images.corruptions import to_full_size
+from images.files import read_image
+from images.pictures import TITLE_SIZE, to_float, to_uint8
+from methods.interpolant import Interpolant
+from methods.sr3 import SR3
+from methods.udpm import UDPM
+from pixels import get, photo, put
+from support.model import Streams, make_unet
+from support.settings import from_plain
+from trainer import Config
+from untrained import METHODS, make_run, run
+
+# noise ---------------------------------------------------------------------------------------------------------------
+
+def test_noise_comes_row_by_row():
+    rows, alone = [[(1.0, (0, "a", 0))], [(1.0, (0, "b", 0))], [(0.6, (0, "a", 0)), (0.8, (0, "b", 0))]], []
+    shapes = torch.empty(3, 3, 4), torch.empty(3, 5, dtype=torch.float64)
+    together = Streams(rows, "cpu")
+    first, second = map(together.randn_like, shapes)
+    for row in rows:
+        single = Streams([row], "cpu")
+        alone.append([single.randn_like(x[:1]) for x in shapes])
+    assert torch.equal(first, torch.cat([r[0] for r in alone])) and torch.equal(
+        second, torch.cat([r[1] for r in alone])
+    )
+    torch.testing.assert_close(second[2], 0.6 * second[0] + 0.8 * second[1])
+    normal = Streams([[(1.0, (0, "", i))] for i in range(200)], "cpu").randn_like(torch.empty(200, 20))
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_does_not_depend_on_its_batch_but_on_seed_name_and_draw(tmp_path, method):
+    path = make_run(tmp_path / "run", method=method, task="jpeg", **METHODS[method])
+    for name in "ab":
+        put(tmp_path / f"in/{name}.png", photo(16, 16))
+    for out, more in (("both", ()), ("again", ()), ("seed", ("--seed", 1)), ("draws", ("--draws", 2))):
+        assert run(path, "--input", tmp_path / "in", "--output", tmp_path / out, *more) == 0
+    assert run(path, "--input", tmp_path / "in/a.png", "--output", tmp_path / "alone") == 0
+    assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "one", "--batch-size", 1, "--draws", 2) == 0
+    a = get(tmp_path / "both/a.png").astype(int)
+    np.testing.assert_array_equal(get(tmp_path / "again/a.png"), a)
+    for same in ("alone/a.png", "draws/a_1.png", "one/a_1.png"):
+        assert abs(get(tmp_path / same) - a).max() <= 1, same  # rounding
+    assert abs(get(tmp_path / "one/b_2.png") - get(tmp_path / "draws/b_2.png").astype(int)).max() <= 1
+    for other in ("both/b.png", "seed/a.png", "draws/a_2.png"):
+        assert abs(get(tmp_path / other) - a).mean() > 0.5, other
+
+
+def test_draws_have_a_mean_and_a_standard_deviation(tmp_path):
+    path = make_run(tmp_path / "run", interpolant=Interpolant(sigma=0.1), solver="euler", sample_steps=1)
+    put(tmp_path / "in.png", photo(8, 6))
+    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--draws", 3) == 0
+    draws = np.stack([get(tmp_path / f"out/in_{i}.png") for i in (1, 2, 3)]).astype(float)
+    np.testing.assert_allclose(get(tmp_path / "out/in_mean.png"), draws.mean(0), atol=0.51)
+    std = np.sqrt(draws.var(0, ddof=1).mean(2))
+    np.testing.assert_allclose(get(tmp_path / "out/in_std.png"), np.minimum(8 * std, 255), atol=0.51)
+    assert 0 < std.max() and (8 * std < 255).any()
+
+
+# generation ----------------------------------------------------------------------------------------------------------
+
+def test_generation_by_label(tmp_path, capsys):
+    path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
+    made = {}
+    for name, more in dict(
+        all=("--label", "all"),
+        two=("--label", "T-shirt/top, 0"),
+        one=("--label", 2),
+        none=(),
+        half=("--label", 2, "--guidance", 0),
+        strong=("--label", 2, "--guidance", 3),
+    ).items():
+        assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
+        assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
+        made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
+    assert list(made["all"]) == [
+        "T-shirt-top_0001.png",
+        "T-shirt-top_0002.png",
+        "cat_0001.png",
+        "cat_0002.png",
+        "dog_0001.png",
+        "dog_0002.png",
+    ]
+    assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
+    shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
+    for name in ("all", "two"):
+        assert abs(made[name]["T-shirt-top_0001.png"] - shirt).max() <= 1
+        assert abs(made[name]["cat_0001.png"] - shirt).max() > 1
+    assert abs(other - shirt).mean() > 2
+    assert abs(made["half"]["T-shirt-top_0001.png"] - made["none"]["image_0001.png"]).max() <= 1
+    half, strong = made["half"]["T-shirt-top_0001.png"], made["strong"]["T-shirt-top_0001.png"]
+    assert abs(strong - half).mean() > 1.5 * abs(shirt - half).mean()
+    grid = get(tmp_path / "all/grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]  # what is inside the titles
+    assert grid.shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4; a row a label
+    for row, name in zip(grid[4::66], ("cat", "dog", "T-shirt-top")):
+        np.testing.assert_array_equal(row[4], made["all"][f"{name}_0001.png"][0, 0])
+    assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
+
+
+def test_classes_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(untrained, "CLASSES", ["a b", "a/b", "c"])
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    assert run(path, "--count", 1, "--output", tmp_path / "out", "--label", "all", "--trace") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {"grid.png", "grid_trace.png", "grid_trace.gif"} == {
+        f"{n}_0001.png" for n in ("a-b-0", "a-b-1", "c-2")
+    }
+    assert "NFE with the trace" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["udpm", "sr3"])
+def test_the_way_between_two_seeds(tmp_path, method):
+    path = make_run(tmp_path / "run", method=method, task="generate,blur", **METHODS[method])
+    put(tmp_path / "dog.png", photo(16, 16))
+    for out, more in dict(a=("--seed", 5), b=("--seed", 8), way=("--interpolate", 5, 8)).items():
+        assert run(path, "--count", 3, "--label", "dog", "--output", tmp_path / out, *more) == 0
+        draws = ("--draws", 3) if out == "way" else ()
+        assert run(path, "--input", tmp_path / "dog.png", "--output", tmp_path / out, *draws, *more) == 0
+    for names, end in ((["dog_0001", "dog_0002", "dog_0003"], "dog_0001"), (["dog_1", "dog_2", "dog_3"], "dog")):
+        way = [get(tmp_path / f"way/{name}.png").astype(int) for name in names]
+        for picture, seed in ((way[0], "a"), (way[2], "b")):
+            assert abs(picture - get(tmp_path / seed / f"{end}.png")).max() <= 1
+        ends = abs(way[0] - way[2]).mean()
+        assert 0 < abs(way[1] - way[0]).mean() < ends and 0 < abs(way[1] - way[2]).mean() < ends
+
+
+# sampler, weights, pictures ------------------------------------------------------------------------------------------
+
+def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
+    path = make_run(tmp_path / "run", solver="heun", sample_steps=3)
+    put(tmp_path / "in.png", photo(8, 8))
+    for more, nfe in ((), 7), (("--steps", 5), 11), (("--solver", "rk4", "--steps", 2), 9), (("--solver", "euler"), 51):
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
+        assert f": {nfe} NFE" in capsys.readouterr().out, more  # and one more for the clean estimate
+    counts = []
+    for tolerance in (1e-2, 1e-4):
+        assert (
+            run(
+                path,
+                "--input",
+                tmp_path / "in.png",
+                "--output",
+                tmp_path / "out",
+                "--overwrite",
+                "--solver",
+                "auto",
+                "--tolerance",
+                tolerance,
+            )
+            == 0
+        )
+        counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
+    assert counts[0] < counts[1]
+
+
+def test_an_interpolant_is_sampled_in_a_few_steps_unless_its_run_or_the_user_says_otherwise(tmp_path, capsys):
+    path, named = make_run(tmp_path / "run", solver="auto"), make_run(tmp_path / "named", solver="dopri5")
+    put(tmp_path / "in.png", photo(16, 16))
+    for each, more, midpoint in (
+        (path, (), 11),
+        (path, ("--steps", 3), 7),
+        (path, ("--tolerance", 1e-3), None),
+        (named, (), None),
+    ):
+        assert run(each, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
+        nfe = int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1])
+        assert (
+            nfe == midpoint if midpoint else nfe > 11 and nfe % 6 == 3
+        )  # dopri5: 2 to start with, 6 a step, the clean estimate
+
+
+def test_trace_shows_the_path_and_changes_nothing(tmp_path):
+    path = make_run(tmp_path / "run", method="sr3", sr3=SR3(T=6))
+    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/b.png", photo(5, 6, seed=1))
+    for name, more in ("plain", ()), ("traced", ("--trace",)):
+        assert run(path, "--input", tmp_path / "in", "--output", tmp_path / name, *more) == 0
+    for name in "ab":
+        result = get(tmp_path / f"traced/{name}.png")
+        np.testing.assert_array_equal(result, get(tmp_path / f"plain/{name}.png"))
+        gif, strip = Image.open(tmp_path / f"traced/{name}_trace.gif"), get(tmp_path / f"traced/{name}_trace.png")
+        assert gif.n_frames == 7  # six steps, and the sample
+        gif.seek(gif.n_frames - 1)
+        for picture in (strip, np.asarray(gif.convert("RGB"))):  # inside the last, enlarged pixel of the last image
+            assert abs(picture[-11, -11].astype(int) - result[-1, -1]).max() <= 24  # a GIF has 256 colours
+
+
+def test_the_trace_of_a_large_image_is_small(tmp_path):
+    path = make_run(tmp_path / "run", solver="heun", sample_steps=1)
+    put(tmp_path / "in.png", photo(140, 3))
+    for name, more in ("plain", ()), ("traced", ("--trace",)):
+        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / name, *more) == 0
+    np.testing.assert_array_equal(get(tmp_path / "traced/in.png"), get(tmp_path / "plain/in.png"))
+    assert Image.open(tmp_path / "traced/in_trace.gif").width < 2 * 180
+
+
+def test_frames_are_few_and_even():
+    frames, picture = sample.Frames((4, 6), largest=3), torch.arange(48.0).view(1, 1, 6, 8)
+    for i in range(1000):
+        frames.append((float(i), picture, picture))
+        assert frames[-1][1] is picture  # ode_int.solve takes the sample from there
+    times = [t for t, _, _ in frames]
+    assert 32 <= len(times) <= 64 and len(set(np.diff(times))) == 1 and times[0] == 0 and times[-1] > 950
+    for _, state, _ in frames[:-1]:
+        torch.testing.assert_close(state, F.avg_pool2d(picture[:, :, :4, :6], 2))
+
+
+def test_a_run_of_the_trainer(tmp_path, capsys):
+    arguments = (
+        "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 "
+        "--unet-blocks 1 --no-use-wandb"
+    )
+    assert (
+        trainer.main(
+            [
+                *arguments.split(),
+                "--precision",
+                "fp32",
+                "--solver",
+                "heun",
+                "--sample-steps",
+                "1",
+                "--out-dir",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 0
+    )
+    folder, = (tmp_path / "runs").iterdir()
+    put(tmp_path / "in.png", photo(8, 8))
+    assert run(folder, "--input", tmp_path / "in.png", "--label", "moon", "--output", tmp_path / "out") == 0
+    assert get(tmp_path / "out/in.png").shape == (16, 16, 3)
+    # the same by hand
+    checkpoint = torch.load(folder / "checkpoints/last.pt", weights_only=True)
+    config = from_plain(Config, checkpoint["config"])
+    net = make_unet(config, 10).eval()
+    net.load_state_dict(checkpoint["ema"])
+    zlo = to_full_size(to_float(read_image(tmp_path / "in.png", 3))[None], 2, "nearest")
+    with torch.no_grad():
+        z = zlo + Streams([[(1.0, (0, "in.png", 0))]], "cpu").randn_like(zlo)
+        y = torch.tensor([data.SHAPES.index("moon")])
+
+        def v(t, z):
+            return net(z, torch.full((1,), t), y, zlo)
+
+        first = v(0.001, z)
+        z = z + 0.998 * (first + v(0.999, z + 0.998 * first)) / 2
+        z = z + 0.001 * v(0.999, z)  # the clean estimate
+    assert abs(to_uint8(z)[0].permute(1, 2, 0).numpy().astype(int) - get(tmp_path / "out/in.png")).max() <= 1
+
+
+# guidance -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [dict(overfit=True), dict(label_drop=0.0)])
+def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys, settings):
+    path = make_run(tmp_path / "run", task="generate", method="edm", sample_steps=2, **settings)
+    assert run(path, "--count", 1, "--label", "cat", "--guidance", 2) == 2
+    assert "guidance = 2.0: allowed is 1" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="guidance = 3"):
+        sample.open_model(path, guidance=3)
+    assert run(path, "--count", 1, "--label", "cat", "--output", tmp_path / "out") == 0
+
+
+# UDPM's latent --------------------------------------------------------------------------------------------------------
+
+def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
+    path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
+    seen, original = [], UDPM.latent
+
+    def latent(self, batch):
+        seen.append(original(self, batch))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UDPM, "latent", latent)
+        for name, flags in dict(a=(), b=("--seed", 1), swapped=("--swap", 2, 1), redrawn=("--perturb", 3, 0.6)).items():
+            assert run(path, "--count", 2, "--output", tmp_path / name, *flags) == 0
+    a, b, swapped, redrawn = seen  # level 3, 2, 1
+    for i, level in enumerate((3, 2, 1)):
+        torch.testing.assert_close(swapped[i], (b if level == 2 else a)[i])
+    first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
+    torch.testing.assert_close(redrawn[1], first[1])
+    torch.testing.assert_close(redrawn[2], first[2])
+    fresh = (redrawn[0] - 0.8 * first[0]) / 0.6
+    assert (fresh[0] - fresh[1]).abs().max() > 0.1 and 0.3 < fresh.std() < 2
+    for flags, words in ((("--swap", 4, 1), "level = 4"), (("--perturb", 1, 1.5), "perturb"),
+                         (("--swap", 1, 1, "--perturb", 1, 0.5), "swap")):
+        assert run(path, "--count", 2, "--output", tmp_path / "x", *flags) == 2 and words in capsys.readouterr().err
+    other = make_run(tmp_path / "edm", method="edm", task="generate", sample_steps=2)
+    assert run(other, "--count", 2, "--output", tmp_path / "x", "--swap", 1, 1) == 2
+    assert "for UDPM only" in capsys.readouterr().err

@@ -1,0 +1,249 @@
+"""Folders of images, alone and in pairs: what is held out, what is labelled, and what is left out and named."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from images import DatasetError, data
+from images.data import load
+from images.files import enlarge, fit, open_image, to_tensor
+from images.pairs import pair_factor
+from pixels import noise, solid, values
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+def test_flat_folder_holds_out_a_tenth(tmp_path):
+    for i in range(40):
+        solid(tmp_path / f"{i:02}.png", i)
+    images = load(str(tmp_path), 8)
+    assert sorted(values(images.train) + values(images.test)) == list(range(40))
+    assert len(images.test) == 4 and values(images.train) == sorted(values(images.train))
+    assert images.train_y is None and images.classes == [] and images.name == tmp_path.name
+    few = load(str(tmp_path), 8, limit=6)  # evenly spread, and what was held out stays held out
+    assert len(few.train) == 6 and set(values(few.train)) <= set(values(images.train))
+    assert np.ptp(values(few.train)) > 25 and values(few.test) == values(images.test)
+
+
+@pytest.mark.parametrize("n, held_out", [(2, 1), (9, 1), (10, 1), (25, 2), (10_500, 1000)])
+def test_size_of_the_hold_out(n, held_out):
+    names = [f"{i:05}" for i in range(n)]
+    train, test, _, _ = data._split(names)
+    assert len(test) == held_out and sorted(train + test) == names
+
+
+def test_a_single_image_is_its_own_test(tmp_path):
+    solid(tmp_path / "one.png", 7)
+    with pytest.warns(UserWarning, match="hold out"):
+        images = load(str(tmp_path), 8)
+    assert values(images.train) == values(images.test) == [7]
+
+
+def test_class_folders(tmp_path):
+    for value, name in enumerate(["dog/a", "cat/b", "dog/deep/c", "cat/d", "eel/e", "eel/f"]):
+        solid(tmp_path / f"{name}.png", value)
+    images = load(str(tmp_path), 8)
+    assert images.classes == ["cat", "dog", "eel"]
+    got = dict(zip(values(images.train) + values(images.test), images.train_y.tolist() + images.test_y.tolist()))
+    assert got == {0: 1, 1: 0, 2: 1, 3: 0, 4: 2, 5: 2}
+    solid(tmp_path / "stray.png", 9)  # an image outside the class folders: no label for it, so none at all
+    assert load(str(tmp_path), 8).train_y is None
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_train_and_test_folders(tmp_path, held_out):
+    names = ["train/cat/0", "train/dog/1", "train/dog/2", f"{held_out}/dog/3", f"{held_out}/cat/4"]
+    for value, name in enumerate(names):
+        solid(tmp_path / f"{name}.png", value)
+    images = load(str(tmp_path), 8)
+    assert values(images.train) == [0, 1, 2] and sorted(values(images.test)) == [3, 4]
+    assert images.classes == ["cat", "dog"] and images.train_y.tolist() == [0, 1, 1]
+    assert images.test_y.tolist() == [{3: 1, 4: 0}[v] for v in values(images.test)]
+
+
+def test_train_folder_alone_holds_the_classes(tmp_path):
+    for i in range(20):
+        solid(tmp_path / "train" / "ab"[i % 2] / f"{i}.png", i)
+    images = load(str(tmp_path), 8)
+    assert images.classes == ["a", "b"] and len(images.test) == 2
+    assert images.train_y.tolist() == [v % 2 for v in values(images.train)]
+
+
+def test_broken_images_are_skipped_and_their_labels_too(tmp_path):
+    for i in range(20):
+        solid(tmp_path / "ab"[i % 2] / f"{i:02}.png", i)
+    for i in (0, 3, 4, 11):
+        (tmp_path / "ab"[i % 2] / f"{i:02}.png").write_text("no image")
+    with pytest.warns(UserWarning, match="4 images are left out, which a run lists in left_out.txt: .*00.png"):
+        images = load(str(tmp_path), 8)
+    assert len(images.left_out) == 4  # all are named, however few the warning names
+    assert all("can't be read" in line and "\n" not in line for line in images.left_out)
+    assert {line.split(":")[0][-6:] for line in images.left_out} == {"00.png", "03.png", "04.png", "11.png"}
+    x, y = values(images.train) + values(images.test), images.train_y.tolist() + images.test_y.tolist()
+    assert sorted(x) == [i for i in range(20) if i not in (0, 3, 4, 11)]
+    assert y == [v % 2 for v in x]
+
+
+def test_one_good_image_is_enough_but_one_is_needed(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(DatasetError, match="none of the.*a.png"):
+        load(str(tmp_path), 8)
+    solid(tmp_path / "b.png", 5)
+    with pytest.warns(UserWarning):
+        images = load(str(tmp_path), 8)
+    assert values(images.train) == values(images.test) == [5]
+
+
+def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path):
+    for i in range(3):
+        solid(tmp_path / f"{i}.PNG", i)
+    solid(tmp_path / ".thumbnails" / "x.png", 99)
+    solid(tmp_path / "._0.png", 99)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "list.csv").touch()
+    with pytest.warns(UserWarning, match="2 files .*list.csv, notes.txt"):
+        images = load(str(tmp_path), 8)
+    assert sorted(values(images.train) + values(images.test)) == [0, 1, 2]
+
+
+def test_grey_and_colour_asked_of_a_mixed_folder(tmp_path):
+    Image.fromarray(noise(9, 9, 3)).save(tmp_path / "a.png")
+    Image.fromarray(noise(9, 9, seed=1)).save(tmp_path / "b.png")
+    grey, colour = load(str(tmp_path), 9, channels=1), load(str(tmp_path), 9, channels=3)
+    rgb = colour.train[0].double()
+    luma = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]  # ITU-R 601
+    assert (grey.train[0, 0] - luma).abs().max() <= 1
+    assert torch.equal(colour.test[0], grey.test[0].expand(3, 9, 9))
+    np.testing.assert_array_equal(colour.train[0].permute(1, 2, 0), noise(9, 9, 3))
+
+
+def test_what_is_broken_does_not_shift_the_rest(tmp_path):
+    """The rows kept move together, within one array: each clean image stays beside its damaged one and its label."""
+    for i in range(30):
+        solid(tmp_path / "clean" / "ab"[i % 2] / f"{i:02}.png", i)
+        solid(tmp_path / "damaged" / "ab"[i % 2] / f"{i:02}.png", 200 - i)
+    for i in (2, 5, 15, 21):
+        (tmp_path / "damaged" / "ab"[i % 2] / f"{i:02}.png").write_text("no image")
+    images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    x = values(images.train) + values(images.test)
+    assert sorted(x) == [i for i in range(30) if i not in (2, 5, 15, 21)]
+    assert values(images.train_lo) + values(images.test_lo) == [200 - v for v in x]
+    assert images.train_y.tolist() + images.test_y.tolist() == [v % 2 for v in x]
+
+
+def test_links_in_a_circle_double_nothing(tmp_path):
+    """A folder that holds a link to itself: no test image is a training image, and it ends."""
+    for i in range(20):
+        solid(tmp_path / "pictures" / f"{i:02}.png", i)
+    (tmp_path / "pictures" / "again").symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "up").symlink_to("..")
+    (tmp_path / "pictures" / "self.png").symlink_to("self.png")
+    (tmp_path / "pictures" / "nowhere.png").symlink_to("missing.png")
+    images = load(str(tmp_path / "pictures"), 8)
+    assert sorted(values(images.train) + values(images.test)) == list(range(20))
+    assert len(images.left_out) == 2 and "nowhere.png" in images.left_out[0] and "self.png" in images.left_out[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+def ramps(height, width):
+    """A smooth picture in which a shift of half a pixel is two grey levels."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([40 + 4 * x, 40 + 4 * y, 40 + 2 * x + 2 * y], -1).clip(0, 255).astype(np.uint8)
+
+
+def test_pairs_are_cropped_alike(tmp_path):
+    for i, (h, w) in enumerate([(40, 52), (52, 40), (32, 32), (48, 32)]):
+        for side in ("clean", "damaged"):
+            (tmp_path / side / "train").mkdir(parents=True, exist_ok=True)
+        clean = Image.fromarray(ramps(h, w))
+        clean.save(tmp_path / "clean" / "train" / f"{i}.png")
+        clean.reduce(2).save(tmp_path / "damaged" / "train" / f"{i}.bmp")  # at half the size, with another ending
+    images = load(str(tmp_path / "clean"), 32, paired_path=str(tmp_path / "damaged"))
+    assert images.train_lo.shape == images.train.shape and images.test_lo.shape == images.test.shape
+    assert images.pair_factor == 2
+    for clean, damaged in ((images.train, images.train_lo), (images.test, images.test_lo)):
+        error = (clean.float() - damaged.float()).abs()
+        assert error[..., 4:-4, 4:-4].max() <= 1.5 and clean.float().std() > 20
+
+
+def test_missing_partners_are_named(tmp_path):
+    for name in ("a", "b", "c", "only_clean"):
+        solid(tmp_path / "clean" / f"{name}.png", 10 + ord(name[0]))
+    for name in ("a", "b", "c", "only_damaged"):
+        solid(tmp_path / "damaged" / f"{name}.png", ord(name[0]))
+    with pytest.warns(UserWarning, match="only_clean, only_damaged"):
+        images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    x, lo = torch.cat([images.train, images.test]), torch.cat([images.train_lo, images.test_lo])
+    assert sorted(values(x)) == [107, 108, 109] and [v - 10 for v in values(x)] == values(lo)
+    assert [line.split(": has no partner")[0] for line in images.left_out] == [
+        str(tmp_path / "clean" / "only_clean.png"), str(tmp_path / "damaged" / "only_damaged.png")]
+
+    solid(tmp_path / "damaged" / "a.png", 97, size=(8, 20))  # of another shape: the picture of something else
+    with pytest.warns(UserWarning, match="a.png.*not the same shape"):
+        images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    assert sorted(values(torch.cat([images.train, images.test]))) == [108, 109]
+
+    solid(tmp_path / "other" / "z.png", 0)
+    with pytest.raises(DatasetError, match="same name"):
+        load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "other"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "damaged" / "b.jpg")
+    with pytest.raises(DatasetError, match="more than one .* b"):
+        load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    with pytest.raises(DatasetError, match="nowhere"):
+        load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "nowhere"))
+
+
+def test_where_most_pairs_do_not_belong_together_there_is_no_training(tmp_path):
+    for i in range(6):
+        solid(tmp_path / "clean" / f"{i}.png", i)
+        solid(tmp_path / "damaged" / f"{i}.png", i, size=(8, 8) if i < 3 else (8, 20))
+    clean, damaged = str(tmp_path / "clean"), str(tmp_path / "damaged")
+    assert len(load(clean, 8, paired_path=damaged).left_out) == 3  # the good half will do
+    solid(tmp_path / "damaged" / "2.png", 2, size=(20, 8))
+    with pytest.raises(DatasetError, match="damaged: only 2 of its 6 pairs .*2.png: has 20x8 pixels, its partner 8x8"):
+        load(clean, 8, paired_path=damaged)
+
+
+@pytest.mark.parametrize("side", [24, 40, 64])
+def test_small_damaged_images_are_enlarged_as_one_enlarges_a_file(tmp_path, side):
+    """`enlarge` makes of a damaged file what training saw, whether `fit` then shrinks, crops or enlarges it."""
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "damaged").mkdir()
+    for i in range(3):
+        Image.fromarray(noise(60, 48, 3, seed=i)).save(tmp_path / "clean" / f"{i}.png")
+        Image.fromarray(noise(20, 16, 3, seed=i)).save(tmp_path / "damaged" / f"{i}.png")
+    images = load(str(tmp_path / "clean"), side, paired_path=str(tmp_path / "damaged"))
+    assert images.pair_factor == 3
+    seen = torch.cat([images.train_lo, images.test_lo])
+    files = [fit(enlarge(open_image(tmp_path / "damaged" / f"{i}.png"), images.pair_factor), side) for i in range(3)]
+    assert sorted(x.numpy().tobytes() for x in seen) == sorted(to_tensor(x).numpy().tobytes() for x in files)
+
+
+@pytest.mark.parametrize("clean, damaged, factor", [
+    ([(8, 12)], [(8, 12)], 1),
+    ([(80, 120), (400, 40)], [(20, 30), (100, 10)], 4),
+    ([(101, 67), (67, 101)], [(50, 33), (34, 51)], 2),  # rounded down, rounded up
+    ([(9, 15)], [(6, 10)], "b0.png: has 6x10 pixels, its partner 9x15; make"),
+    ([(100, 60)], [(40, 24)], "b0.png: has 40x24 pixels, its partner 100x60; make"),
+    ([(8, 8)], [(16, 16)], "b0.png: has 16x16 pixels, its partner 8x8; make"),
+    ([(40, 27)], [(40, 26)], "b0.png: has 40x26 pixels, its partner 40x27; make"),
+    ([(80, 80), (80, 80), (80, 80)], [(40, 40), (20, 20), (40, 40)], "b1.png: is 4 times smaller .*png 2 times; make"),
+])
+def test_how_many_times_smaller_the_damaged_images_are(clean, damaged, factor):
+    sizes = [(c, d, f"b{i}.png") for i, (c, d) in enumerate(zip(clean, damaged))]
+    if isinstance(factor, int):
+        assert pair_factor(sizes) == factor
+    else:
+        with pytest.raises(DatasetError, match=factor):
+            pair_factor(sizes)
+
+
+def test_pairs_of_different_factors_are_refused(tmp_path):
+    for i in range(4):
+        solid(tmp_path / "clean" / f"{i}.png", i, size=(16, 16))
+        solid(tmp_path / "damaged" / f"{i}.png", i, size=(8, 8) if i else (4, 4))
+    with pytest.raises(DatasetError, match="0.png: is 4 times smaller"):
+        load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))

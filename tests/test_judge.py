@@ -1,0 +1,219 @@
+"""The judge holds samples against the truth by a classifier that it keeps, and leaves out what can't be had."""
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import nn
+
+from evaluation import judge as judging
+from evaluation.classifier import digest, kept
+from images import data
+from images.corruptions import Damage
+from images.pictures import psnr, to_float, to_uint8
+from measured import EXACT, LOCAL, SIDE, truth
+from trainer import Config
+
+# -------------------------------------------------------------------------------------------- classifier, halves, floor
+
+
+def test_the_classifier_tells_dark_from_bright(judge, config):
+    assert judge.accuracy == 100 and judge(config, False, truth)["accuracy"] == 100
+    swapped = judge(
+        config,
+        False,
+        lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5,
+    )
+    assert swapped["accuracy"] == 0
+
+
+def test_samples_that_are_the_truth_score_the_floor(judge, config):
+    floor = judge.baselines(config)[-1]
+    assert floor["name"] == "floor" and floor["frechet"] > 0.01
+    assert judge(config, False, truth)["frechet"] == pytest.approx(floor["frechet"], rel=1e-6)
+    assert judge(config, False, lambda batch: batch.zlo)["frechet"] > floor["frechet"]
+
+
+def test_each_half_is_held_against_the_other(judge, config):
+    order = torch.cat(judge.batches)
+    other = iter(judge.images.test[order.roll(20)].split(16))  # for the i-th image of a half, the i-th of the other
+    assert judge(config, False, lambda batch: to_float(next(other)))["frechet"] == pytest.approx(0, abs=1e-4)
+
+
+def test_fid_flows_through_the_same_halves(config, monkeypatch):
+    def pooled(x):
+        return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    monkeypatch.setattr(judging, "load_inception", lambda device: pooled)
+    judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
+    score = judge(config, False, lambda batch: 0.5 * batch.z1)
+    z1 = judge.images.test[torch.cat(judge.batches)][:40]
+    x, y = (pooled(z).double().numpy() for z in (to_uint8(0.5 * to_float(z1)), z1))
+
+    def distance(a, b):
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+
+    assert score.keys() == {"fid", "seconds", "errors"} and score["errors"] == {}
+    assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
+
+
+def test_baselines_of_sr(judge, config):
+    low, bicubic, floor = judge.baselines(replace(config, damage=Damage(up="bicubic")))
+    assert [low["name"], bicubic["name"], floor["name"]] == ["input", "bicubic", "floor"]
+    assert low["consistency"] == 0 < bicubic["consistency"] and low["psnr"] != bicubic["psnr"]
+    z1 = judge.images.test[torch.cat(judge.batches)]
+    small = [
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE // 2,) * 2, Image.Resampling.BOX) for image in z1
+    ]
+    for row, how in ((low, Image.Resampling.NEAREST), (bicubic, Image.Resampling.BICUBIC)):
+        images = torch.stack(
+            [torch.from_numpy(np.array(image.resize((SIDE, SIDE), how))).permute(2, 0, 1) for image in small]
+        )
+        assert row["psnr"] == pytest.approx(psnr(to_float(images), to_float(z1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("task, names, without", [
+    ("inpaint", ["input", "smooth fill", "floor"], set()), ("jpeg", ["input", "floor"], set()),
+    ("generate", ["floor"], {"psnr", "consistency"}), ("sr,inpaint", ["input", "floor"], set())])
+def test_other_tasks(judge, config, task, names, without):
+    c = replace(config, task=task)
+    rows = judge.baselines(c)
+    assert [row["name"] for row in rows] == names
+    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds", "errors"}
+    if task != "generate":  # the very damage of before is done to the sample, random masks included
+        assert judge(c, False, truth)["consistency"] == 0
+    if task == "inpaint":
+        assert rows[1]["psnr"] > rows[0]["psnr"]
+    if task == "generate":
+        assert judge.left_out(c, False).keys() == {"psnr", "consistency", "accuracy"}
+
+
+def test_pairs_can_not_be_damaged_again(config, drawings):
+    c = replace(config, task="paired", paired_path=str(drawings))
+    judge = judging.Judge(c, torch.device("cpu"), ("psnr", "consistency"), count=3)
+    assert judge(c, False, lambda batch: batch.zlo)["psnr"] == pytest.approx(EXACT)
+    assert judge.left_out(c, False).keys() == {"consistency"}
+
+
+def test_data_without_classes_and_too_few_images(drawings, config):
+    c = replace(config, dataset=str(drawings / "test" / "dark"))
+    judge = judging.Judge(c, torch.device("cpu"), LOCAL, count=40)
+    assert "no classes" in judge.why["accuracy"] and judge(c, False, truth).keys() == {
+        "psnr",
+        "consistency",
+        "bias",
+        "seconds",
+        "errors",
+    }
+    few = judging.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
+    assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
+
+
+# -------------------------------------------------------------------------------------------------------- random crops
+
+def test_runs_on_random_crops_are_measured_on_the_middles(tmp_path):
+    for i, picture in enumerate(data.load("shapes", 40, limit=60).train):
+        path = tmp_path / "photos" / ("train", "test")[i % 2] / "ab"[i // 2 % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).crop((0, 0, 40, 30)).save(path)
+    config = Config(dataset=str(tmp_path / "photos"), image_size=SIDE, crop="random", overfit=False, device="cpu")
+    arguments = torch.device("cpu"), ("psnr", "accuracy", "frechet"), 30, 16, 0, 1, tmp_path / "cache"
+    judge, seen = judging.Judge(config, *arguments), []
+    score = judge(config, False, lambda batch: seen.append(to_uint8(batch.z1)) or batch.z1)
+    files = sorted((tmp_path / "photos/test").rglob("*.png"))  # as the set lists them
+    middles = [np.array(Image.open(path))[7:23, 12:28] for path in files]
+    expected = torch.stack([torch.from_numpy(middle).permute(2, 0, 1) for middle in middles])
+    assert torch.equal(torch.cat(seen), expected[torch.cat(judge.batches)])
+    assert score["psnr"] == pytest.approx(EXACT) and score["frechet"] == judge.baselines(config)[-1]["frechet"]
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert len(names) == 2 and all("photos-16-random" in name for name in names)
+    centred = judging.Judge(replace(config, crop="center"), *arguments)
+    assert centred.digest != judge.digest and centred.key != judge.key
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+def test_what_is_kept_depends_on_what_it_came_from(config, judge, drawings, monkeypatch):
+    def files(kind):
+        return set(Path("runs/cache").glob(f"{kind}-drawings-16-*.pt"))
+
+    assert not list(drawings.parent.glob("*.pt"))  # nothing beside the user's data
+
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: pytest.fail("the classifier was kept"))
+    before = files("classifier"), files("features")
+    again = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=7, epochs=30)
+    assert again.accuracy == judge.accuracy and (files("classifier"), files("features")) == before
+    assert again(config, False, truth)["frechet"] == pytest.approx(judge(config, False, truth)["frechet"], rel=1e-4)
+
+    fewer = judging.Judge(config, torch.device("cpu"), LOCAL, count=30, epochs=30)  # other images: other statistics
+    assert len(files("features") - before[1]) == 1 and files("classifier") == before[0]
+    assert fewer.key == judge.key and fewer.digest != judge.digest
+
+    monkeypatch.undo()
+    other = judging.Judge(config, torch.device("cpu"), LOCAL, count=40, epochs=1)  # another classifier: other features
+    assert other.key != judge.key
+    assert len(files("classifier") - before[0]) == 1 and len(files("features") - before[1]) == 2
+
+
+def test_kept(tmp_path):
+    calls, path = [], str(tmp_path / "new" / "x.pt")
+
+    def make():
+        calls.append(1)
+        return dict(weights=torch.arange(3), accuracy=50.0)
+
+    for _ in range(2):
+        value = kept(path, make)
+        assert value["accuracy"] == 50 and value["weights"].tolist() == [0, 1, 2]
+    assert len(calls) == 1
+    (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
+    kept(path, make)
+    assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
+
+
+def test_digest_sees_every_value():
+    x = torch.zeros(4, 4, dtype=torch.uint8)
+    y = x.clone()
+    y[3, 3] = 1
+    assert len({digest(x, 1), digest(y, 1), digest(x, 2), digest(x, 1, None)}) == 4
+    assert digest(x.T, 1) == digest(x, 1)
+    assert digest(iter(y.split(3)), 1) == digest(y, 1) != digest(iter(x.split(3)), 1)
+
+
+# ---------------------------------------------------------------------------------------- what can't be had is left out
+
+
+def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    judge = judging.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
+    score = judge(config, False, truth)
+    assert score.keys() == {"psnr", "seconds", "errors"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
+    for module, metric in (("lpips", "lpips"), ("torch_fidelity", "fid")):
+        try:
+            __import__(module)
+            assert "no route to host" in judge.why[metric] and str(tmp_path) in judge.why[metric]
+        except ImportError:
+            assert module in judge.why[metric]
+    assert socket.getdefaulttimeout() is None
+
+
+def test_packages_that_are_not_there(config, monkeypatch):
+    for name in ("torchmetrics.functional.image", "lpips", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    judge = judging.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
+    assert judge(config, False, truth).keys() == {"bias", "seconds", "errors"}
+    assert (
+        "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
+    )

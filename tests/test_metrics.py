@@ -1,0 +1,206 @@
+"""Each metric and its standard error against closed forms and other implementations."""
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from evaluation import judge as judging
+from images.corruptions import Damage
+from images.pictures import psnr, to_float, to_uint8
+from measured import EXACT, SIDE
+from ode_int import SolverError
+
+# -------------------------------------------------------------------------------------------------------------- Frechet
+
+
+def test_frechet_of_gaussians_in_one_dimension():
+    one, other = (
+        tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]]))
+    )
+    assert judging.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
+
+
+def test_frechet_against_scipys_matrix_square_root():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(40, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6)) + 0.3
+    c1, c2 = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    one, other = judging.gaussian(torch.tensor(x)), judging.gaussian(torch.tensor(y))
+    assert judging.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
+    assert judging.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_with_more_features_than_images():
+    # features that live in a corner of a larger space are as far apart there as in the corner itself
+    random = np.random.default_rng(2)
+    x, y = torch.tensor(random.normal(size=(12, 4))), torch.tensor(random.normal(size=(9, 4)) + 0.1)
+    turn = torch.linalg.qr(torch.tensor(random.normal(size=(300, 4)))).Q.T
+    expected = judging.frechet(judging.gaussian(x), judging.gaussian(y))
+    one, other = judging.gaussian(x @ turn), judging.gaussian(y @ turn)
+    assert judging.frechet(one, other) == pytest.approx(expected, rel=1e-9)
+    assert judging.frechet(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_is_torchmetrics_fid():
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+
+    class Mean(nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    x, y = (
+        torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) ** (1 + seed) * 255 for seed in (0, 1)
+    )
+    reference = fid.FrechetInceptionDistance(feature=Mean())
+    reference.update(x, real=True)
+    reference.update(y, real=False)
+    mine = judging.frechet(*(judging.gaussian(Mean()(z)) for z in (x, y)))
+    assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
+
+
+# ------------------------------------------------------------------------------------------------------- single metrics
+
+
+def test_psnr_against_numpy_and_torchmetrics():
+    a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    x, y = (to_uint8(image).numpy().astype(float) for image in (a, b))
+    expected = np.mean([10 * np.log10(255**2 / np.mean((p - q) ** 2)) for p, q in zip(x, y)])
+    assert psnr(a, b) == pytest.approx(expected, rel=1e-6)
+    functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
+    library = functional.peak_signal_noise_ratio(
+        torch.tensor(x), torch.tensor(y), data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean"
+    )
+    assert psnr(a, b) == pytest.approx(library.item(), rel=1e-6)
+
+
+def test_ssim():
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    ssim = judging.load_ssim(6)
+    x = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    assert ssim(x, x).tolist() == pytest.approx([1] * 3, abs=1e-6)  # one an image
+    darker = (x * 0.75).round().to(torch.uint8)
+    assert ssim(darker, x).mean().item() == pytest.approx(0.9219, abs=2e-3)  # torchmetrics' documented example
+    assert ssim(torch.cat([x[:1], darker[1:]]), x).argmax() == 0
+    # Wang et al. 2004, eq. 13 for two constant images: (2 a b + C1) / (a^2 + b^2 + C1), C1 = (0.01 * 255)^2
+    a, b, c1 = 100.0, 130.0, (0.01 * 255) ** 2
+    flat = torch.ones(1, 1, 6, 6, dtype=torch.uint8)  # one image, of the smallest side
+    assert ssim(flat * 100, flat * 130).item() == pytest.approx((2 * a * b + c1) / (a**2 + b**2 + c1), abs=1e-4)
+    with pytest.raises(ValueError, match="6 pixels"):
+        judging.load_ssim(5)
+
+
+def test_a_shift_by_k_levels(judge, config):
+    k = 7
+    score = judge(config, False, lambda batch: batch.z1 + k / 127.5)
+    assert score["bias"] == pytest.approx([k] * 3)
+    assert score["psnr"] == pytest.approx(20 * math.log10(255 / k), rel=1e-5)
+    assert score["consistency"] == pytest.approx(1e5 * (k / 255) ** 2, rel=1e-4)  # the box mean shifts along
+    colour = torch.tensor([3.0, 0.0, -2.0]).view(3, 1, 1) / 127.5
+    assert judge(config, False, lambda batch: batch.z1 + colour)["bias"] == pytest.approx([3, 0, -2])
+
+
+def test_what_the_damage_hides_is_consistent(judge, config):
+    checks = (
+        torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5
+    )  # of mean 0 in each 2x2 box
+    bicubic = replace(config, damage=Damage(up="bicubic"))
+    for each in (config, bicubic):
+        score = judge(each, False, lambda batch: batch.z1 + checks)
+        assert score["consistency"] == 0 and score["psnr"] == pytest.approx(20 * math.log10(255 / 10), rel=1e-5)
+    # the error counts on the small image, however it is enlarged
+    assert judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)["consistency"] == pytest.approx(
+        1e5 * (7 / 255) ** 2, rel=1e-4
+    )
+
+
+def test_samples_are_rounded_and_clamped(judge, config):
+    assert judge(config, False, lambda batch: batch.z1 + 0.4 / 127.5)["psnr"] == pytest.approx(EXACT)  # rounded away
+    bright = judge(config, False, lambda batch: torch.full_like(batch.z1, 5.0))
+    order = torch.cat(judge.batches)
+    assert bright["bias"] == pytest.approx((255 - judge.images.test[order].double().mean((0, 2, 3))).tolist())
+    with pytest.raises(SolverError, match="not finite"):
+        judge(config, False, lambda batch: batch.z1 / 0)
+
+
+def test_the_last_batch_counts_by_its_images(judge, config):
+    # 16 + 16 + 8 images: a mean of batch means would weigh the last twice
+    seen = []
+    score = judge(config, False, lambda batch: seen.append(batch) or batch.zlo)
+    assert [len(batch.zlo) for batch in seen] == [16, 16, 8]
+    expected = sum(psnr(batch.zlo[i:i + 1], batch.z1[i:i + 1]) for batch in seen for i in range(len(batch.zlo))) / 40
+    assert score["psnr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
+    x = torch.randn(4, 3, 15, 12, generator=torch.Generator().manual_seed(0))
+    known = (torch.rand(4, 1, 15, 12, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    filled = judging.fill(x * known, known)
+    assert torch.equal(filled * known, x * known)
+    assert torch.equal(filled, judging.fill(torch.where(known > 0, x, 9.0), known))
+    assert torch.allclose(
+        judging.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3)
+    )  # a flat image is a flat image
+
+
+# ----------------------------------------------------------------------------------------------------- standard errors
+
+def test_errors_of_means_are_those_of_their_images(judge, config):
+    seen = []
+    score = judge(config, False, lambda batch: seen.append(batch) or batch.zlo)
+    zlo, z1 = (torch.cat([getattr(batch, name) for batch in seen]) for name in ("zlo", "z1"))
+    decibels = [psnr(a[None], b[None]) for a, b in zip(zlo, z1)]
+    bias = (to_uint8(zlo).double() - to_uint8(z1).double()).mean((2, 3)).numpy()
+    errors = score["errors"]
+    assert errors["psnr"] == pytest.approx(np.std(decibels, ddof=1) / math.sqrt(40), rel=1e-5)
+    assert errors["bias"] == pytest.approx((bias.std(0, ddof=1) / math.sqrt(40)).tolist(), rel=1e-9)
+    assert errors["consistency"] == 0  # the input fits to itself, every time
+    bright = (z1.mean((1, 2, 3)) > -0.1).double().mean().item()
+    grey = judge(config, False, lambda batch: torch.full_like(batch.z1, 0.3))  # all are called bright
+    assert grey["accuracy"] == pytest.approx(100 * bright)
+    assert grey["errors"]["accuracy"] == pytest.approx(100 * math.sqrt(bright * (1 - bright) / 39), rel=1e-9)
+
+
+def test_an_error_is_the_spread_over_other_images():
+    """PSNR of noise of a random level: the error of 100 images against the spread of 200 such hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    level = 5 + 40 * torch.rand(200, 100, 1, 1, 1, generator=generator)
+    x = to_float((128 + level * torch.randn(200, 100, 1, 8, 8, generator=generator)).clamp(0, 255).round())
+    each = torch.stack([judging.psnr_of_each(some, torch.zeros_like(some)) for some in x])
+    assert (each.std(1) / 10).mean().item() == pytest.approx(each.mean(1).std().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.0, 1.5), (0.0, 1.5, 1.5), (0.0, 1.0, 2.0)])
+def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
+    """Of Gaussians, for 60 independent sets of images; where ours are as the truth (the floor) it may be too large."""
+    generator = torch.Generator().manual_seed(0)
+    found, errors = [], []
+    for _ in range(60):
+        truth = torch.randn(800, 4, generator=generator)
+        noise = torch.randn(800, 4, generator=generator)
+        ours = shift + scale * (0.8 * truth + 0.6 * noise)  # samples follow the truth
+        pairs = ours.split(400), truth.split(400)
+        found.append(judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)))
+        errors.append(judging.jackknife(*pairs))
+    expected = 4 * (shift**2 + (scale - 1) ** 2)
+    spread, error = np.std(found, ddof=1), math.sqrt(np.mean(np.square(errors)))
+    assert np.mean(found) == pytest.approx(expected, abs=0.1)
+    assert 0.75 < error / spread < largest
+
+
+def test_the_jackknife_leaves_out_each_image_once():
+    """By a plain loop: 3 images a half, so 3 groups of one image of each half."""
+    random = np.random.default_rng(1)
+    ours, truth = random.normal(size=(2, 3, 1)), random.normal(size=(2, 3, 1)) + 1
+    figures = []
+    for g in range(3):
+        a, b = (np.delete(sets, g, axis=1)[..., 0] for sets in (ours, truth))
+        figures.append(sum((a[h].mean() - b[1 - h].mean()) ** 2 + (a[h].std(ddof=1) - b[1 - h].std(ddof=1)) ** 2
+                           for h in (0, 1)) / 2)
+    expected = math.sqrt(2 / 3 * sum((f - np.mean(figures)) ** 2 for f in figures))
+    assert judging.jackknife(torch.tensor(ours), torch.tensor(truth)) == pytest.approx(expected, rel=1e-6)

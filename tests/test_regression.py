@@ -1,0 +1,32 @@
+"""Regression is least squares, in one evaluation of the network."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from images.corruptions import Damage
+from measured import SMALL, one_batch
+from methods.regression import Regression
+from trainer import Config
+
+
+def test_regression_is_least_squares():
+    batch = one_batch(Config(**SMALL), 0)
+    method = Regression()
+
+    def oracle(x, t, y, cond):
+        return batch.z1 - batch.zlo
+
+    def off(x, t, y, cond):
+        return batch.z1 - batch.zlo + 0.5
+
+    assert method.loss(oracle, batch).abs().max() < 1e-10
+    assert torch.allclose(method.sample(oracle, replace(batch, z1=None)), batch.z1)
+    assert torch.allclose(method.loss(off, batch), torch.full((3,), 0.25))
+    with pytest.raises(ValueError, match="allows 1"):
+        method.sample(oracle, batch, steps=2)
+    hole = Damage()("inpaint", batch.z1)
+    sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
+    assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(
+        sample * hole.hole, hole.hole.expand_as(sample)
+    )

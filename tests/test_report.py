@@ -1,0 +1,138 @@
+"""The table, the plot and the JSON files of an evaluation say the same, and say what is no comparison."""
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from evaluation import report
+from images.corruptions import Damage
+from measured import LOCAL
+from trainer import Config
+
+
+def test_the_json_holds_each_figure_with_its_record(results):
+    _, (interpolant, udpm) = results
+    assert [(row["sampler"], row["nfe"]) for row in interpolant["rows"][:2]] == [("euler", 2), ("midpoint", 3)]
+    assert (
+        interpolant["rows"][2]["sampler"] == "dopri5"
+        and interpolant["rows"][2]["default"]
+        and interpolant["nfe_left_out"] == [1]
+    )
+    assert [(row["nfe"], row["default"]) for row in udpm["rows"]] == [(3, True)] and udpm["nfe_left_out"] == [1, 2]
+    for result in (interpolant, udpm):
+        assert (
+            result["problem"]["images"] == 12
+            and result["problem"]["split"] == "test"
+            and result["problem"]["seed"] == 0
+        )
+        assert (
+            result["training"]["images_seen"] == 2 * 4
+            and result["costs"]["global_batch"] == 4
+            and result["training"]["weights"] == "EMA"
+        )
+        assert (
+            result["record"]["code"]
+            and result["record"]["quantised"].startswith("uint8")
+            and result["problem"]["classifier_accuracy"] == 100
+        )
+        assert all(set(LOCAL) < row.keys() and set(LOCAL) == row["errors"].keys() for row in result["rows"])
+        assert result["baselines"][-1]["errors"].keys() == {"accuracy", "frechet"}  # the floor's
+        assert "12 of 42 test images" in result["record"]["reference"] and "truth of 6" in result["record"]["reference"]
+        json.dumps(result, allow_nan=False)
+    assert interpolant["baselines"] == udpm["baselines"]
+    net, critic = udpm["costs"]["parameters"]
+    weights = torch.load(f"{udpm['run']}/checkpoints/last.pt", weights_only=True)["players"]
+    assert (
+        net > 1000
+        and critic == sum(w.numel() for key, w in weights[1].items() if key != "steps")
+        and len(interpolant["costs"]["parameters"]) == 1
+    )
+    assert interpolant["costs"]["training_flops"] > 0 and udpm["costs"]["training_flops"] > 0
+
+
+def test_the_table_says_what_the_json_says(results):
+    output, found = results
+    written = (output / "table.md").read_text()
+    rows = [
+        [cell.strip(" *") for cell in row.strip("|").split("|")]
+        for row in written.splitlines() if row.startswith("| ")
+    ]
+    header = rows[0]
+    for result in found:
+        for row in result["rows"]:
+            line = next(
+                r
+                for r in rows
+                if r[0] == result["method"] and r[1].startswith(row["sampler"]) and r[2] == f"{row['nfe']:.4g}"
+            )
+            assert (
+                line[header.index("PSNR, dB ↑")] == report.cell(row, "psnr")
+                and line[header.index("FD ↓")] == report.cell(row, "frechet")
+            )
+            assert line[header.index("accuracy, % ↑")] == report.cell(row, "accuracy")
+    assert [r[0] for r in rows[1:4]] == ["input", "bicubic", "floor"]
+    assert (
+        "SSIM" not in header and "regression network is missing" in written and "100.0% of all test images" in written
+    )
+    assert "exactly so many: interpolant 1; udpm 1, 2" in written and "Not one comparison" not in written
+    assert re.search(r"\| udpm \|.*\| 0\.\d\dM \+ 0\.\d\dM \| 8 \| 4 \|", written)
+
+
+def test_a_cell_shows_the_error_in_the_digits_of_the_figure():
+    row = dict(psnr=23.478, bias=[1.25, -0.34], nfe=3.0, errors=dict(psnr=0.0216, bias=[0.31, 1.26]))
+    assert report.cell(row, "psnr") == "23.48 ± .02" and report.cell(row, "bias") == "+1.2 ± .3 -0.3 ± 1.3"
+    assert report.cell(row, "nfe") == "3" and report.cell(row, "ssim") == "–"
+    assert report.cell(dict(psnr=23.478), "psnr") == "23.48"  # an older result
+
+
+def test_the_plot_says_what_the_json_says(results):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    output, found = results
+    assert (output / "quality.pdf").read_bytes().startswith(b"%PDF") and Image.open(output / "quality.png").width > 1000
+    panels = {ax.get_ylabel(): ax for ax in report.plot(found).axes}
+    assert list(panels) == ["PSNR, dB →", "FD ←", "accuracy, % →"]  # to be read upwards
+    interpolant, udpm = found
+    lines = {drawn.get_label(): drawn.get_xydata() for drawn in panels["PSNR, dB →"].lines}
+    assert lines["interpolant"].tolist() == [[row["nfe"], row["psnr"]] for row in interpolant["rows"][:2]]
+    assert lines["udpm"].tolist() == [[3, udpm["rows"][0]["psnr"]]]
+    assert lines["bicubic"][:, 1].tolist() == [interpolant["baselines"][1]["psnr"]] * 2 and "floor" not in lines
+    assert "floor" in {drawn.get_label() for drawn in panels["FD ←"].lines}
+    regression = interpolant | dict(method="regression", rows=[dict(sampler="own", nfe=1, default=True, psnr=20.0)])
+    drawn = {d.get_label(): d.get_xydata() for d in report.plot([regression, udpm]).axes[0].lines}
+    assert drawn["regression"].tolist() == [[0, 20], [1, 20]]  # a horizontal line, as the baseline that it is
+
+
+def test_a_problem_without_figures_has_an_empty_panel(results):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    _, (interpolant, udpm) = results
+    failed = udpm | dict(
+        problem=udpm["problem"] | dict(task="blur"),
+        baselines=[],
+        rows=[dict(sampler="own", default=True, steps=None, failed="not finite")],
+    )
+    assert len(report.plot([interpolant, failed]).axes) == 2 * len(report.plot([interpolant]).axes)
+
+
+def test_what_is_no_comparison_is_said(results):
+    _, (interpolant, udpm) = results
+    assert report.differences([interpolant, udpm]) == []
+    longer = udpm | dict(training=udpm["training"] | dict(images_seen=999, overfit=True))
+    said = " ".join(report.differences([interpolant, longer]))
+    assert "images seen: 8 (interpolant); 999 (udpm)" in said and "trained on a single batch (overfit) (udpm)" in said
+    blurred = udpm | dict(problem=udpm["problem"] | dict(task="blur (kernel uniform, width 9, sigma 10.0)"))
+    written = report.table([interpolant, blurred])
+    assert "**Not one comparison:** the runs differ in task" in written
+    assert written.count("| bicubic |") == 2  # a table each
+    twin = interpolant | dict(name="twin")
+    assert "| twin | euler |" in report.table([interpolant, twin])
+
+
+def test_how_the_input_is_enlarged_does_not_change_the_task():
+    def task(**knobs):
+        return evaluate.task(Config(damage=Damage(**knobs)))
+
+    assert task(up="nearest") == task(up="bicubic") == "sr (factor 2, down box)"
+    assert len({task(), task(factor=4), task(down="bicubic")}) == 3

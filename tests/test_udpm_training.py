@@ -1,0 +1,270 @@
+"""UDPM's two losses against formulas written out here, and how its two networks are trained."""
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dense import PLAIN, Toy, at_level, basis, dense_powers, flat, image, make_batch
+from methods import udpm
+from methods.udpm import Discriminator
+from unet import Unet
+
+LEVELS = pytest.mark.parametrize("level", [1, 2, 3])
+
+
+def players(method, net, channels=1, num_classes=0, cond_channels=0):
+    (_, loss), (disc, disc_loss) = method.players(net, channels, num_classes, cond_channels)
+    return loss, disc, disc_loss
+
+
+@LEVELS
+def test_network_sees_state_time_and_condition_of_the_level(level):
+    batch, net = make_batch(task="inpaint", y=torch.tensor([1, 0])), Toy()
+    at_level(PLAIN, level, lambda: PLAIN.loss(net, batch))
+    at_level(PLAIN, level, lambda: torch.randint(1, 4, ()))
+    eps = torch.randn(2, 1, 8 >> level, 8 >> level)  # what the loss drew after the level
+    x, t, y, cond = net.seen[0]
+    power = dense_powers(8, level)
+    state = PLAIN.A[level] * power[level] @ flat(batch.z1) + PLAIN.S[level] * flat(eps)
+    bound = ((PLAIN.A[level] * 2**level) ** 2 + PLAIN.S[level] ** 2) ** 0.5  # of an image of +-1 and the noise
+    np.testing.assert_allclose(flat(x), state / bound, atol=1e-6)
+    assert t.tolist() == pytest.approx([(level - 0.5) / 3] * 2) and y is batch.y
+    for c in range(2):
+        small = image(power[level - 1] @ flat(batch.cond[:, c:c + 1]) / 2 ** (level - 1)).float()
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            torch.testing.assert_close(cond[:, 4 * c + 2 * i + j], small[:, 0, i::2, j::2])
+
+
+@LEVELS
+def test_generator_loss_is_its_formula(level):
+    method = replace(PLAIN, l1_weight=(1.5, 2.5, 0.5))
+    batch, net = make_batch(task="restore", y=torch.tensor([2, 0])), Toy()
+    loss, disc, _ = players(method, net, num_classes=2, cond_channels=1)
+    nn.init.normal_(disc.label.weight)
+    disc.steps += 2500  # two decays
+    value = at_level(method, level, lambda: loss(net, batch))
+
+    disc.eval()
+    at_level(method, level, lambda: torch.randint(1, 4, ()))
+    torch.randn(2, 1, 8 >> level, 8 >> level)
+    x, t, _, _ = net.seen[0]
+    guess = net(x, t)
+    truth = image(dense_powers(8, level - 1)[-1] @ flat(batch.z1)).float() / 2 ** (level - 1)
+    cond = F.interpolate(batch.cond, scale_factor=0.5 ** (level - 1), mode="area")
+    logit = disc(guess + 0.4 * 0.99**2 * torch.randn_like(guess), level, batch.y, cond)
+    expected = method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3))
+    expected = expected - method.adv_weight[level - 1] * torch.sigmoid(logit).log()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(at_level(method, level, lambda: method.loss(net, batch)),
+                               method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3)))
+
+
+@LEVELS
+def test_discriminator_loss_with_a_linear_discriminator(level):
+    """D(x) = <w, x> has gradient w, so the penalty is penalty/2 |w|^2."""
+    batch, net, side = make_batch(), Toy(), 8 >> (level - 1)
+    w = torch.randn(1, side, side)
+    seen = []
+
+    class Linear(nn.Module):
+        def forward(self, x, level, y, cond):
+            seen.append((x, level, y, cond))
+            return (w * x).sum((1, 2, 3))
+
+    value = at_level(PLAIN, level, lambda: PLAIN.disc_loss(Linear(), batch, net, 0.3))
+    (fake, *others), (real, *_) = seen
+    assert others == [level, None, None]
+    truth = image(dense_powers(8, level - 1)[-1] @ flat(batch.z1)).float() / 2 ** (level - 1)
+    guess = net(*net.seen[0][:2])
+    at_level(PLAIN, level, lambda: torch.randint(1, 4, ()))
+    torch.randn(2, 1, 8 >> level, 8 >> level)
+    torch.testing.assert_close(fake, guess + 0.3 * torch.randn_like(guess))
+    torch.testing.assert_close(real, truth + 0.3 * torch.randn_like(truth))
+    on_fake, on_real = ((w * x).sum((1, 2, 3)) for x in (fake, real))
+    likelihood = torch.sigmoid(-on_fake).log() + torch.sigmoid(on_real).log()
+    torch.testing.assert_close(value, -likelihood / 2 + PLAIN.grad_penalty[level - 1] / 2 * w.square().sum())
+
+
+def test_penalty_and_its_own_gradient_against_finite_differences():
+    """In float64: the discriminator's input gradient, and the whole loss's slope along a direction of its weights."""
+    torch.manual_seed(0)
+    method = replace(PLAIN, grad_penalty=(5.0, 5.0, 5.0), disc_dropout=0.0)
+    batch = make_batch(side=16)
+    batch = replace(batch, z1=batch.z1.double(), y=torch.tensor([0, 1]))
+    disc = Discriminator(1, 0, 3, 2, 8, 0.0).double()
+
+    class Enlarge(nn.Module):
+        def forward(self, x, t, y, cond):
+            return F.interpolate(x, scale_factor=2).double()
+
+    net = Enlarge()
+
+    def loss():
+        return at_level(method, 3, lambda: method.disc_loss(disc, batch, net, 0.0))
+
+    truth = udpm.average(batch.z1, 2)  # 4x4
+    with torch.no_grad():
+        step = 1e-5 * basis(16)[:, None]  # (16, 1, 1, 4, 4): one pixel of both images at a time
+        gradient = torch.zeros(2, 16, dtype=torch.float64)
+        for b in range(2):
+            for i in range(16):
+                moved = step[i] * (torch.arange(2) == b)[:, None, None, None]
+                gradient[b, i] = (disc(truth + moved, 3, batch.y).sum() - disc(truth - moved, 3, batch.y).sum()) / 2e-5
+        penalty = 2.5 * gradient.square().sum(1)
+    plain = replace(method, grad_penalty=(0.0, 0.0, 0.0))
+    without = at_level(plain, 3, lambda: plain.disc_loss(disc, batch, net, 0.0))
+    torch.testing.assert_close((loss() - without).detach(), penalty, rtol=1e-6, atol=1e-10)
+
+    weights = list(disc.parameters())
+    direction = [torch.randn_like(p) for p in weights]
+    gradients = torch.autograd.grad(loss().sum(), weights, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction) if g is not None)
+
+    def moved(size):
+        with torch.no_grad():
+            for p, d in zip(weights, direction):
+                p += size * d
+        value = loss().sum().detach()
+        with torch.no_grad():
+            for p, d in zip(weights, direction):
+                p -= size * d
+        return value
+
+    torch.testing.assert_close(slope, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+@LEVELS
+def test_each_loss_leaves_the_other_network_alone(level):
+    batch, net = make_batch(), Toy()
+    loss, disc, disc_loss = players(PLAIN, net)
+    modes = []
+    disc.stem.register_forward_hook(lambda module, inputs, output: modes.append((disc.training, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = at_level(PLAIN, level, lambda: loss(net, batch).mean())
+    assert all(p.requires_grad for p in disc.parameters())
+    value.backward()
+    assert modes == [(False, torch.float32)]  # dropout only while it learns itself
+    assert all(p.grad is None for p in disc.parameters())
+    assert net.up.weight.grad.abs().max() > 0  # level 3: by the discriminator alone
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = at_level(PLAIN, level, lambda: disc_loss(disc, batch).mean())
+    value.backward()
+    assert modes[1:] == [(True, torch.float32)] * 2
+    assert all(p.grad is None for p in net.parameters())
+    assert all(p.grad is not None for p in disc.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_discriminator_judges_images_made_without_dropout(training):
+    class Dropping(Toy):
+        def forward(self, x, t, y, cond):
+            return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
+
+    torch.manual_seed(0)
+    batch, net, shown = make_batch(channels=3), Dropping(3).train(training), []
+    loss, disc, disc_loss = players(PLAIN, net, channels=3)
+    disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    method = replace(PLAIN, disc_noise=0.0)
+    at_level(method, 1, lambda: method.disc_loss(disc, batch, net, 0.0))
+    torch.testing.assert_close(shown[0], net.up(net.seen[0][0]) + net.seen[0][1][:, None, None, None])
+    assert net.training == net.up.training == training
+    at_level(PLAIN, 1, lambda: disc_loss(disc, batch))
+    assert net.training == training
+    at_level(PLAIN, 1, lambda: loss(net, batch))  # its own loss leaves the mode alone
+    assert net.training == training
+
+
+def test_level_three_learns_from_the_discriminator_alone():
+    """The adversarial gradient, worked out with the discriminator in the open."""
+    batch, net = make_batch(), Toy()
+    loss, disc, _ = players(PLAIN, net)
+    at_level(PLAIN, 3, lambda: loss(net, batch).sum()).backward()
+    x, t, _, _ = net.seen[0]
+    at_level(PLAIN, 3, lambda: torch.randint(1, 4, ()))
+    torch.randn(2, 1, 1, 1)
+    guess = net(x, t)
+    expected, = torch.autograd.grad(F.softplus(-disc(guess + 0.4 * torch.randn_like(guess), 3)).sum(), net.up.weight)
+    torch.testing.assert_close(net.up.weight.grad, expected)
+
+
+def test_discriminator_compares_the_images_of_a_batch_and_knows_the_class():
+    torch.manual_seed(0)
+    disc = Discriminator(3, 0, 3, 4, 8, 0.0).eval()
+    nn.init.normal_(disc.label.weight)
+    x = torch.randn(4, 3, 16, 16)
+    y = torch.tensor([0, 1, 2, 4])  # 4 is the null label
+    with torch.no_grad():
+        alike, diverse = disc(x[:1].expand(4, -1, -1, -1), 1, y[:1].expand(4)), disc(x, 1, y)
+        assert alike.std() < 1e-5 and (alike[0] - diverse[0]).abs() > 1e-5
+        # the projection is linear in the class's vector
+        first = disc(x, 1, y)
+        disc.label.weight.mul_(2)
+        second = disc(x, 1, y)
+        disc.label.weight.mul_(0)
+        torch.testing.assert_close(second - first, first - disc(x, 1, y))
+        assert (second - first).abs().min() > 0
+        assert (disc(x, 1, y) - disc(x, 2, y)).abs().min() > 0
+        disc = Discriminator(3, 1, 3, 0, 8, 0.0).eval()
+        assert (disc(x, 1, None, x[:, :1]) - disc(x, 1, None, x[:, 1:2])).abs().min() > 0
+
+
+def test_noise_on_the_discriminator_decays_with_its_steps():
+    net, batch = Toy(), make_batch()
+    _, disc, disc_loss = players(PLAIN, net)
+    for _ in range(2):
+        disc_loss(disc, batch)
+        disc_loss(disc, batch)  # a batch in two pieces is one step
+        PLAIN.after_step([net, disc])
+    assert disc.steps == 2 and "steps" in disc.state_dict()
+    for steps, decays in ((999, 0), (1000, 1), (2999, 2), (50_000, 50)):
+        disc.steps.fill_(steps)
+        assert PLAIN.noise_std(disc).item() == pytest.approx(0.4 * 0.99**decays)
+
+
+def test_training_resumes_bit_for_bit_with_unet_labels_and_condition():
+    method = replace(PLAIN, disc_dropout=0.4)
+    batch = make_batch(channels=3, side=8, task="inpaint", y=torch.tensor([0, 2]))
+
+    def build():
+        torch.manual_seed(0)
+        net = Unet(3 + 4 * 4, 3, dim=8, dim_mults=(1, 2), num_classes=2, blocks=1, upscale=2)
+        pair = method.players(net, 3, 2, cond_channels=4)
+        return pair, [torch.optim.Adam(module.parameters(), 1e-2) for module, _ in pair]
+
+    def train(pair, optimizers, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            for (module, loss), optimizer in zip(pair, optimizers):
+                with torch.autocast("cpu", torch.bfloat16):
+                    value = loss(module, batch).mean()
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                assert value.isfinite() and value.dtype == torch.float32
+            method.after_step([module for module, _ in pair])
+
+    whole, optimizers = build()
+    train(whole, optimizers, range(3))
+    saved = copy.deepcopy([(m.state_dict(), o.state_dict()) for (m, _), o in zip(whole, optimizers)])
+    train(whole, optimizers, range(3, 6))
+    resumed, optimizers = build()
+    for (module, _), optimizer, (weights, state) in zip(resumed, optimizers, saved):
+        module.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    train(resumed, optimizers, range(3, 6))
+    for (a, _), (b, _) in zip(whole, resumed):
+        for x, y in zip(a.state_dict().values(), b.state_dict().values()):
+            assert torch.equal(x, y)
+    assert whole[1][0].steps == 6
+    assert method.sample(whole[0][0].eval(), batch).shape == batch.z1.shape
+
+
+def test_without_adversarial_weight_there_is_no_discriminator():
+    net = Toy()
+    (module, loss), = replace(PLAIN, adv_weight=(0, 0, 0)).players(net, 1, 0)
+    assert module is net and loss(net, make_batch()).shape == (2,)
