@@ -1,8 +1,8 @@
-"""Several methods from nothing to a table and a plot: trains each alike, measures each, and tells.
+"""Several methods from nothing to a table and a plot: trains each alike, measures each, and reports.
 
     python compare.py                                    all methods, super-resolution: about an hour on two cores
     python compare.py --task jpeg --methods i2sb edm --seeds 0 1 --images 100000 --output runs/compare-jpeg
-    CUDA_VISIBLE_DEVICES=1 python compare.py --only edm  of the same comparison this method alone: one GPU each
+    CUDA_VISIBLE_DEVICES=1 python compare.py --only edm  this method alone, for one GPU each
     python compare.py -- --damage.factor 4               what follows -- goes to trainer.py, for every run
 
 Into --output go a run METHOD-seedS each, results/METHOD-seedS.json, what the commands said in logs/, table.md,
@@ -49,7 +49,7 @@ class Options:
     """What is compared, and how long each method trains."""
 
     methods: tuple[str, ...] | None = None  # None: all, of the task generate all but regression
-    only: tuple[str, ...] = ()  # of the methods those to train and measure now; the table is of what there is
+    only: tuple[str, ...] = ()  # train and measure only these now; the table has all runs that are there
     seeds: tuple[int, ...] = (0,)  # a run each; the table has mean and spread
     task: str = "sr"  # as trainer.py's
     dataset: str | None = None  # as trainer.py's; None: cifar10
@@ -176,8 +176,8 @@ def flops_an_image(o: Options, method: str, more: list[str]) -> float:
 
 
 def time_left(runs: list[Run]) -> str:
-    """Of all runs, with their measuring; those not begun are taken to be as fast as the others of their method, or as
-    all others."""
+    """Until all runs are trained and measured; those not begun are taken to be as fast as the others of their method,
+    or as all others."""
     speeds, images = {}, []
     for run in runs:
         step, speed = run.progress()
@@ -204,7 +204,7 @@ def call(command: list[str], run: Run, runs: list[Run], signals: Signals) -> int
                 process.send_signal(passed)
             if time.monotonic() - told > 30:
                 told, (step, speed) = time.monotonic(), run.progress()
-                what = f"step {step:,} of {run.steps:,}" if "trainer" in command[0] else "being measured"
+                what = f"step {step:,} of {run.steps:,}" if command[0].endswith("trainer.py") else "being measured"
                 print(f"{run.name}: {what}{f', {speed:.3g} images/s' if speed else ''}; run {runs.index(run) + 1} of "
                       f"{len(runs)}, {time_left(runs)}", flush=True)
             time.sleep(0.05)
@@ -238,12 +238,13 @@ def work(runs: list[Run], signals: Signals) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a run failed, 2 bad input, 130 or 143 stopped by a signal."""
+    """Exit status: 0 done, 1 a run failed, 2 bad input, 129, 130 or 143 stopped by a signal."""
     unbreakable_output()
     try:
         ours, more = split(sys.argv[1:] if arguments is None else arguments)
         o = parse(Options, ours, __doc__)
-        able = tuple(m for m in METHODS if o.task != "generate" or m != "regression")  # of nothing it makes the mean
+        # from nothing regression could only predict the mean
+        able = tuple(m for m in METHODS if o.task != "generate" or m != "regression")
         folder = o.output or f"runs/compare-{o.task.replace(',', '-')}"
         o = replace(o, methods=able if o.methods is None else o.methods, output=folder)
         o.check()

@@ -1,12 +1,12 @@
 """Quality of trained runs against the number of network evaluations (NFE), beside baselines: JSON, a table and a plot.
 
-    python evaluate.py RUN [RUN ...]                           runs' folders, or checkpoints
+    python evaluate.py RUN [RUN ...]                           runs' folders, checkpoints or exported files
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
     torchrun --nproc-per-node 4 evaluate.py RUN [RUN ...]      four processes share the images, same figures
 
-Into --output go one JSON file a run, written after each figure, table.md, quality.pdf and quality.png. A RUN that is
-such a JSON file joins the table as it is, under the file's name. evaluation/judge.py says how each column is measured,
-and its standard error.
+Into --output go one JSON file a run, written anew after each row, table.md, and as .pdf and .png quality (against NFE)
+and quality-seconds. A RUN that is such a JSON file joins the table as it is, under the file's name.
+evaluation/judge.py says how each column is measured, and its standard error.
 SSIM, LPIPS, FID and the plot need more packages; all else is measured without them:
 
     pip install torchmetrics lpips torch-fidelity matplotlib
@@ -53,13 +53,14 @@ from unet import Counted, Guided, Unet
 class Options:
     """What is measured, on what, and where the results go."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # runs' folders, checkpoints, or JSON files of an earlier evaluation
+    # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
+    runs: tyro.conf.Positional[tuple[str, ...]]
     # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
     # takes odd ones only
     nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
     default: bool = True  # also the method's own sampler with its own count
-    # at those NFE; auto: the method's own sampler (interpolant: midpoint, or euler where that can't do so many); or
-    # euler, midpoint, heun, rk4 on its ODE, where it has one
+    # the sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
+    # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
     solver: str = "auto"
     count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
     metrics: tuple[str, ...] = METRICS  # the columns
@@ -70,7 +71,7 @@ class Options:
     data_path: str | None = None
     paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
     output: str | None = None  # folder of the results; None: a new one in runs/
-    cache: str = "runs/cache"  # folder where the classifier and the statistics of the truth are kept for the next time
+    cache: str = "runs/cache"  # folder where the classifier and its features of the truth are kept for the next time
     batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
     seed: int = 0  # of damage and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu

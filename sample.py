@@ -4,11 +4,11 @@
     python sample.py RUN --count 64 --label cat --guidance 2.5     new images; --label all: a row a class
     python sample.py RUN --export model.safetensors                weights and settings in one file, which is a RUN too
 
-RUN is a run's folder, a checkpoint or an exported file. The task sr takes low-resolution files; every other, mixtures
-too, files of full size. Restored images keep their names and become PNG. Transparency is laid over white; for
-inpainting without --masks it is what is to be made. What could not be restored is listed at the end. An image's noise
-depends on the seed, its name or number and the draw; the rest of its batch changes it by rounding only (dopri5: by its
-tolerance).
+RUN is a run's folder, a checkpoint or an exported file. The task sr takes low-resolution files, every other one
+files of full size; a mixture with sr takes those too, and low-resolution files with --factor. Restored images keep
+their names and become PNG. Transparency is laid over white; for inpainting without --masks it is what gets filled in.
+What could not be restored is listed at the end. An image's noise depends on the seed, its name or number and the draw;
+the rest of its batch changes the result by rounding only (dopri5: by its tolerance).
 """
 if __name__ == "__main__":
     from support.output import quiet_interrupt
@@ -61,8 +61,8 @@ class Options:
     label: str | None = None  # class name or number, several joined by commas, or all; None: the network sees no label
     guidance: float | None = None  # 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
     seed: int = 0  # of the noise
-    # on the method's ODE; auto: the method's own sampler; None: as the run, but for an interpolant midpoint in 5 steps,
-    # which ends within one grey level of dopri5 at a tenth of the evaluations (benchmarks/README.md)
+    # solver of the method's ODE; auto: the method's own sampler; None: as the run, but for an interpolant midpoint in 5
+    # steps, which ends within one grey level of dopri5 at a tenth of the evaluations (benchmarks/README.md)
     solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None = None
     steps: int | None = None  # of the sampler; None: as the run
     tolerance: float | None = None  # of dopri5, absolute and relative; None: as the run
@@ -76,7 +76,7 @@ class Options:
     factor: int | None = None
     # a picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
-    masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is to be made
+    masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is filled in
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: int = 1
     # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network:
@@ -103,15 +103,15 @@ class Options:
         need("guidance", lambda g: g == 1 or self.label and math.isfinite(g), "a finite number, with a --label")
         need("draws", lambda n: n == 1 or self.input, "more than 1 with --input only")
         need("interpolate", lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
-        need("interpolate", lambda _: not self.swap and not self.perturb, "left out with --swap and --perturb")
-        need("swap", lambda _: not self.perturb, "left out with --perturb")
+        need("interpolate", lambda _: not self.swap and not self.perturb, "one of --interpolate, --swap and --perturb")
+        need("swap", lambda _: not self.perturb, "one of --interpolate, --swap and --perturb")
         need("perturb", lambda edit: 0 <= edit[1] <= 1, "a level, and a strength from 0 to 1")
         for name in ("input", "output"):
             need(name, lambda path: path != "", "a path")
         need("masks", lambda _: self.input, "a path, with --input only")
-        need("factor", lambda _: self.input, "left out but with --input")
-        need("before_after", lambda which: which != "on" or self.input, "left out but with --input")
-        need("half", lambda half: not half or self.export, "left out but with --export")
+        need("factor", lambda _: self.input, "a number with --input only")
+        need("before_after", lambda which: which != "on" or self.input, "on with --input only")
+        need("half", lambda half: not half or self.export, "True with --export only")
         need("output", lambda path: Path(path).suffix.lower() not in ENDINGS, "a folder")
         need("export", lambda path: Path(path).suffix == EXPORTED, "a name that ends in .safetensors")
 
@@ -187,6 +187,8 @@ def stem(name: str) -> str:
 def output_folder(o: Options, kind: str) -> Path:
     if o.output is not None:
         return Path(o.output).expanduser()
+    if partition(o.partition)[1] > 1:  # whose clocks differ
+        raise SettingsError("output = None: allowed is a folder, where several processes share the images")
     run = Path(o.run).resolve()
     folder = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
     if run.suffix == EXPORTED:  # what lies beside it is not its own
@@ -247,11 +249,11 @@ class Restorer:
         for name in self.names:
             try:
                 paths = self.outputs(name)
+                if twice := self.taken.intersection(paths):
+                    raise DatasetError(f"{self.root / name}: another image of its name takes {min(twice)}")
                 refuse_outputs(paths, o.overwrite)
                 image = read_image(self.root / name, self.model.config.channels)
                 hole = self.read_hole(name, image) if "inpaint" in self.model.tasks else None
-                if twice := self.taken.intersection(paths):
-                    raise DatasetError(f"{self.root / name}: another image of its name takes {min(twice)}")
                 self.model.check_size(*image.shape[1:], name, o.trace)
                 self.taken.update(paths)
             except SettingsError as failure:
@@ -285,7 +287,7 @@ class Restorer:
             (_, height, width), (_, h, w) = image.shape, hole.shape
             raise DatasetError(f"{path}: it is {width}x{height}, its mask {w}x{h}")
         if not hole.any() and self.model.tasks == ["inpaint"]:
-            raise DatasetError(f"{path}: nothing is to be made: no --masks that is white there, no transparency")
+            raise DatasetError(f"{path}: nothing to fill in: no --masks that is white there, no transparency")
         return hole.float() if hole.any() else None
 
     def restore(self, names, numbers, images, holes):
@@ -354,9 +356,9 @@ def generate(o: Options, model: Model) -> int:
     refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
     progress = Progress(model, len(mine), o.trace)
     for some in batched(every, model.at_a_time(side, side)):
-        frames = Frames((side, side)) if o.trace else None
+        frames = Frames((side, side)) if o.trace and of == 1 else None
         sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
-        if o.trace and not made:
+        if frames is not None and not made:
             save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
         for picture in to_uint8(sample):
             save_png(mine[len(made)], to_image(picture))

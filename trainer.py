@@ -73,7 +73,7 @@ class Config:
     # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
     micro_batch: int | None = None
     base_lr: float = 2e-4  # AdamW's learning rate
-    weight_decay: float = 0.0  # AdamW's, a step: rate times this
+    weight_decay: float = 0.0  # AdamW's: a step shrinks the weights by the rate times this
     warmup_steps: int = 0  # steps over which the rate rises from 0
     lr_decay: float = 1.0  # factor on the rate every 1,000 steps
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -84,7 +84,8 @@ class Config:
 
     # THE NETWORK. Channels of its first level, a multiple of 8
     unet_channels: int = 128
-    unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)  # channels of each level in units of unet_channels; sides halve
+    # channels of each level on the way up, in units of unet_channels; sides halve
+    unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)
     unet_blocks: int = 2  # residual blocks a level
     unet_dropout: float = 0.0  # share of activations dropped in training
     unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
@@ -251,7 +252,7 @@ class Trainer:
         checkpoints.remove_leftovers(self.folder)
         if not checkpoint:  # a run of this name that died before its first checkpoint; this one writes the same lines
             checkpoints.set_aside(self.folder / "metrics.jsonl")
-        elif "damaged" in checkpoint:  # or the next checkpoint would make it previous.pt, the good one
+        elif "damaged" in checkpoint:  # else the next save would put it in the place of previous.pt, the good one
             checkpoints.set_aside(Path(checkpoint["damaged"]))
         checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
         if self.images.left_out:
@@ -270,7 +271,7 @@ class Trainer:
         draw(self.config.quick, silent_net(self.config), self.held_out()[:1])
 
     def rehearse_step(self):
-        """Forward and backward of a batch; of a method that draws a level for each, of so many that all have come."""
+        """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
         net, loss = self.players[0]
         for step in range(max(1, 8 * self.config.recipe.levels)):
             with machine.autocast(self.device, self.precision):
@@ -514,7 +515,7 @@ def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 broke off, 2 bad input, 130 or 143 stopped by a signal."""
+    """Exit status: 0 done, 1 broke off, 2 bad input, 129, 130 or 143 stopped by a signal."""
     output.unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     trainer = None

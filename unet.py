@@ -134,7 +134,8 @@ class Unet(nn.Module):
 
     in_channels   of x and cond together
     out_channels  of the prediction
-    dim           channels of the stem; level i has dim * dim_mults[i], and half the side of level i - 1
+    dim           channels of the stem; level i has half the side of level i - 1, and dim * dim_mults[i] channels on the
+                  way up, those of level i - 1 (of level 0: dim) on the way down
     num_classes   labels 0 .. num_classes - 1, and num_classes is the null label; 0 switches labels off
     blocks        residual blocks a level
     dropout       share of activations dropped before each block's second convolution

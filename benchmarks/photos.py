@@ -74,8 +74,8 @@ def photographs(folder: Path, count: int | None, channels: int) -> list[tuple[st
     return found
 
 
-def measure(model, task: str, knobs: dict, photos: list, draws: int, ssim, pictures: Path | None, title: str) -> dict:
-    """Mean figures by answer: {answer: {psnr, ssim, bias}}, and the seconds of a draw."""
+def measure(model, task: str, knobs: dict, photos: list, draws: int, ssim, pictures: Path | None, title: str):
+    """-> {answer: [PSNR, SSIM, bias by channel]}, means over the photographs; the seconds of a draw."""
     scores, seconds = defaultdict(list), 0.0
     for number, (name, z1) in enumerate(photos):
         torch.manual_seed(number)

@@ -1,9 +1,9 @@
 """What scores images: PSNR, SSIM, LPIPS, consistency, bias; by a network's features, Frechet distances and accuracy.
 
 SSIM needs torchmetrics, LPIPS lpips, FID torch-fidelity; the last two download weights. What is not available is left
-out, with the reason. A small classifier, trained once on the data set itself and kept (evaluation/classifier.py), needs
-none of them: it gives the accuracy and FD, the Frechet distance on its features, which unlike Inception's mean
-something at 32x32.
+out, with the reason. A small classifier, trained once on the data set itself and kept in a cache (see
+evaluation/classifier.py), needs none of them: it gives the accuracy and FD, the Frechet distance on its features, which
+unlike Inception's mean something at 32x32.
 
 A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half
 of the images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of

@@ -244,7 +244,7 @@ def notes(group: list[dict], name: Callable) -> list[str]:
     found = told(unmeasured, n)
     if missing := [f"{name(r)} {', '.join(map(str, r['nfe_left_out']))}" for r in group if r["nfe_left_out"]]:
         found.append(f"NFE left out, since the sampler can't do exactly so many: {'; '.join(missing)}")
-    if all(result["method"] != "regression" for result in group):
+    if p["task"] != "generate" and all(result["method"] != "regression" for result in group):
         found.append("a regression network is missing: train one with --method regression and the other runs' "
                      "settings, and name it too")
     if p["classifier"]:

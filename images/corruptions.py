@@ -15,7 +15,8 @@ from torch import Tensor
 
 from images import SettingsError
 
-TASKS = {  # name: the fields of Damage that make the task what it is. How sr enlarges again (up) is a method's affair
+TASKS = {  # name: the fields of Damage that make the task what it is. Not sr's up: it changes
+    # what the network sees, not what was lost
     "sr": ("factor", "down"), "inpaint": ("mask",), "blur": ("kernel", "width", "sigma"), "jpeg": ("quality",),
     "generate": (), "paired": (),
 }

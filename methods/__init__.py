@@ -16,8 +16,8 @@ class Method:
     prediction, with t (B,) float32 of order 1: whatever tells it how noisy x is, gamma in SR3, k/n in I2SB. Guidance,
     counting and tiling wrap around it, so no method knows of them.
 
-    The comment above a field is its help on the command line. The class's name in small letters, the field of Config
-    and the choice of --method are the same.
+    The comment above or beside a field is its help on the command line. The class's name in small letters, the field of
+    Config and the choice of --method are the same.
     """
 
     solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's

@@ -55,12 +55,12 @@ class EDM(Method):
         super().__post_init__()
         for name in ("sigma_data", "P_std", "sigma_min", "rho"):
             if getattr(self, name) <= 0:
-                raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be above 0")
+                raise SettingsError(f"edm.{name} = {getattr(self, name)}: allowed is a number above 0")
         for name in ("S_churn", "S_min", "S_max", "S_noise"):
             if getattr(self, name) < 0:
-                raise SettingsError(f"edm.{name} = {getattr(self, name)}: must be at least 0")
+                raise SettingsError(f"edm.{name} = {getattr(self, name)}: allowed is 0 or more")
         if self.sigma_max <= self.sigma_min:
-            raise SettingsError(f"edm.sigma_max = {self.sigma_max}: must be above edm.sigma_min = {self.sigma_min}")
+            raise SettingsError(f"edm.sigma_max = {self.sigma_max}: allowed is above edm.sigma_min = {self.sigma_min}")
         if self.sampler not in ("heun", "euler"):
             raise SettingsError(f"edm.sampler = {self.sampler!r}: allowed are heun, euler")
 
@@ -97,7 +97,7 @@ class EDM(Method):
         The t of `trace` is that of `velocity`. Raises SettingsError where steps is below 1."""
         steps = (18 if self.sampler == "heun" else 35) if steps is None else steps
         if steps < 1:
-            raise SettingsError(f"sample_steps = {steps}: edm needs at least 1")
+            raise SettingsError(f"steps = {steps}: allowed is 1 or more")
 
         def denoise(x, sigma):
             return self.D(net, x, x.new_full((len(x),), sigma), batch.y, batch.cond)

@@ -99,7 +99,7 @@ class I2SB(Method):
         """
         steps = self.n if steps is None else steps
         if not 1 <= steps <= self.n:
-            raise SettingsError(f"steps = {steps}: I2SB allows 1 to i2sb.n = {self.n}")
+            raise SettingsError(f"steps = {steps}: allowed is 1 to i2sb.n = {self.n}")
         s2 = self.s2.tolist()
         zt = batch.zlo + batch.hole * batch.randn_like(batch.zlo)
         for k, j in pairwise(self.n * i // steps for i in range(steps, -1, -1)):
@@ -123,7 +123,7 @@ class I2SB(Method):
         knows; the clean estimate there is the last step of `sample`. Raises SettingsError without ot_ode.
         """
         if not self.ot_ode:
-            raise SettingsError(f"solver: I2SB {self.no_ode}; allowed is auto")
+            return super().velocity(net, batch)
         table = self.s2.to(batch.zlo)
 
         def clean(t, zt):

@@ -49,22 +49,22 @@ class Interpolant(Method):
         if self.coupling not in ("dependent", "independent"):
             raise SettingsError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
         if self.sigma <= 0:
-            raise SettingsError(f"interpolant.sigma = {self.sigma}: must be positive")
+            raise SettingsError(f"interpolant.sigma = {self.sigma}: allowed is a number above 0")
         if not 0 < self.t_min < 0.5:
-            raise SettingsError(f"interpolant.t_min = {self.t_min}: must lie between 0 and 0.5")
+            raise SettingsError(f"interpolant.t_min = {self.t_min}: allowed is a number between 0 and 0.5")
         if self.eps0 < 0:
-            raise SettingsError(f"interpolant.eps0 = {self.eps0}: must be 0 (the ODE) or positive")
+            raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 (the ODE) or more")
 
     def check(self, task: str, condition: bool):
-        """Raises SettingsError, one line, where the network does not tell the score.
+        """Raises SettingsError, one line, where the score can't be computed from the network's output.
 
-        It is that of z0's noise, -(E[z0 | zt] - E[zlo | zt]) / (alpha sigma^2). E[zlo | zt] is zlo where the network
-        sees it, 0 in holes and by the independent coupling; elsewhere v does not determine it.
+        The score is -(E[z0 | zt] - m) / (alpha sigma^2), with m = E[zlo | zt]. That is zlo where the network sees it,
+        and 0 in holes and by the independent coupling; elsewhere v does not determine it.
         """
         known = condition or set(parts(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
         if self.eps0 and not known:
-            raise SettingsError(f"interpolant.eps0 = {self.eps0}: must be 0 where the network does not see the damaged "
-                                "image (--no-condition), unless interpolant.coupling = 'independent'")
+            raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 where the network does not see the "
+                                "damaged image (--no-condition), unless interpolant.coupling = 'independent'")
 
     has_ode = True
 

@@ -28,7 +28,7 @@ class Regression(Method):
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """(B, C, H, W) by one network evaluation. SettingsError for another count."""
         if steps not in (None, 1):
-            raise SettingsError(f"steps = {steps}: regression allows 1")
+            raise SettingsError(f"steps = {steps}: allowed is 1")
         z1 = self.estimate(net, batch)
         if trace is not None:
             trace.append((0.0, batch.zlo, z1))

@@ -47,16 +47,16 @@ class SR3(Method):
     def __post_init__(self):
         super().__post_init__()
         if self.T < 1:
-            raise SettingsError(f"sr3.T = {self.T}: must be at least 1")
+            raise SettingsError(f"sr3.T = {self.T}: allowed is 1 or more")
         if self.schedule not in ("quadratic", "linear", "constant", "warmup"):
             raise SettingsError(f"sr3.schedule = {self.schedule!r}: allowed are quadratic, linear, constant, warmup")
         if not 0 < self.beta_end < 1:
-            raise SettingsError(f"sr3.beta_end = {self.beta_end}: must be between 0 and 1")
+            raise SettingsError(f"sr3.beta_end = {self.beta_end}: allowed is a number between 0 and 1")
         if not 0 < self.beta_start <= self.beta_end:
             bounds = f"above 0, at most beta_end = {self.beta_end}"
-            raise SettingsError(f"sr3.beta_start = {self.beta_start}: must be {bounds}")
+            raise SettingsError(f"sr3.beta_start = {self.beta_start}: allowed is a number {bounds}")
         if not 0 < self.warmup <= 1:
-            raise SettingsError(f"sr3.warmup = {self.warmup}: must be above 0, at most 1")
+            raise SettingsError(f"sr3.warmup = {self.warmup}: allowed is a number above 0, at most 1")
         if self.norm not in ("l1", "l2"):
             raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
 
@@ -106,7 +106,7 @@ class SR3(Method):
         trace's t is velocity's. SettingsError where steps is not within 1 .. T."""
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
-            raise SettingsError(f"sample_steps = {steps}: sr3 allows 1 to sr3.T = {self.T}")
+            raise SettingsError(f"steps = {steps}: allowed is 1 to sr3.T = {self.T}")
         gammas = self.gammas()[[self.T * k // steps for k in range(steps + 1)]]
         times = [angle_time(gamma) for gamma in gammas.tolist()]
         gammas = gammas.to(batch.zlo.device)

@@ -15,7 +15,7 @@ predicts average(z1, l - 1).
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import cos, hypot, pi, prod, sin
+from math import hypot, prod
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method
+from methods import Method, keep_known
 from unet import ResBlock
 
 PAPER_LPIPS = (4.0, 4.0, 0.0)  # the paper's lpips_weight
@@ -31,7 +31,7 @@ PAPER_LPIPS = (4.0, 4.0, 0.0)  # the paper's lpips_weight
 
 @dataclass(frozen=True)
 class UDPM(Method):
-    # factor of each level on the image's values, finest level first, as in every tuple here; there are as many levels
+    # factor of each level on the image's values, finest level first, as in every tuple here: one number a level
     alphas: tuple[float, ...] = (0.5, 0.2, 1e-3)
     # standard deviation of the noise that each level adds
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3)
@@ -160,7 +160,7 @@ class UDPM(Method):
         Raises SettingsError where steps is neither None nor L.
         """
         if steps not in (None, self.levels):
-            raise SettingsError(f"steps = {steps}: UDPM allows {self.levels}, one a level")
+            raise SettingsError(f"steps = {steps}: allowed is {self.levels}, one a level")
         noise = self.latent(batch) if noise is None else noise
         x = self.S[self.levels] * noise[0]  # A_L is so small that x_L is noise alone
         for level, fresh in zip(range(self.levels, 0, -1), [*noise[1:], None]):
@@ -169,7 +169,7 @@ class UDPM(Method):
                 views = x / self.scale(level), clean / 2 ** (level - 1)
                 trace.append((1 - level / self.levels, *(F.interpolate(view, batch.zlo.shape[2:]) for view in views)))
             x = self.posterior(x, clean, level, fresh) if level > 1 else clean
-        return torch.where(batch.mask > 0, x, batch.zlo)
+        return keep_known(x, batch)
 
     # Training: one level a batch, drawn on the host. Predictions and images are compared at the scale of pictures.
 
@@ -182,7 +182,10 @@ class UDPM(Method):
         return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
-        """(B,) L1 + LPIPS + softplus(-D). The last term needs a discriminator; its parameters get no gradient."""
+        """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too.
+
+        The last term needs a discriminator; its parameters get no gradient.
+        """
         level, guess, truth = self.noised_pair(net, batch)
         loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
         lpips_weight = PAPER_LPIPS if self.lpips_weight is None else self.lpips_weight
@@ -287,38 +290,6 @@ def enlarge(x: Tensor) -> Tensor:
 def average(x: Tensor, times: int) -> Tensor:
     """H^times x / 2^times, in the range of x: (B, C, H, W) -> (B, C, H/2^times, W/2^times)."""
     return F.avg_pool2d(x, 2**times)
-
-
-# Editing the latent, a list of unit noise as UDPM.latent gives it. The map of `level`, 1 .. L, goes into x_level.
-
-def interpolate(a: list[Tensor], b: list[Tensor], w: float) -> list[Tensor]:
-    """From a (w = 0) to b (w = 1) along the circle: between independent latents it is unit noise at every w."""
-    return [cos(pi / 2 * w) * x + sin(pi / 2 * w) * y for x, y in zip(a, b)]
-
-
-def swap(a: list[Tensor], b: list[Tensor], level: int) -> list[Tensor]:
-    """a, with the map of `level` taken from b. SettingsError if there is no such level."""
-    i = index_of(level, a)
-    return [*a[:i], b[i], *a[i + 1:]]
-
-
-def perturb(noise: list[Tensor], strength: float, level: int, randn_like=torch.randn_like) -> list[Tensor]:
-    """The latent with the map of `level` redrawn in part: strength 0 keeps it, 1 replaces it. It remains unit noise.
-
-    Draws one map, by randn_like (see Batch). SettingsError if there is no such level, or strength is not within 0..1.
-    """
-    if not 0 <= strength <= 1:
-        raise SettingsError(f"strength = {strength}: allowed is 0 to 1")
-    i = index_of(level, noise)
-    redrawn = (1 - strength**2) ** 0.5 * noise[i] + strength * randn_like(noise[i])
-    return [*noise[:i], redrawn, *noise[i + 1:]]
-
-
-def index_of(level: int, noise: list[Tensor]) -> int:
-    """Where a latent holds the map of `level`; the coarsest comes first. SettingsError if there is no such level."""
-    if not 1 <= level <= len(noise):
-        raise SettingsError(f"level = {level}: allowed is 1 to {len(noise)}")
-    return len(noise) - level
 
 
 # LPIPS with VGG-16 (Zhang et al. 2018, arXiv:1801.03924).

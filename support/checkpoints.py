@@ -141,7 +141,7 @@ def open_exported(path: str, config_class) -> Run:
 
 
 def portable(path: str | None) -> str | None:
-    """A path as it may be told to others: from the working directory on, of one elsewhere the last part."""
+    """A path without the user's folders: from the working directory on, or its last part where it lies elsewhere."""
     if path is None or not os.path.isabs(path):
         return path
     here = Path.cwd()

@@ -42,7 +42,7 @@ def preset(name: str, device: str) -> dict:
         cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
         name = "small" if cpu else "cifar10-sr"
         if processes()[0] == 0:
-            why = "no GPU here, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
+            why = "no GPU used, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
             print(f"preset {name}: {why}")
     if name not in PRESETS:
         raise SettingsError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")

@@ -224,7 +224,7 @@ class Model:
         """A damaged PIL image -> a restored one, or a list of them; or float tensors (B, C, h, w) -> (B, C, H, W), in
         [-1, 1].
 
-        mask, for inpainting: white (1 in a tensor) is to be made; without it, what is transparent in the image.
+        mask, for inpainting: white (1 in a tensor) is filled in; without it, what is transparent in the image.
         The same seed gives the same picture. Raises SettingsError, and SolverError for an output that is not finite.
         """
         if self.tasks == ["generate"]:

@@ -2,6 +2,7 @@
 import math
 import warnings
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import ode_int
@@ -138,10 +139,7 @@ def fits(value, hint) -> bool:
 
 def check(c):
     """Raises SettingsError, one line that names the field of a trainer.Config, its value and what is allowed."""
-    def need(name, good, allowed):
-        if not good:
-            raise SettingsError(f"{name} = {getattr(c, name)!r}: allowed is {allowed}")
-
+    need = partial(require, c)
     need("preset", c.preset in PRESETS or c.preset == "auto", "auto, " + ", ".join(PRESETS))
     largest = dict(image_size=MAX_SIDE, batch_size=MAX_BATCH, sample_count=MAX_BATCH, unet_channels=8192,
                    unet_blocks=100, sample_every=10**12, print_loss_every=10**12, checkpoint_every=10**12)

@@ -342,5 +342,5 @@ def test_wrong_fields_are_named(wrong):
 
 
 def test_wrong_steps_are_named():
-    with pytest.raises(ValueError, match="sample_steps = 0"):
+    with pytest.raises(ValueError, match="^steps = 0: allowed is 1 or more$"):
         EDM().sample(net_of(gaussian), blank(1, 1, 2, 2), 0)

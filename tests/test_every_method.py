@@ -55,7 +55,7 @@ def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[P
         flags += f" --paired-path {pictures / 'damaged'}"
     original, half = Trainer.save, tmp_path / "half"
 
-    def save(self):
+    def save(self, wait=True):
         original(self)
         if self.step == 1:
             shutil.copytree(self.folder, half)

@@ -302,7 +302,7 @@ def test_sde_of_a_network_that_does_not_see_zlo(path, task):
 def test_sde_is_refused_where_the_network_does_not_tell_its_score():
     method = Interpolant(eps0=0.8)
     for task in ("sr", "paired", "sr,inpaint"):
-        with pytest.raises(ValueError, match=r"^interpolant\.eps0 = 0\.8: must be 0 where [^\n]+$"):
+        with pytest.raises(ValueError, match=r"^interpolant\.eps0 = 0\.8: allowed is 0 where [^\n]+$"):
             method.check(task, condition=False)
         method.check(task, condition=True)
         Interpolant().check(task, condition=False)

@@ -81,6 +81,15 @@ def test_the_table_says_what_the_json_says(results):
     assert re.search(r"\| udpm \|.*\| 0\.\d\dM \+ 0\.\d\dM \| 8 \| 4 \|", written)
 
 
+def test_a_regression_network_is_missed_only_where_there_is_an_image_to_start_from():
+    result = dict(left_out={}, nfe_left_out=[], method="edm", record={}, problem=dict(
+        task="generate", classifier=None, images=4, split="test", seed=0))
+    record = dict(batch_size=2, device="CPU", precision="fp32", code="1", torch="2")
+    for task, missed in (("generate", False), ("sr", True)):
+        one = result | dict(record=record, problem=result["problem"] | dict(task=task))
+        assert ("regression" in " ".join(report.notes([one], lambda r: r["method"]))) == missed
+
+
 def test_a_cell_shows_the_error_in_the_digits_of_the_figure():
     row = dict(psnr=23.478, bias=[1.25, -0.34], nfe=3.0, errors=dict(psnr=0.0216, bias=[0.31, 1.26]))
     assert report.cell(row, "psnr") == "23.48 ± .02" and report.cell(row, "bias") == "+1.2 ± .3 -0.3 ± 1.3"

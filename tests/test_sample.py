@@ -216,7 +216,7 @@ def test_inpainting_makes_what_the_mask_or_transparency_says(tmp_path, capsys):
     put(tmp_path / "alpha/opaque.png", rgb)
     assert run(path, "--input", tmp_path / "alpha", "--output", tmp_path / "out2") == 1
     np.testing.assert_array_equal(get(tmp_path / "out2/a.png"), made)
-    assert "opaque.png: nothing is to be made" in capsys.readouterr().err
+    assert "opaque.png: nothing to fill in" in capsys.readouterr().err
     one = tmp_path / "masks/a.bmp"
     assert run(path, "--input", tmp_path / "alpha", "--masks", one, "--output", tmp_path / "out3") == 0
 
@@ -376,6 +376,11 @@ def test_the_parts_make_what_one_process_makes(tmp_path, capsys, monkeypatch):
         for made in (parts, torchrun):
             assert {p.name for p in made.iterdir()} - {"grid.png"} == expected.keys()
             assert all(abs(get(made / name) - pixels).max() <= 1 for name, pixels in expected.items())
+    assert run(restoring, "--input", tmp_path / "in", "--partition", "0/2") == 2
+    assert "output = None: allowed is a folder" in capsys.readouterr().err
+    traced = tmp_path / "traced"
+    assert run(making, "--count", 2, "--label", "cat", "--output", traced, "--partition", "0/2", "--trace") == 0
+    assert [p.name for p in traced.iterdir()] == ["cat_0001.png"]  # a trace of all is nobody's here
     for wrong in ("3/3", "x", "-1/2"):
         assert run(restoring, "--input", tmp_path / "in", f"--partition={wrong}") == 2
         assert "partition = " in capsys.readouterr().err
