@@ -72,3 +72,4 @@ def at_level(method: UDPM, level: int, call):
         if torch.randint(1, method.levels + 1, ()) == level:
             torch.manual_seed(seed)
             return call()
+    raise AssertionError(f"no seed draws level {level}")
