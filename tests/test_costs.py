@@ -47,7 +47,10 @@ def test_nfe_against_the_networks_own_counter(settings, solver, missing, default
         counts.append(sum(calls) / 3)
     own = counts.pop() if found[-1].solver == "auto" and found[-1].sample_steps is None and default not in nfe else None
     assert counts == [n for n in nfe if n not in missing]
-    assert own == (None if default in nfe else default)
+    if default is None:  # dopri5 chooses its steps
+        assert own > max(nfe)
+    else:
+        assert own == (None if default in nfe else default)
     assert evaluate.samplers(config, nfe, batch, solver, default=False)[0] == [s for s, n in zip(found, counts)]
 
 
