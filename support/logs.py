@@ -85,7 +85,7 @@ class Files:
     def append(self, numbers: dict):
         """A whole line or nothing."""
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             warn(f"{self.folder} was gone and is made again, without what it held")
         line = (json.dumps(numbers) + "\n").encode()
         with open(self.lines, "a+b", buffering=0) as f:
