@@ -279,6 +279,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "floor": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
+BELOW = {"psnr": 2, "accuracy": 8}  # dB, %
 AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds an image"}
 
 
@@ -303,7 +304,7 @@ def plot(results: list[dict], against: str = "nfe"):
     """A matplotlib Figure: problems in rows, metrics in columns, a curve a run, against a column of AXES.
 
     A curve has the best solver at each NFE, its band is one error to each side. Large open markers are the papers' own
-    samplers, horizontal lines baselines. A PSNR more than 2 dB below the best of the worst curve is out of view.
+    samplers, horizontal lines baselines. What is more than BELOW the best of the worst curve is out of view.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -374,10 +375,10 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
     if metric in ("frechet", "fid"):
         ax.set_yscale("log")
         few_ticks(ax.yaxis, *ax.get_ylim())
-    if metric == "psnr":  # what is far below everyone's best would hide the differences
+    if metric in BELOW:  # what is far below everyone's best would hide the differences
         tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
         levels = [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min([*tops, *levels], default=0) - 2))
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min([*tops, *levels], default=0) - BELOW[metric]))
     ax.spines[["top", "right"]].set_visible(False)
 
 

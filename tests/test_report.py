@@ -1,4 +1,5 @@
 """The table, the plot and the JSON files of an evaluation say the same, and say what is no comparison."""
+import copy
 import json
 import re
 
@@ -95,6 +96,15 @@ def test_a_cell_shows_the_error_in_the_digits_of_the_figure():
     assert report.cell(row, "psnr") == "23.48 ± .02" and report.cell(row, "bias") == "+1.2 ± .3 -0.3 ± 1.3"
     assert report.cell(row, "nfe") == "3" and report.cell(row, "ssim") == "–"
     assert report.cell(dict(psnr=23.478), "psnr") == "23.48"  # an older result
+
+
+def test_what_is_far_below_everyones_best_is_out_of_the_plot(results):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = copy.deepcopy(results[1][0])
+    for row, accuracy in zip([*result["rows"], *result["baselines"]], [80.0, 10.0] + [75.0] * 20):
+        row["accuracy"] = accuracy
+    panels = {ax.get_ylabel(): ax for ax in report.plot([result]).axes}
+    assert panels["accuracy, % →"].get_ylim()[0] == 75 - report.BELOW["accuracy"]
 
 
 def test_the_plot_says_what_the_json_says(results):
