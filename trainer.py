@@ -173,6 +173,10 @@ class Config:
         """Whether pictures are due after that step."""
         return step % self.sample_every == 0 or step == self.steps
 
+    def keeps_at(self, step: int) -> bool:
+        """Whether that step's checkpoint stays."""
+        return self.keep_every is not None and step % self.keep_every == 0
+
     @property
     def generates(self) -> bool:
         """Whether images are made from noise alone."""
@@ -194,7 +198,8 @@ class Trainer:
     def __init__(self, config: Config, checkpoint: dict | None = None):
         self.config, self.step, self.images_seen = config, 0, 0
         self.sampled, self.owes = 0, False  # the step of the last sampling; whether the run begins with one
-        self.saved, self.due = True, False  # whether the last checkpoint was written; whether one is to be caught up on
+        self.saved = True  # whether the last save found a state fit for it; after the run, whether it is on the disk
+        self.due = False  # whether a save was put off, to be caught up on
         self.signals, (self.rank, self.world) = machine.Signals(), machine.processes()
         self.device = machine.pick_device(config.device)
         self.precision = machine.set_up(self.device, config.precision)
@@ -356,7 +361,7 @@ class Trainer:
                 stopped = self.loop()
             finally:
                 if self.rank == 0:
-                    self.saver.wait()
+                    self.saved &= self.saver.wait()
                     self.log.close()
                     self.lock = None
             machine.leave_processes()
@@ -388,12 +393,11 @@ class Trainer:
             overdue = self.due and self.step % c.print_loss_every == 0
             if stopped and self.rank == 0:
                 tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
-            kept = c.keep_every is not None and self.step % c.keep_every == 0
-            due = last or stopped or kept or self.step % c.checkpoint_every == 0
+            due = last or stopped or c.keeps_at(self.step) or self.step % c.checkpoint_every == 0
             if due:
                 self.watch.share()
             if due or overdue:
-                self.save(wait=bool(last or stopped))
+                self.save()
         bar.close()
         return stopped
 
@@ -464,11 +468,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, wait: bool = True):
+    def save(self):
         """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
 
-        Data order and all noise are functions of (seed, step), so the step is their whole state. wait: until it is
-        on the disk; else it is written while training goes on.
+        Data order and all noise are functions of (seed, step), so the step is their whole state. It is written while
+        training goes on; `saver.wait` waits for it.
         """
         if self.rank:
             return
@@ -485,11 +489,8 @@ class Trainer:
                 tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
             self.saved, self.due = False, True
             return
-        self.due = False
-        keep = c.keep_every is not None and self.step % c.keep_every == 0
-        self.saver(checkpoint, keep)
-        if wait:
-            self.saved = self.saver.wait()
+        self.saved, self.due = True, False
+        self.saver(checkpoint, c.keeps_at(self.step))
 
     def load(self, checkpoint: dict):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""

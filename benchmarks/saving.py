@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             for _ in range(o.repeats):
                 synchronize(trainer.device)
                 start = time.perf_counter()
-                trainer.save(wait=False)
+                trainer.save()
                 held.append(time.perf_counter() - start)
                 trainer.saver.wait()
                 written.append(time.perf_counter() - start)

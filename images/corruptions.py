@@ -15,8 +15,8 @@ from torch import Tensor
 
 from images import SettingsError
 
-TASKS = {  # name: the fields of Damage that make the task what it is. Not sr's up: it changes
-    # what the network sees, not what was lost
+# name: the fields of Damage that make the task what it is. Of sr not up, by which the network sees what is left
+TASKS = {
     "sr": ("factor", "down"), "inpaint": ("mask",), "blur": ("kernel", "width", "sigma"), "jpeg": ("quality",),
     "generate": (), "paired": (),
 }

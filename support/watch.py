@@ -66,7 +66,7 @@ class Watch:
 
 def is_finite(checkpoint) -> bool:
     """Whether every number in nested dicts and lists of tensors is."""
-    if torch.is_tensor(checkpoint):  # NaN would be both of them; isfinite() makes a tensor, on a CPU 15 times as slow
+    if torch.is_tensor(checkpoint):  # both are NaN where one value is; 15 times as fast as isfinite().all() on a CPU
         return not checkpoint.numel() or bool(torch.stack(checkpoint.aminmax()).isfinite().all())
     if isinstance(checkpoint, dict):
         return is_finite(list(checkpoint.values()))

@@ -98,8 +98,9 @@ def kept(monkeypatch) -> dict:
     """{step: checkpoint} of all that are written from now on."""
     states, original = {}, Trainer.save
 
-    def save(self, wait=True):
+    def save(self):
         original(self)
+        self.saver.wait()
         states[self.step] = checkpoint(self.folder)
 
     monkeypatch.setattr(Trainer, "save", save)

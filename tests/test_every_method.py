@@ -55,8 +55,9 @@ def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[P
         flags += f" --paired-path {pictures / 'damaged'}"
     original, half = Trainer.save, tmp_path / "half"
 
-    def save(self, wait=True):
+    def save(self):
         original(self)
+        self.saver.wait()
         if self.step == 1:
             shutil.copytree(self.folder, half)
 
