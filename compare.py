@@ -98,7 +98,7 @@ class Run:
             return
         there = open_run(self.folder, Config)
         had = there.config
-        asked = replace(asked, dataset=asked.dataset or had.dataset, **{asked.method: asked.recipe.settled()})
+        asked = replace(asked, dataset=asked.dataset or had.dataset, **{asked.method: asked.chosen.settled()})
         had, asked = ({k: v for k, v in asdict(replace(c, **absolute_paths(c))).items() if k not in INCIDENTAL}
                       for c in (had, asked))
         other = [f"{k} {had[k]!r}, not {asked[k]!r}" for k in asked if had[k] != asked[k]]
@@ -169,10 +169,10 @@ def flops_an_image(o: Options, method: str, more: list[str]) -> float:
     c, _ = read_command_line(training_flags(o, method, more))
     images = data.load(c.dataset, c.image_size, c.channels, c.data_path, c.paired_path, limit=2, crop=c.crop)
     classes = len(images.classes) if c.unet_use_classes else 0
-    c = replace(c, **{method: c.recipe.settled()})
+    c = replace(c, **{method: c.chosen.settled()})
     z1, y, zlo = images.batch(torch.arange(2) % len(images.train), torch.device("cpu"), "train")
     batch = c.damaged(z1, y if classes else None, zlo)
-    return training_flops(c.recipe.levels, make_players(c, make_unet(c, classes), classes), batch, "fp32")
+    return training_flops(c.chosen.levels, make_players(c, make_unet(c, classes), classes), batch, "fp32")
 
 
 def time_left(runs: list[Run]) -> str:

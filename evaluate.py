@@ -106,7 +106,7 @@ def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> 
     """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE
     left out, since no count of steps takes exactly those."""
     own = replace(config, solver="auto", sample_steps=None)
-    few = [replace(own, solver=solver if config.recipe.has_ode else "auto")]
+    few = [replace(own, solver=solver if config.chosen.has_ode else "auto")]
     if few[0].sampler == "dopri5":  # it chooses its own steps; in few, midpoint is better than euler where it fits
         few = [replace(own, solver=name) for name in ("midpoint", "euler")]
     usual = evaluations(own, batch) if few[0].sampler == own.sampler else None
@@ -175,7 +175,7 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
     flops = None
     try:
         batch = first_images(judge, c, run.num_classes, 2)
-        flops = run.images_seen * training_flops(c.recipe.levels, players, batch, o.precision)
+        flops = run.images_seen * training_flops(c.chosen.levels, players, batch, o.precision)
     except SettingsError as failure:  # a loss with LPIPS, whose weights are not available
         left_out["training FLOPs"] = one_line(failure)
     knobs = [f.name for f in fields(c) if f.name.startswith("unet_")]
@@ -215,7 +215,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         sampler = setting.sampler
         if sampler == "own":
-            sampler = f"own {getattr(c.recipe, 'sampler', '')}".strip()
+            sampler = f"own {getattr(c.chosen, 'sampler', '')}".strip()
         row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == own, nfe=None)
         try:
             if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed

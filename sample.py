@@ -146,7 +146,7 @@ def noise(o: Options, model: Model, name: str, i: int, n: int) -> list[tuple]:
 
 def at_level(model: Model, level: int, kept: float, key: tuple, other: tuple) -> list[tuple]:
     """UDPM's latent of `key`, but of the map of `level` the share `kept`; `other` gives the rest of unit noise."""
-    levels = model.config.recipe.levels
+    levels = model.config.chosen.levels
     if not 1 <= level <= levels:
         allowed = f"1 to {levels}" if levels else f"for UDPM only, this run is of {model.config.method}"
         raise SettingsError(f"level = {level}: allowed is {allowed}")

@@ -130,19 +130,19 @@ class Config:
     regression: Regression = field(default_factory=Regression)
 
     @property
-    def recipe(self) -> Method:
+    def chosen(self) -> Method:
         """The method in use."""
         return getattr(self, self.method)
 
     @property
     def sampler(self) -> str:
         """A solver of ode_int, or "own": the method's sampler."""
-        return self.recipe.solver if self.solver == "auto" else self.solver
+        return self.chosen.solver if self.solver == "auto" else self.solver
 
     @property
-    def quick(self) -> "Config":
+    def preview(self) -> "Config":
         """For the pictures in training: a method whose paper takes a thousand steps says how many will do there."""
-        steps = self.recipe.quick if self.sampler == "own" else None
+        steps = self.chosen.preview_steps if self.sampler == "own" else None
         return replace(self, sample_steps=self.sample_steps or steps)
 
     @property
@@ -156,7 +156,7 @@ class Config:
         """auto: long runs, of one network at one size (each further size would take as long to compile again)."""
         if self.compile == "auto":
             narrow = self.unet_channels <= COMPILE_UP_TO or machine.pick_device(self.device).type == "cuda"
-            return self.steps >= COMPILE_FROM and narrow and not self.recipe.levels
+            return self.steps >= COMPILE_FROM and narrow and not self.chosen.levels
         return self.compile == "on"
 
     @property
@@ -214,10 +214,10 @@ class Trainer:
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
                 limit=config.batch_size if config.overfit else None, or_shapes=config.overfit,
                 crop=config.crop).to(self.device)
-            recipe = config.recipe.settled()
+            chosen = config.chosen.settled()
         # what was left open is chosen once: a resumed run takes the same
         config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off",
-                         **{config.method: recipe})
+                         **{config.method: chosen})
         self.config = config
         self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
                               config.overfit)
@@ -273,12 +273,12 @@ class Trainer:
     @torch.no_grad()
     def rehearse(self):
         """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
-        draw(self.config.quick, silent_net(self.config), self.held_out()[:1])
+        draw(self.config.preview, silent_net(self.config), self.held_out()[:1])
 
     def rehearse_step(self):
         """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
         net, loss = self.players[0]
-        for step in range(max(1, 8 * self.config.recipe.levels)):
+        for step in range(max(1, 8 * self.config.chosen.levels)):
             with machine.autocast(self.device, self.precision):
                 loss(net, self.batch(step)).mean().backward()
 
@@ -335,7 +335,7 @@ class Trainer:
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-        c.recipe.after_step([module for module, _ in self.players])
+        c.chosen.after_step([module for module, _ in self.players])
         self.watch.count(losses[0], torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax())
         self.step, self.images_seen = self.step + 1, self.images_seen + c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
@@ -449,7 +449,7 @@ class Trainer:
         try:
             with self.signals.interruption(), machine.autocast(self.device, self.precision):
                 batch = self.held_out()
-                numbers, pictures = demonstrate(self.config.quick, self.ema, batch)
+                numbers, pictures = demonstrate(self.config.preview, self.ema, batch)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
         except torch.OutOfMemoryError:

@@ -35,7 +35,7 @@ def count(config: Config) -> tuple[int, int]:
     paired = "paired" in parts(c.task)
     with torch.no_grad():  # methods make their tables once: now, of real numbers
         few = torch.zeros(1, c.channels, side, side)
-        c.recipe.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))
+        c.chosen.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = make_unet(c, CLASSES if c.unet_use_classes else 0)
         z1, y = torch.randn(c.batch_size, c.channels, side, side), torch.zeros(c.batch_size, dtype=torch.long)
@@ -44,7 +44,7 @@ def count(config: Config) -> tuple[int, int]:
         tracker.track_external(net)
         with tracker:
             with torch.autocast("cpu", torch.bfloat16):
-                loss = c.recipe.loss(net, batch).mean()
+                loss = c.chosen.loss(net, batch).mean()
             loss.backward()
         peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         held = sum(size for kind, size in peak.items() if getattr(kind, "name", "") in ("PARAM", "GRAD", "BUFFER"))
@@ -56,7 +56,7 @@ def main(names: list[str]) -> int:
     if {"-h", "--help"} & set(names):
         print(__doc__)
         return 0
-    one_network = [name for name, preset in PRESETS.items() if not Config(**preset).recipe.levels]
+    one_network = [name for name, preset in PRESETS.items() if not Config(**preset).chosen.levels]
     if unknown := [name for name in names if name not in one_network]:
         print(f"memory.py: preset = {unknown[0]!r}: allowed are {', '.join(one_network)}", file=sys.stderr)
         return 2

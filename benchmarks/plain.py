@@ -74,13 +74,13 @@ class PlainLoop:
         c, one = self.config, torch.ones_like(z1[:, :1])
         batch = Batch(z1, zlo, one, 0 * one, zlo if c.condition else None, y if c.unet_use_classes else None)
         self.optimizer.zero_grad()
-        c.recipe.loss(self.net, batch).mean().backward()
+        c.chosen.loss(self.net, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), c.grad_clip)
         self.optimizer.step()
 
 
 def plain_sample(config: Config, net, batch: Batch) -> torch.Tensor:
     """torchdiffeq's dopri5 as it comes, at 1e-5."""
-    ode = config.recipe.velocity(net, batch)
+    ode = config.chosen.velocity(net, batch)
     times = torch.tensor([ode.t0, ode.t1], device=ode.z.device)
     return torchdiffeq.odeint(ode.velocity, ode.z, times, atol=1e-5, rtol=1e-5, method="dopri5")[-1]

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_up(device)
         config, net = trained(o.run, device)
         config = replace(config, dataset=o.dataset or config.dataset)
-        if not config.recipe.has_ode:
+        if not config.chosen.has_ode:
             raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, and {config.method} "
                                 "has none")
         about = machine(device)

@@ -134,7 +134,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
     plain = "dopri5 as it comes, NCHW (plain)"
     precision = ", bf16" if bf16 else ""
     n = o.solver_steps
-    if config.recipe.has_ode:
+    if config.chosen.has_ode:
         nchw = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
         add(plain, lambda net: plain_sample(config, net, batch), nchw)
         add("dopri5", ours("dopri5"), net)
@@ -144,7 +144,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
             compile_in_place(whole := copy.deepcopy(net), "whole")
             add(f"midpoint, {n} steps{precision}, compiled", ours("midpoint", n), whole)
     if replace(config, solver="auto").sampler == "own":
-        steps = config.quick.sample_steps or n
+        steps = config.preview.sample_steps or n
         add(f"{config.method}'s own, {steps} steps{precision}", ours("auto", steps), net)
     result = rows(in_turns(work, min(o.repeats, 3), o.seconds), plain, count)
     report["sample"] = [row | dict(nfe=evaluations.get(row["name"])) for row in result]

@@ -97,7 +97,7 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
     def step():
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.bf16):
-            loss = config.recipe.loss(net, batch).mean()
+            loss = config.chosen.loss(net, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip, foreach=True)
         optimizer.step()
@@ -138,7 +138,7 @@ def flop_an_image(config: Config, device: torch.device, peer: bool = False) -> i
     """Of the network, forward and backward; a multiplication and an addition count as two."""
     net, batch = unet(config, peer).to(device), one_batch(config, device, 1)
     with FlopCounterMode(display=False) as counter:
-        config.recipe.loss(net, batch).mean().backward()
+        config.chosen.loss(net, batch).mean().backward()
     return counter.get_total_flops()
 
 

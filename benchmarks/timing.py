@@ -56,7 +56,7 @@ class Common:
             name = "small" if device.type == "cpu" else "cifar10-sr"
         config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False,
                          device=self.device)
-        if config.recipe.levels or "paired" in parts(config.task):
+        if config.chosen.levels or "paired" in parts(config.task):
             raise SettingsError(f"preset = {name!r}: allowed are those of one network and of tasks that make their "
                                 "damaged images")
         if self.quick:

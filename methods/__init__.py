@@ -21,7 +21,7 @@ class Method:
     """
 
     solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's
-    quick = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
+    preview_steps = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
     has_ode = False  # whether `velocity` gives one
     no_ode = "has no ODE"  # what the error message says where it gives none
     upscale = 1  # sides of the network's output in units of its input's

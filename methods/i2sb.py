@@ -42,7 +42,7 @@ class I2SB(Method):
             raise SettingsError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
 
     @property
-    def quick(self) -> int:
+    def preview_steps(self) -> int:
         """Sampler steps that are enough for the pictures in training."""
         return min(50, self.n)
 

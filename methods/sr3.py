@@ -61,7 +61,7 @@ class SR3(Method):
             raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
 
     @property
-    def quick(self) -> int:
+    def preview_steps(self) -> int:
         """Sampler steps that are enough for the pictures in training."""
         return min(100, self.T)
 

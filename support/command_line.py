@@ -97,5 +97,5 @@ def read(arguments: list[str], config_class, description: str) -> tuple:
         if config.overfit:
             config = replace(config, warmup_steps=first.warmup_steps or 0)
     config.check()
-    config.recipe.check(config.task, config.condition)
+    config.chosen.check(config.task, config.condition)
     return config, run.checkpoint if run else None

@@ -31,7 +31,7 @@ SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to
 
 def make_unet(c, num_classes: int) -> Unet:
     """The network that the method and task need; in float32."""
-    upscale = c.recipe.upscale
+    upscale = c.chosen.upscale
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
     return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes,
                 blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
@@ -39,7 +39,7 @@ def make_unet(c, num_classes: int) -> Unet:
 
 def make_players(c, net: nn.Module, num_classes: int) -> list:
     """[(module, its loss)] on net's device: the network, and what else the method trains."""
-    players = c.recipe.players(net, c.channels, num_classes, cond_channels(c.task, c.channels, c.condition))
+    players = c.chosen.players(net, c.channels, num_classes, cond_channels(c.task, c.channels, c.condition))
     return [(module.to(next(net.parameters()).device), loss) for module, loss in players]
 
 
@@ -83,7 +83,7 @@ def start_from(net: nn.Module, run: Run):
 
 def silent_net(c):
     """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
-    scale = c.recipe.upscale
+    scale = c.chosen.upscale
     return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
 
 
@@ -92,7 +92,7 @@ def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tenso
 
     `trace`, a list if given, receives (t, state, clean estimate) at each step.
     """
-    method = c.recipe
+    method = c.chosen
     if c.sampler == "own":
         frames = FirstFrame() if trace is None else trace
         sample = method.sample(net, batch, c.sample_steps, frames)
@@ -182,7 +182,7 @@ class Model:
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
         blocks = {"sr": max(several(c.damage.factor)), "jpeg": 16}
-        self.align = max([2**c.recipe.levels, *(blocks.get(name, 1) for name in self.tasks)])
+        self.align = max([2**c.chosen.levels, *(blocks.get(name, 1) for name in self.tasks)])
         tile = c.image_size if tile is None else tile
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
 
@@ -329,8 +329,8 @@ def sampling_config(c, solver: str | None = None, steps: int | None = None, tole
         c = replace(c, integration_atol=tolerance, integration_rtol=tolerance)
     if c.solver == "auto" and c.sampler == "dopri5" and solver is None and tolerance is None:
         c = replace(c, solver=QUICK_SOLVER, sample_steps=c.sample_steps or QUICK_STEPS)
-    if c.solver != "auto" and not c.recipe.has_ode:
-        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.recipe.no_ode}; allowed is auto")
+    if c.solver != "auto" and not c.chosen.has_ode:
+        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.chosen.no_ode}; allowed is auto")
     if c.sampler == "dopri5" and c.sample_steps is not None:
         raise SettingsError(f"steps = {c.sample_steps}: dopri5 chooses its own; add --solver midpoint, "
                             "or leave steps out")

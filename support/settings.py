@@ -165,8 +165,8 @@ def check(c):
     need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
     c.damage.check(c.task, c.image_size)
     need("solver", c.solver == "auto" or c.solver in ode_int.SOLVERS, "auto, " + ", ".join(ode_int.SOLVERS))
-    if c.solver != "auto" and not c.recipe.has_ode:
-        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.recipe.no_ode}; allowed is auto")
+    if c.solver != "auto" and not c.chosen.has_ode:
+        raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.chosen.no_ode}; allowed is auto")
     if c.sampler == "dopri5" and c.sample_steps is not None:
         raise SettingsError(f"sample_steps = {c.sample_steps}: dopri5 chooses its own steps; "
                             "add --solver midpoint, or leave sample_steps out")

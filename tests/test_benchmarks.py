@@ -309,7 +309,7 @@ def test_memory_counts_what_the_backward_pass_is_kept_for():
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        loss = config.recipe.loss(net, batch)
+        loss = config.chosen.loss(net, batch)
     saved = sum(kept.values()) - sum(kept.get(p.untyped_storage().data_ptr(), 0) for p in net.parameters())
     assert loss.requires_grad
     parameters, activations = memory.count(config)

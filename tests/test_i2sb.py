@@ -355,5 +355,5 @@ def test_what_is_not_allowed_says_so():
 
 
 def test_pictures_in_training_take_no_more_steps_than_the_bridge_has():
-    assert (I2SB().quick, I2SB(n=50).quick, I2SB(n=10).quick) == (50, 50, 10)
-    assert I2SB(n=10).sample(wiggly_net, make_batch("restore"), I2SB(n=10).quick).isfinite().all()
+    assert (I2SB().preview_steps, I2SB(n=50).preview_steps, I2SB(n=10).preview_steps) == (50, 50, 10)
+    assert I2SB(n=10).sample(wiggly_net, make_batch("restore"), I2SB(n=10).preview_steps).isfinite().all()

@@ -334,9 +334,9 @@ def test_wrong_fields_are_named(wrong):
 
 
 def test_pictures_in_training_take_no_more_steps_than_the_schedule_has():
-    assert (SR3().quick, SR3(T=100).quick, SR3(T=50).quick) == (100, 100, 50)
+    assert (SR3().preview_steps, SR3(T=100).preview_steps, SR3(T=50).preview_steps) == (100, 100, 50)
     batch = make_batch(torch.zeros(1, 1, 2, 2))
-    assert SR3(T=50).sample(gaussian_net(0.0, 1.0), batch, SR3(T=50).quick).isfinite().all()
+    assert SR3(T=50).sample(gaussian_net(0.0, 1.0), batch, SR3(T=50).preview_steps).isfinite().all()
 
 
 @pytest.mark.parametrize("steps", (0, 21))
