@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     c, costs = result["config"], result["costs"]
     cells = (time.strftime("%Y-%m-%d"),
              f"{chip(pick_device(o.device))}, torch {torch.__version__}, torchvision {torchvision.__version__}",
-             f"{c['method']}, {costs['parameters'][0] / 1e6:.3g}M parameters, {result['problem']['dataset']}",
+             f"{c['method']}, {costs['parameters'][0] / 1e6:.3g}M parameters, {result['problem']['dataset']}, "
+             f"--max-steps {o.max_steps}{' -- ' if more else ''}{' '.join(more)}",
              f"FD {o.frechet:g}, {o.accuracy:g}%, {result['problem']['images']:,} images",
              f"FD {row['frechet']:.2f}, {row['accuracy']:.1f}%, {row['nfe']:g} NFE",
              f"{costs['steps']:,}, {result['training']['images_seen']:,}", f"{seconds / 60:.2f}")

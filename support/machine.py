@@ -97,9 +97,13 @@ def autocast(device: torch.device, precision: str):
 
 
 def chip(device: torch.device) -> str:
+    """The chip's name; of a CPU also whether it has AMX, which decides the speed of bf16, and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in older versions
+    amx = " with AMX" if found.get("amx_bf16") else ""
+    threads = torch.get_num_threads()
+    return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
