@@ -234,4 +234,5 @@ def test_record_adds_a_row(folder, tmp_path, monkeypatch, capsys):
     before, row, after = table.read_text().partition(next(x for x in table.read_text().splitlines() if "torch " in x))
     assert before == f"before\n{record.BEGIN}\n| head |\n" and after == f"\n{record.END}\nafter\n"
     assert row in capsys.readouterr().out and "| 2, 8 |" in row and " 5 NFE " in row  # the first checkpoint
+    assert f"--max-steps 4 -- {NETWORK} --batch-size 4 |" in row  # what it takes to do it again
     assert record.main(flags.split()) == 2 and "output = " in capsys.readouterr().err

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from support.machine import chip
 
 # fifty tensors of 4 MiB, made and freed as a training step does; printed: the pages that each further turn waits for
 TURNS = """
@@ -39,3 +42,13 @@ def test_help_does_not_wait_for_packages_that_only_a_run_needs():
                           text=True, check=True)
     slow = {"scipy", "torchdiffeq", "torchvision", "wandb", "matplotlib", "torch._inductor"}
     assert not slow & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("found, name", [
+    (dict(cpu_name="Intel Xeon", amx_bf16=True), "Intel Xeon with AMX"), (dict(cpu_name="AMD EPYC"), "AMD EPYC"),
+    ({}, "CPU")])
+def test_a_cpu_is_named_with_what_decides_its_speed(found, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    for threads, told in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        assert chip(torch.device("cpu")) == f"{name}, {told}"
