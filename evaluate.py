@@ -193,6 +193,7 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         reference=f"the same {judge.count:,} of {len(judge.images.test):,} {judge.split} images, undamaged; FID and "
         f"FD: the samples for {half} of them against the truth of {half} others of them, both ways; the mean",
         errors="standard errors over these images, FD's by a jackknife; of one training and one draw of noise",
+        without="the figures without each of some groups of these images, for the errors of differences",
         quantised="uint8, clamped", processes=machine.processes()[1],
         dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
         device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__)

@@ -11,13 +11,17 @@ the truth against the other. Samples that equal the truth score the floor exactl
 
 Each figure has its standard error: how far it would vary with other test images, as many and of the same kind. Of a
 mean over images it is their standard deviation / sqrt(n), n the number of images; of FD a jackknife. FID has none: 20
-more roots of matrices of 2048 x 2048 would take minutes. Errors say nothing of another training or other noise, and the
-difference of two runs on the same images varies less than their errors suggest.
+more roots of matrices of 2048 x 2048 would take minutes. Errors say nothing of another training or other noise.
+
+All runs are measured on the same images, so a difference of two varies less than their errors suggest. Its own error
+is a jackknife too (`jackknife`), of the difference. For that each figure comes with GROUPS others: what it is without
+the g-th group of images, the same groups for every run.
 
 Several processes share the images, a batch to each in turn. Batches stay whole: the figures are those of one process.
 """
 import math
 import socket
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -146,8 +150,9 @@ class Judge:
     def __call__(self, config: Config, labels: bool, make: Callable) -> dict:
         """Of make(batch) -> (B, C, H, W): the mean of every metric over the images, and the seconds an image.
 
-        "errors": metric -> standard error, where there is one. labels: whether the network sees classes. All processes
-        get the same. Raises ode_int.SolverError for samples that are not finite, torch.OutOfMemoryError, and
+        "errors": metric -> standard error, where there is one; "without": metric -> its value without each group of
+        images, for metrics that have a better and a worse. labels: whether the network sees classes. All processes get
+        the same. Raises ode_int.SolverError for samples that are not finite, torch.OutOfMemoryError, and
         ProcessLost.
         """
         left_out, scores, failure = self.left_out(config, labels), {}, None
@@ -165,17 +170,21 @@ class Judge:
         ordered = [scores[number] for number in range(len(self.batches))]
         values = {metric: torch.cat([score[metric] for score in ordered]) for metric in ordered[0]}  # (count, ...)
         found = {metric: value.mean(0).tolist() for metric, value in values.items() if metric not in self.features}
-        errors = {}
+        errors, without = {}, {}
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
+            without = {metric: mean_without(values[metric]) for metric in found if metric != "bias"}
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
             found[metric] = across(ours, self.gaussians[metric])
         if "frechet" in self.truth and self.half > 2:
-            errors["frechet"] = jackknife(self.halves(values["frechet"]), self.halves(self.truth["frechet"]))
+            halves = self.halves(values["frechet"]), self.halves(self.truth["frechet"])
+            without["frechet"] = across_without(*halves)
+            errors["frechet"] = jackknife(without["frechet"])
         wanted = [metric for metric in METRICS if metric in self.metrics and metric in found]
         return {metric: found[metric] for metric in (*wanted, "seconds")} | dict(
-            errors={metric: errors[metric] for metric in wanted if metric in errors})
+            errors={metric: errors[metric] for metric in wanted if metric in errors},
+            without={metric: without[metric] for metric in wanted if metric in without})
 
     def scores(self, config: Config, labels: bool, make: Callable, number: int, left_out) -> dict[str, Tensor]:
         """Of make(batch) for the batch of this number: each image's score (B,), bias (B, C) and features (B, d)."""
@@ -267,22 +276,34 @@ def across(ours, truth) -> float:
     return (frechet(ours[0], truth[1]) + frechet(ours[1], truth[0])) / 2
 
 
-def jackknife(ours, truth, groups: int = GROUPS) -> float:
-    """Standard error of `across` for features (half, d) of ours and of the truth, each a pair of halves.
+def mean_without(values: Tensor, groups: int = GROUPS) -> list[float]:
+    """The mean of `values` (N,) without each group of them: every `groups`-th value is of one group. N: 2 or more."""
+    groups = min(groups, len(values))
+    group = torch.arange(len(values)) % groups
+    return [values[group != g].mean().item() for g in range(groups)]
 
-    The images are cut into groups, each leaving its share of both halves and of both sets. With T_g the figure without
-    group g, the variance is (G - 1)/G sum_g (T_g - mean T)^2. Near the floor, where the true distance is 0, it is
-    rather too large, by about the square root of 2 (Efron and Stein 1981: never too small on average). half: 3 or more.
+
+def across_without(ours, truth, groups: int = GROUPS) -> list[float]:
+    """`across` without each group of images, for features (half, d) of ours and of the truth, each a pair of halves.
+
+    A group leaves its share of both halves and of both sets. half: 3 or more.
     """
-    half = len(ours[0])
-    groups = min(groups, half)
-    group = torch.arange(half) % groups
+    groups = min(groups, len(ours[0]))
+    group = torch.arange(len(ours[0])) % groups
 
     def without(g: int) -> float:
         return across(*([gaussian(features[group != g]) for features in pair] for pair in (ours, truth)))
 
-    found = torch.tensor([without(g) for g in range(groups)], dtype=torch.float64)
-    return math.sqrt((groups - 1) * found.var(correction=0))
+    return [without(g) for g in range(groups)]
+
+
+def jackknife(without: list[float]) -> float:
+    """Standard error of a figure T from its values T_g without the g-th of G groups of images.
+
+    The variance is (G - 1)/G sum_g (T_g - mean T)^2. Of a Frechet distance near the floor, where the true distance is
+    0, it is rather too large, by about the square root of 2 (Efron and Stein 1981: never too small on average).
+    """
+    return math.sqrt((len(without) - 1) * statistics.pvariance(without))
 
 
 def load_ssim(side: int):

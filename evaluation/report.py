@@ -6,6 +6,9 @@ Runs that differ in nothing but their seed are one row and one curve, the mean o
     spread    over seeds: their standard deviation; of a single seed the standard error over the test images
     error     the standard error of the mean, sqrt(spread^2 / seeds + (standard error over the test images)^2). All
               seeds are measured on the same images, so that error of theirs does not average out
+
+The error of a difference of two rows is smaller: both see the same images. It is sqrt(spread^2 / seeds of the one + the
+same of the other + (standard error of the difference over the test images)^2), the last by a jackknife.
 """
 import json
 import math
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from evaluation.judge import jackknife
 from images.files import write_atomically
 from support.settings import INCIDENTAL
 
@@ -50,8 +54,8 @@ def check_result(result: dict):
             raise TypeError(f"{key} is {result[key]!r}")
     for row in [*result["rows"], *result["baselines"]]:
         for column in COLUMNS:
-            values = row.get(column)
-            for value in [*flat(values), *flat(row.get("errors", {}).get(column))]:
+            kinds = [row, row.get("errors", {}), row.get("without", {})]
+            for value in [value for kind in kinds for value in flat(kind.get(column))]:
                 if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
                     raise ValueError(f"{column} is {value!r}")
 
@@ -145,11 +149,15 @@ def mean_over_seeds(results: list[dict]) -> list[dict]:
 
 
 def mean_row(rows: list[dict]) -> dict:
-    """What one sampler made with the networks of several seeds. A seed where it failed does not count."""
+    """What one sampler made with the networks of several seeds. A seed where it failed does not count.
+
+    "seed_errors": metric -> the part of its error that another training would change; "without": metric -> the mean
+    without each group of images, where all runs have it.
+    """
     good = [row for row in rows if "failed" not in row]
     if not good:
         return rows[0]
-    mean = dict(good[0], spread={}, errors={}, measured=len(good))
+    mean = dict(good[0], spread={}, errors={}, seed_errors={}, without={}, measured=len(good))
     for column in COLUMNS:
         values = [row[column] for row in good if row.get(column) is not None]
         if not values:
@@ -170,26 +178,35 @@ def mean_row(rows: list[dict]) -> dict:
         if spread is not None:
             seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
             mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
+            mean["seed_errors"][column] = seed_error
+        without = [row.get("without", {}).get(column) for row in good]
+        if all(without):
+            mean["without"][column] = [statistics.fmean(figures) for figures in zip(*without)]
     return mean
 
 
 def best(rows: list[dict], column: str) -> list[dict]:
     """The best row, and those that are not worse by more than SURE errors of the difference. Empty where a column has
-    no better and worse, or fewer than two rows.
-
-    The error of a difference: sqrt(error of one^2 + error of the other^2).
-    """
+    no better and worse, or fewer than two rows."""
     sign = {"↑": 1, "↓": -1}.get(COLUMNS[column][0][-1])
     there = [row for row in rows if row.get(column) is not None]
     if sign is None or len(there) < 2:
         return []
-
-    def error(row):
-        return row.get("errors", {}).get(column) or 0
-
     first = max(there, key=lambda row: sign * row[column])
     return [row for row in there
-            if sign * (first[column] - row[column]) <= SURE * math.hypot(error(first), error(row))]
+            if sign * (first[column] - row[column]) <= SURE * error_of_difference(first, row, column)]
+
+
+def error_of_difference(one: dict, other: dict, column: str) -> float:
+    """Of two rows of `mean_over_seeds`, as this file's docstring defines it.
+
+    Where a row lacks its figures without each group of images, which older results do, the two count as independent.
+    """
+    both = [row.get("without", {}).get(column, []) for row in (one, other)]
+    if not all(both) or len(both[0]) != len(both[1]):
+        return math.hypot(*(row.get("errors", {}).get(column) or 0 for row in (one, other)))
+    seeds = (row["seed_errors"].get(column, 0) for row in (one, other))
+    return math.hypot(*seeds, jackknife([a - b for a, b in zip(*both)]))
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -229,7 +246,10 @@ def figures(group: list[dict], name: Callable) -> list[str]:
                       "difference." + ("" if any(row.get("errors") for row in rows) else " No errors are known here.")]
     if any(row.get("spread") for row in rows):
         lines.append("±: the standard deviation over seeds; of a single seed the standard error over the test images. "
-                     "The error of a difference counts both kinds, of both rows.")
+                     "The error of a difference counts both kinds, of both rows, the latter smaller than apart since "
+                     "all rows see the same images.")
+        if any(len(result["seeds"]) == 1 for result in group):
+            lines.append("Of a single seed it says nothing of another training.")
     return lines
 
 

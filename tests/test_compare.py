@@ -183,6 +183,27 @@ def test_the_best_and_what_is_no_worse_is_bold():
     assert "**" not in report.table(runs[:1])  # one row is no comparison
 
 
+def test_rows_are_compared_on_their_common_images():
+    """FD without one of two groups of images: the figures move by 1, their differences by 0, 0.1 and a training's 0.3.
+    """
+    def run(method, frechet, without, seed=0):
+        row = dict(nfe=3, frechet=frechet, without=dict(frechet=without), errors=dict(frechet=1.0))
+        return result(method, [row], seed)
+
+    edm, same, near = run("edm", 2.0, [1.0, 3.0]), run("i2sb", 2.1, [1.1, 3.1]), run("sr3", 2.1, [1.0, 3.2])
+    rows = [mean["rows"][0] for mean in report.mean_over_seeds([edm, same, near])]
+    assert report.error_of_difference(*rows[:2], "frechet") == pytest.approx(0)
+    # differences 0 and -0.2: variance 1/2 (0.1^2 + 0.1^2)
+    assert report.error_of_difference(rows[0], rows[2], "frechet") == pytest.approx(0.1)
+    assert report.best(rows, "frechet") == [rows[0], rows[2]]
+    seeds = [run("edm", 2.0 + 0.3 * sign, [1.0, 3.0], seed) for seed, sign in enumerate((-1, 1))]
+    (mean,) = report.mean_over_seeds(seeds)
+    error = report.error_of_difference(mean["rows"][0], rows[1], "frechet")
+    assert error == pytest.approx(0.3 * math.sqrt(2) / math.sqrt(2))
+    older = {key: value for key, value in rows[1].items() if key != "without"}
+    assert report.error_of_difference(rows[0], older, "frechet") == pytest.approx(math.sqrt(2))
+
+
 def test_the_legend_says_everything_once_and_the_papers_sampler_is_open():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figures = [dict(psnr=20.0, frechet=3.0), dict(psnr=21.0, frechet=2.0, default=True, errors=dict(psnr=0.1))]

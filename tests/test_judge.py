@@ -59,7 +59,7 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
         root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
         return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
 
-    assert score.keys() == {"fid", "seconds", "errors"} and score["errors"] == {}
+    assert score.keys() == {"fid", "seconds", "errors", "without"} and score["errors"] == score["without"] == {}
     assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_other_tasks(judge, config, task, names, without):
     c = replace(config, task=task)
     rows = judge.baselines(c)
     assert [row["name"] for row in rows] == names
-    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds", "errors"}
+    assert set(judge(c, True, truth)) == set(LOCAL) - without | {"seconds", "errors", "without"}
     if task != "generate":  # the very damage of before is done to the sample, random masks included
         assert judge(c, False, truth)["consistency"] == 0
     if task == "inpaint":
@@ -110,6 +110,7 @@ def test_data_without_classes_and_too_few_images(drawings, config):
         "bias",
         "seconds",
         "errors",
+        "without",
     }
     few = judging.Judge(config, torch.device("cpu"), LOCAL, count=3, epochs=30)
     assert "4 images" in few.why["frechet"] and "accuracy" in few(config, False, truth)
@@ -199,7 +200,8 @@ def test_weights_that_can_not_be_downloaded(config, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     judge = judging.Judge(config, torch.device("cpu"), ("psnr", "lpips", "fid"), count=8)
     score = judge(config, False, truth)
-    assert score.keys() == {"psnr", "seconds", "errors"} and judge.left_out(config, False).keys() == {"lpips", "fid"}
+    assert score.keys() == {"psnr", "seconds", "errors", "without"}
+    assert judge.left_out(config, False).keys() == {"lpips", "fid"}
     for module, metric in (("lpips", "lpips"), ("torch_fidelity", "fid")):
         try:
             __import__(module)
@@ -213,7 +215,7 @@ def test_packages_that_are_not_there(config, monkeypatch):
     for name in ("torchmetrics.functional.image", "lpips", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
     judge = judging.Judge(config, torch.device("cpu"), ("ssim", "lpips", "fid", "bias"), count=8)
-    assert judge(config, False, truth).keys() == {"bias", "seconds", "errors"}
+    assert judge(config, False, truth).keys() == {"bias", "seconds", "errors", "without"}
     assert (
         "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evaluation import judge as judging
+from evaluation import report
 from images.corruptions import Damage
 from images.pictures import psnr, psnr_of_each, to_float, to_uint8
 from measured import EXACT, SIDE
@@ -182,7 +183,7 @@ def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
         ours = shift + scale * (0.8 * truth + 0.6 * noise)  # samples follow the truth
         pairs = ours.split(400), truth.split(400)
         found.append(judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)))
-        errors.append(judging.jackknife(*pairs))
+        errors.append(judging.jackknife(judging.across_without(*pairs)))
     expected = 4 * (shift**2 + (scale - 1) ** 2)
     spread, error = np.std(found, ddof=1), math.sqrt(np.mean(np.square(errors)))
     assert np.mean(found) == pytest.approx(expected, abs=0.1)
@@ -199,4 +200,37 @@ def test_the_jackknife_leaves_out_each_image_once():
         figures.append(sum((a[h].mean() - b[1 - h].mean()) ** 2 + (a[h].std(ddof=1) - b[1 - h].std(ddof=1)) ** 2
                            for h in (0, 1)) / 2)
     expected = math.sqrt(2 / 3 * sum((f - np.mean(figures)) ** 2 for f in figures))
-    assert judging.jackknife(torch.tensor(ours), torch.tensor(truth)) == pytest.approx(expected, rel=1e-6)
+    without = judging.across_without(torch.tensor(ours), torch.tensor(truth))
+    assert without == pytest.approx(figures, rel=1e-6)
+    assert judging.jackknife(without) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    """Exactly so with a group an image (Efron and Stein 1981, eq. 1.2), and about so with 20 groups of 200."""
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one_each = judging.jackknife(judging.mean_without(values[:15]))
+    assert one_each == pytest.approx(values[:15].std().item() / math.sqrt(15), rel=1e-9)
+    assert judging.jackknife(judging.mean_without(values)) == pytest.approx(1 / math.sqrt(4000), rel=0.5)
+
+
+def test_the_error_of_a_difference_is_its_spread_over_other_images():
+    """Two networks whose samples follow the same truth, for 60 independent sets of images: FD and the mean square."""
+    generator = torch.Generator().manual_seed(0)
+    found, errors, apart = ([] for _ in range(3))
+    for _ in range(60):
+        truth = torch.randn(800, 4, generator=generator)
+        rows = []
+        for shift in (0.5, 0.6):
+            ours = shift + 0.95 * truth + 0.3 * torch.randn(800, 4, generator=generator)
+            pairs = ours.split(400), truth.split(400)
+            figures = dict(frechet=judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)),
+                           psnr=ours.square().mean().item())
+            without = dict(frechet=judging.across_without(*pairs), psnr=judging.mean_without(ours.square().mean(1)))
+            rows.append(figures | dict(
+                without=without, seed_errors={}, errors={m: judging.jackknife(t) for m, t in without.items()}))
+        found.append([rows[0][m] - rows[1][m] for m in without])
+        errors.append([report.error_of_difference(*rows, m) for m in without])
+        apart.append([math.hypot(*(row["errors"][m] for row in rows)) for m in without])
+    ratio = np.sqrt(np.mean(np.square(errors), axis=0)) / np.std(found, axis=0, ddof=1)
+    assert ((0.75 < ratio) & (ratio < 1.33)).all()
+    assert (np.mean(apart, axis=0) > 1.3 * np.mean(errors, axis=0)).all()
