@@ -246,10 +246,9 @@ def figures(group: list[dict], name: Callable) -> list[str]:
                       "difference." + ("" if any(row.get("errors") for row in rows) else " No errors are known here.")]
     if any(row.get("spread") for row in rows):
         lines.append("±: the standard deviation over seeds; of a single seed the standard error over the test images. "
-                     "The error of a difference counts both kinds, of both rows, the latter smaller than apart since "
-                     "all rows see the same images.")
+                     "The error of a difference counts the seeds of both rows, and the images once: both see the same.")
         if any(len(result["seeds"]) == 1 for result in group):
-            lines.append("Of a single seed it says nothing of another training.")
+            lines.append("With a single seed it says nothing of another training.")
     return lines
 
 
