@@ -276,25 +276,24 @@ def across(ours, truth) -> float:
     return (frechet(ours[0], truth[1]) + frechet(ours[1], truth[0])) / 2
 
 
-def mean_without(values: Tensor, groups: int = GROUPS) -> list[float]:
-    """The mean of `values` (N,) without each group of them: every `groups`-th value is of one group. N: 2 or more."""
-    groups = min(groups, len(values))
-    group = torch.arange(len(values)) % groups
-    return [values[group != g].mean().item() for g in range(groups)]
+def without_each_group(n: int) -> list[Tensor]:
+    """Masks (n,) that leave out one group of n images each: every GROUPS-th image is of the same group."""
+    groups = min(GROUPS, n)
+    return [torch.arange(n) % groups != g for g in range(groups)]
 
 
-def across_without(ours, truth, groups: int = GROUPS) -> list[float]:
+def mean_without(values: Tensor) -> list[float]:
+    """The mean of `values` (N,) without each group of them. N: 2 or more."""
+    return [values[kept].mean().item() for kept in without_each_group(len(values))]
+
+
+def across_without(ours, truth) -> list[float]:
     """`across` without each group of images, for features (half, d) of ours and of the truth, each a pair of halves.
 
     A group leaves its share of both halves and of both sets. half: 3 or more.
     """
-    groups = min(groups, len(ours[0]))
-    group = torch.arange(len(ours[0])) % groups
-
-    def without(g: int) -> float:
-        return across(*([gaussian(features[group != g]) for features in pair] for pair in (ours, truth)))
-
-    return [without(g) for g in range(groups)]
+    return [across(*([gaussian(features[kept]) for features in pair] for pair in (ours, truth)))
+            for kept in without_each_group(len(ours[0]))]
 
 
 def jackknife(without: list[float]) -> float:

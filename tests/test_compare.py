@@ -180,6 +180,7 @@ def test_the_best_and_what_is_no_worse_is_bold():
     assert "| **2.00 ± .30** |" in written and "| **2.90 ± .40** |" in written and "| 3.10 ± .40 |" in written
     assert "| **21.00** |" in written and "| 20.90 |" in written  # without an error the best alone
     assert written.count("Bold: the best") == 1 and "| **3** |" not in written  # NFE knows no better
+    assert "With a single seed it says nothing of another training." in written
     assert "**" not in report.table(runs[:1])  # one row is no comparison
 
 
@@ -199,7 +200,7 @@ def test_rows_are_compared_on_their_common_images():
     seeds = [run("edm", 2.0 + 0.3 * sign, [1.0, 3.0], seed) for seed, sign in enumerate((-1, 1))]
     (mean,) = report.mean_over_seeds(seeds)
     error = report.error_of_difference(mean["rows"][0], rows[1], "frechet")
-    assert error == pytest.approx(0.3 * math.sqrt(2) / math.sqrt(2))
+    assert error == pytest.approx(0.3)  # the seeds' 0.3 sqrt(2), of two seeds; on the images nothing
     older = {key: value for key, value in rows[1].items() if key != "without"}
     assert report.error_of_difference(rows[0], older, "frechet") == pytest.approx(math.sqrt(2))
 

@@ -157,6 +157,10 @@ def test_errors_of_means_are_those_of_their_images(judge, config):
     assert errors["psnr"] == pytest.approx(np.std(decibels, ddof=1) / math.sqrt(40), rel=1e-5)
     assert errors["bias"] == pytest.approx((bias.std(0, ddof=1) / math.sqrt(40)).tolist(), rel=1e-9)
     assert errors["consistency"] == 0  # the input fits to itself, every time
+    without = score["without"]
+    assert without.keys() == errors.keys() - {"bias"}
+    assert without["psnr"] == pytest.approx([np.mean(np.delete(decibels, np.s_[g::20])) for g in range(20)], rel=1e-5)
+    assert errors["frechet"] == judging.jackknife(without["frechet"])
     bright = (z1.mean((1, 2, 3)) > -0.1).double().mean().item()
     grey = judge(config, False, lambda batch: torch.full_like(batch.z1, 0.3))  # all are called bright
     assert grey["accuracy"] == pytest.approx(100 * bright)
