@@ -36,13 +36,13 @@ import ode_int
 from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
-from images.corruptions import TASKS, Batch, parts
+from images.corruptions import TASKS, Batch, task_names
 from images.files import write_atomically
 from support import machine
 from support.checkpoints import Run, open_run
 from support.command_line import parse
-from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, reseed, say, set_up
-from support.model import draw, load_network, make_players, silent_net
+from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
+from support.model import load_network, make_players, run_sampler, zero_net
 from support.output import reason, unbreakable_output
 from support.settings import require
 from trainer import Config
@@ -94,9 +94,9 @@ class Options:
 
 def evaluations(config: Config, batch: Batch) -> float:
     """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
-    counted = Counted(silent_net(config))
+    counted = Counted(zero_net(config))
     try:
-        draw(config, Guided(counted, config.guidance), batch)
+        run_sampler(config, Guided(counted, config.guidance), batch)
     except SettingsError:
         return math.inf
     return counted.rows / len(batch.zlo)
@@ -212,7 +212,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         def make(batch):
             with autocast(judge.device, o.precision):
-                return draw(setting, Guided(counted, c.guidance), batch)[0]
+                return run_sampler(setting, Guided(counted, c.guidance), batch)[0]
 
         sampler = setting.sampler
         if sampler == "own":
@@ -223,7 +223,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
                 with torch.no_grad(), suppress(ode_int.SolverError):  # the judge meets it again, in all processes
                     make(first_images(judge, c, classes, o.batch_size if o.nfe else 2))
                 counted.rows = 0
-            row |= judge(setting, classes > 0, make) | dict(nfe=sum(machine.gathered(counted.rows)) / judge.count)
+            row |= judge(setting, classes > 0, make) | dict(nfe=sum(machine.all_gather(counted.rows)) / judge.count)
         except ode_int.SolverError as failure:
             row["failed"] = one_line(failure)
         result["rows"].append(row)
@@ -231,7 +231,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
             plain = json.dumps(result, indent=1)
             write_atomically(file, lambda f: f.write(plain.encode()))
         figures = ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row)
-        say(f"{result['name']}, {sampler}: {row.get('failed', figures)}")
+        print0(f"{result['name']}, {sampler}: {row.get('failed', figures)}")
 
 
 def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
@@ -242,7 +242,7 @@ def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
 def task(config: Config) -> str:
     """The task, and the fields of Damage that make it what it is."""
     described = []
-    for name in dict.fromkeys(parts(config.task)):
+    for name in dict.fromkeys(task_names(config.task)):
         settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
@@ -328,7 +328,7 @@ def run(o: Options):
     if first:
         folder.mkdir(exist_ok=True)
     for difference in differences(results):
-        say(f"not one comparison: {difference}", sys.stderr)
+        print0(f"not one comparison: {difference}", sys.stderr)
     baselines = {}  # of each data set and task
     try:
         for result, net, c, judge, settings, key in jobs:
@@ -353,17 +353,17 @@ def main(arguments: list[str] | None = None) -> int:
         machine.leave_processes()
         return 0
     except SettingsError as failure:  # in all processes
-        say(f"evaluate.py: {failure}", sys.stderr)
+        print0(f"evaluate.py: {failure}", sys.stderr)
         machine.leave_processes()
         return 2
     except torch.OutOfMemoryError:
-        say("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
+        print0("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
         return 1
     except (OSError, ProcessLost) as failure:  # a full disk; the first process tells
-        say(f"evaluate.py: {reason(failure)}", sys.stderr)
+        print0(f"evaluate.py: {reason(failure)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("evaluate.py: interrupted", sys.stderr)
+        print0("evaluate.py: interrupted", sys.stderr)
         return 130
 
 

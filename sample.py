@@ -131,7 +131,7 @@ def parse_labels(text: str | None, model: Model) -> list[int | None]:
 
 
 def noise(o: Options, model: Model, name: str, i: int, n: int) -> list[tuple]:
-    """What the noise of the i-th of an input's n images is the sum of, see support.model.Streams."""
+    """What the noise of the i-th of an input's n images is the sum of, see support.model.NoisePerImage."""
     if o.interpolate is not None:
         (a, b), angle = o.interpolate, math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
         return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import ode_int
 from images import SettingsError, data
-from images.corruptions import Batch, Damage, Draws, parts
+from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -33,9 +33,8 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import checkpoints, command_line, machine, output
+from support import checkpoints, command_line, machine, model, output
 from support.logs import Log
-from support.model import compile_network, demonstrate, draw, make_players, make_unet, silent_net, start_from
 from support.settings import check
 from support.watch import Watch
 
@@ -140,9 +139,9 @@ class Config:
         return self.chosen.solver if self.solver == "auto" else self.solver
 
     @property
-    def preview(self) -> "Config":
+    def for_pictures(self) -> "Config":
         """For the pictures in training: a method whose paper takes a thousand steps says how many will do there."""
-        steps = self.chosen.preview_steps if self.sampler == "own" else None
+        steps = self.chosen.picture_steps if self.sampler == "own" else None
         return replace(self, sample_steps=self.sample_steps or steps)
 
     @property
@@ -180,7 +179,7 @@ class Config:
     @property
     def generates(self) -> bool:
         """Whether images are made from noise alone."""
-        return parts(self.task) == ["generate"]
+        return task_names(self.task) == ["generate"]
 
     def damaged(self, z1: Tensor, y: Tensor | None = None, zlo: Tensor | None = None,
                 draws: Draws | None = None) -> Batch:
@@ -224,15 +223,15 @@ class Trainer:
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
-        self.rehearse()
+        self.try_sampler()
 
         machine.reseed("weights", config.seed)
-        self.net = make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
+        self.net = model.make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         if config.init is not None and not checkpoint:
-            start_from(self.net, checkpoints.open_run(config.init, Config))
+            model.start_from(self.net, checkpoints.open_run(config.init, Config))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.players = make_players(config, self.net, self.num_classes)
-        self.shared = [machine.shared(module) for module, _ in self.players]
+        self.players = model.make_players(config, self.net, self.num_classes)
+        self.shared = [machine.data_parallel(module) for module, _ in self.players]
         how = dict(lr=config.base_lr, weight_decay=config.weight_decay, fused=True)
         self.optimizers = [torch.optim.AdamW(module.parameters(), **how) for module, _ in self.players]
         self.watch = Watch(self.device)
@@ -245,7 +244,7 @@ class Trainer:
         if config.compiles:
             if self.rank == 0:
                 print("compiling the network, which takes minutes (--compile off leaves it out)")
-            compile_network(self.net, self.rehearse_step)
+            model.compile_network(self.net, self.try_loss)
 
     def open_folder(self, checkpoint: dict | None):
         """The run's folder, its settings and its log; tells what is about to be trained."""
@@ -271,11 +270,11 @@ class Trainer:
         self.saver = checkpoints.Saver(self.folder, self.log.attempt)
 
     @torch.no_grad()
-    def rehearse(self):
+    def try_sampler(self):
         """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
-        draw(self.config.preview, silent_net(self.config), self.held_out()[:1])
+        model.run_sampler(self.config.for_pictures, model.zero_net(self.config), self.held_out()[:1])
 
-    def rehearse_step(self):
+    def try_loss(self):
         """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
         net, loss = self.players[0]
         for step in range(max(1, 8 * self.config.chosen.levels)):
@@ -347,7 +346,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
-            with nullcontext() if last else machine.keep_to_oneself(module):
+            with nullcontext() if last else machine.no_sync(module):
                 with machine.autocast(self.device, self.precision):
                     value = loss(module, piece).sum() / (self.config.batch_size // self.world)
                 value.backward()
@@ -449,7 +448,7 @@ class Trainer:
         try:
             with self.signals.interruption(), machine.autocast(self.device, self.precision):
                 batch = self.held_out()
-                numbers, pictures = demonstrate(self.config.preview, self.ema, batch)
+                numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
         except torch.OutOfMemoryError:

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from images.corruptions import parts
+from images.corruptions import task_names
 from support.model import make_unet
 from support.settings import PRESETS
 from trainer import Config
@@ -32,7 +32,7 @@ HEAD = ("preset", "parameters", "batch", "side", "weights, optimizer, GiB", "act
 def count(config: Config) -> tuple[int, int]:
     """Parameters of the network; the most bytes of activations and temporaries alive at any moment of a step."""
     c, side = config, config.image_size
-    paired = "paired" in parts(c.task)
+    paired = "paired" in task_names(c.task)
     with torch.no_grad():  # methods make their tables once: now, of real numbers
         few = torch.zeros(1, c.channels, side, side)
         c.chosen.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))

@@ -80,7 +80,7 @@ def measure(model, task: str, knobs: dict, photos: list, draws: int, ssim, pictu
     for number, (name, z1) in enumerate(photos):
         torch.manual_seed(number)
         batch = Damage(**knobs)(task, z1)
-        hole = batch.hole if task == "inpaint" else None
+        hole = batch.unknown if task == "inpaint" else None
         start = time.perf_counter()
         noise = [[(1.0, (0, name, draw))] for draw in range(draws)]
         hole = None if hole is None else hole.expand(draws, -1, -1, -1)

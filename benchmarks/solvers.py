@@ -27,7 +27,7 @@ from evaluation.judge import Judge
 from images import SettingsError
 from support.command_line import parse
 from support.machine import bf16_helps, pick_device, set_up
-from support.model import draw
+from support.model import run_sampler
 from trainer import Config
 from unet import Counted, Guided
 
@@ -88,7 +88,7 @@ def measure(o: Options, config: Config, net, judge, device: torch.device) -> lis
 
         def make(batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                samples.append(draw(setting, Guided(counted, config.guidance), batch)[0])
+                samples.append(run_sampler(setting, Guided(counted, config.guidance), batch)[0])
             return samples[-1]
 
         row = dict(name=name, solver=setting.solver, precision=precision)

@@ -28,11 +28,11 @@ from benchmarks.plain import PlainLoop, plain_sample
 from benchmarks.step import compile_in_place, measure_steps, one_batch, show_steps, unet
 from benchmarks.timing import Common, cells, describe, in_turns, machine, markdown, rows, save, timer
 from images import SettingsError, data
-from images.corruptions import Batch, parts
+from images.corruptions import Batch, task_names
 from support.checkpoints import open_run
 from support.command_line import parse
 from support.machine import bf16_helps, reseed, set_up
-from support.model import draw, load_network
+from support.model import load_network, run_sampler
 from trainer import Config, Trainer
 from unet import Counted
 
@@ -129,7 +129,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
         work[name] = timer(call, device)
 
     def ours(solver, steps=None):
-        return lambda net: draw(replace(config, solver=solver, sample_steps=steps), net, batch)
+        return lambda net: run_sampler(replace(config, solver=solver, sample_steps=steps), net, batch)
 
     plain = "dopri5 as it comes, NCHW (plain)"
     precision = ", bf16" if bf16 else ""
@@ -144,7 +144,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, report: d
             compile_in_place(whole := copy.deepcopy(net), "whole")
             add(f"midpoint, {n} steps{precision}, compiled", ours("midpoint", n), whole)
     if replace(config, solver="auto").sampler == "own":
-        steps = config.preview.sample_steps or n
+        steps = config.for_pictures.sample_steps or n
         add(f"{config.method}'s own, {steps} steps{precision}", ours("auto", steps), net)
     result = rows(in_turns(work, min(o.repeats, 3), o.seconds), plain, count)
     report["sample"] = [row | dict(nfe=evaluations.get(row["name"])) for row in result]
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         if {"loop", "data", "sample"} & set(o.parts):
             trainer = a_trainer(config, Path(folder), o.compiles(device))
             for part in ("loop", "data"):
-                if part in o.parts and parts(config.task) == ["sr"]:  # the plain recipe is for that task
+                if part in o.parts and task_names(config.task) == ["sr"]:  # the plain recipe is for that task
                     measure_loop(o, config, device, report, part, trainer)
                     done(show_loop(report, part))
             if "sample" in o.parts:

@@ -15,7 +15,7 @@ import torchdiffeq
 import torchvision
 
 from images import SettingsError, one_line
-from images.corruptions import parts
+from images.corruptions import task_names
 from support.machine import bf16_helps, pick_device
 from support.settings import PRESETS
 from trainer import Config
@@ -56,7 +56,7 @@ class Common:
             name = "small" if device.type == "cpu" else "cifar10-sr"
         config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False,
                          device=self.device)
-        if config.chosen.levels or "paired" in parts(config.task):
+        if config.chosen.levels or "paired" in task_names(config.task):
             raise SettingsError(f"preset = {name!r}: allowed are those of one network and of tasks that make their "
                                 "damaged images")
         if self.quick:

@@ -37,9 +37,9 @@ from tqdm import tqdm
 import ode_int
 from evaluation.classifier import Classifier, digest, kept, pieces
 from images import SettingsError, data, one_line
-from images.corruptions import parts
+from images.corruptions import task_names
 from images.pictures import psnr_of_each, to_float, to_uint8
-from support.machine import first_process_first, gathered, of_first_process, processes, reseed, say
+from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
 from trainer import Config
 
 METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "frechet")
@@ -80,7 +80,7 @@ class Judge:
         form = str(config.image_size) if config.crop == "center" else f"{config.image_size}-{config.crop}"
 
         def shared(kind: str, key: str, make: Callable):
-            return of_first_process(partial(kept, f"{cache}/{kind}-{images.name}-{form}-{key}.pt", make))
+            return broadcast(partial(kept, f"{cache}/{kind}-{images.name}-{form}-{key}.pt", make))
 
         if not images.classes:
             self.why |= dict.fromkeys(("accuracy", "frechet"), "the data has no classes to train a classifier on")
@@ -95,7 +95,7 @@ class Judge:
             net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
             self.accuracy = trained["accuracy"]
             self.features["frechet"] = lambda x: net.features(to_float(x))
-            say(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
+            print0(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
         if inception:
             self.features["fid"] = inception
         if self.half < 2:
@@ -138,11 +138,11 @@ class Judge:
     def left_out(self, config: Config, labels: bool) -> dict[str, str]:
         """Metrics asked for that can't be measured of such a run -> why."""
         why = dict(self.why)
-        if parts(config.task) == ["generate"]:
+        if task_names(config.task) == ["generate"]:
             why |= dict.fromkeys(("psnr", "ssim", "lpips", "consistency"), "generation has no truth to be near to")
             if not labels:
                 why["accuracy"] = "generation without labels has no right class"
-        if "paired" in parts(config.task):
+        if "paired" in task_names(config.task):
             why["consistency"] = "the damage of pairs can't be done again"
         return {metric: reason for metric, reason in why.items() if metric in self.metrics}
 
@@ -162,7 +162,7 @@ class Judge:
                 scores[number] = self.scores(config, labels, make, number, left_out)
         except (ode_int.SolverError, torch.OutOfMemoryError) as caught:
             failure = caught
-        everyone = gathered((scores, failure))
+        everyone = all_gather((scores, failure))
         for scores_there, failure in everyone:
             if failure:
                 raise failure
@@ -233,11 +233,11 @@ class Judge:
             return batch.zlo
 
         answers = {"input": ({}, damaged)}
-        if parts(config.task) == ["sr"]:
+        if task_names(config.task) == ["sr"]:
             answers = {"input": (dict(up="nearest"), damaged), "bicubic": (dict(up="bicubic"), damaged)}
-        elif parts(config.task) == ["inpaint"]:
-            answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.hole)
-        elif parts(config.task) == ["generate"]:
+        elif task_names(config.task) == ["inpaint"]:
+            answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.unknown)
+        elif task_names(config.task) == ["generate"]:
             answers = {}
         rows = []
         for name, (knobs, make) in answers.items():

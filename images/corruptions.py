@@ -61,9 +61,9 @@ class Batch:
 
     z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
     zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
-    mask: Tensor  # (B, 1, H, W) 1 where pixels are to be made: all ones, but for inpainting the hole only
-    hole: Tensor  # (B, 1, H, W) 1 where zlo knows nothing: ones for generation, the hole for inpainting, else zeros
-    cond: Tensor | None  # (B, Cc, H, W) zlo, and `hole` where the task can have holes; None: the network sees no image
+    to_make: Tensor  # (B, 1, H, W) 1 where pixels are to be made: all ones, but for inpainting the hole only
+    unknown: Tensor  # (B, 1, H, W) 1 where zlo knows nothing: ones for generation, the hole for inpainting, else zeros
+    cond: Tensor | None  # (B, Cc, H, W) zlo, and `unknown` where the task can have holes; None: no image is seen
     y: Tensor | None  # (B,) int64 class labels; num_classes is the null label; None where labels are off
     draws: Draws = field(default_factory=Draws)  # where all randomness of a method comes from
 
@@ -103,13 +103,13 @@ class Damage:
     quality: int | tuple[int, int] = 10
 
     def __post_init__(self):
-        if not all(map(math.isfinite, several(self.sigma))):  # whatever the task: config.json can't hold it
+        if not all(map(math.isfinite, as_tuple(self.sigma))):  # whatever the task: config.json can't hold it
             raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
 
     def check(self, task: str, side: int) -> None:
         """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
-        names, taps = parts(task), self.width
-        factors, sigmas, qualities = several(self.factor), several(self.sigma), several(self.quality)
+        names, taps = task_names(task), self.width
+        factors, sigmas, qualities = as_tuple(self.factor), as_tuple(self.sigma), as_tuple(self.quality)
         divides = bool(factors) and all(factor in (2, 4, 8) and side % factor == 0 for factor in factors)
         rules = [  # task, field, its value, whether that is allowed, which values are
             ("sr", "factor", self.factor, divides, f"2, 4, 8, dividing the side, {side}"),
@@ -136,13 +136,13 @@ class Damage:
         for side in z1.shape[2:]:
             self.check(task, side)
         draws = draws or Draws()
-        pick = draws.randint(0, len(parts(task)), z1)
-        each = [self._apply(name, z1, zlo, draws) for name in parts(task)]
-        zlo, mask, hole = (torch.stack(x)[pick, torch.arange(len(z1), device=z1.device)] for x in zip(*each))
-        return Batch(z1, zlo, mask, hole, _cond(task, zlo, hole, condition), y, draws)
+        pick = draws.randint(0, len(task_names(task)), z1)
+        each = [self._apply(name, z1, zlo, draws) for name in task_names(task)]
+        zlo, to_make, unknown = (torch.stack(x)[pick, torch.arange(len(z1), device=z1.device)] for x in zip(*each))
+        return Batch(z1, zlo, to_make, unknown, _cond(task, zlo, unknown, condition), y, draws)
 
     def _apply(self, name: str, z1: Tensor, pair: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """One task on every image, of 1 or 3 channels -> zlo, mask, hole (see Batch)."""
+        """One task on every image, of 1 or 3 channels -> zlo, to_make, unknown (see Batch)."""
         one = torch.ones_like(z1[:, :1])
         if name == "generate":
             return torch.zeros_like(z1), one, one
@@ -160,7 +160,7 @@ class Damage:
         elif name == "blur":
             levels = blur(levels, self.weights(levels, draws))
         elif name == "jpeg":
-            low, high = several(self.quality)[0], several(self.quality)[-1]
+            low, high = as_tuple(self.quality)[0], as_tuple(self.quality)[-1]
             levels = jpeg(levels, low if low == high else draws.randint(low, high + 1, levels))
         else:
             raise NotImplementedError(f"task {name!r} has no branch in Damage._apply")
@@ -175,7 +175,7 @@ class Damage:
         """Task sr on levels (B, C, H, W), each image by one of the factors."""
         height, width = levels.shape[2:]
         each = []
-        for factor in several(self.factor):
+        for factor in as_tuple(self.factor):
             small = resize(levels, (height // factor, width // factor), self.down)
             each.append(resize(small, (height, width), self.up))
         if len(each) == 1:
@@ -186,18 +186,18 @@ class Damage:
         """(B, width) blur kernels along one axis, or (1, width); the square kernel is the outer product with itself."""
         if self.kernel == "uniform":
             return x.new_full((1, self.width), 1 / self.width)
-        low, high = several(self.sigma)[0], several(self.sigma)[-1]
+        low, high = as_tuple(self.sigma)[0], as_tuple(self.sigma)[-1]
         sigma = x.new_full((1, 1), low) if low == high else low + (high - low) * draws.rand(x, 1)
         bell = (-0.5 * ((torch.arange(self.width, device=x.device) - self.width // 2) / sigma) ** 2).exp()
         return bell / bell.sum(1, keepdim=True)
 
 
-def several(value) -> tuple:
+def as_tuple(value) -> tuple:
     """A knob's one value, or its several ones."""
     return value if isinstance(value, tuple) else (value,)
 
 
-def parts(task: str) -> list[str]:
+def task_names(task: str) -> list[str]:
     """Names in a task or mixture; SettingsError if one is unknown."""
     names = [name.strip() for name in task.split(",")]
     for name in names:
@@ -208,19 +208,19 @@ def parts(task: str) -> list[str]:
 
 def has_holes(task: str) -> bool:
     """Whether the task can leave pixels of which zlo knows nothing."""
-    return not {"inpaint", "generate"}.isdisjoint(parts(task))
+    return not {"inpaint", "generate"}.isdisjoint(task_names(task))
 
 
 def cond_channels(task: str, channels: int, condition: bool) -> int:
     """Channels of Batch.cond for images of `channels` channels; 0 where it is None."""
-    return 0 if not condition or set(parts(task)) == {"generate"} else channels + has_holes(task)
+    return 0 if not condition or set(task_names(task)) == {"generate"} else channels + has_holes(task)
 
 
-def _cond(task: str, zlo: Tensor, hole: Tensor, condition: bool) -> Tensor | None:
-    # `hole`, not `mask`: of an image damaged by sr or jpeg, in a mixture with inpaint, it says that nothing is missing
+def _cond(task: str, zlo: Tensor, unknown: Tensor, condition: bool) -> Tensor | None:
+    # `unknown`, not `to_make`: of an image damaged by sr or jpeg, in a mixture with inpaint, it says nothing is missing
     if cond_channels(task, zlo.shape[1], condition) == 0:
         return None
-    return torch.cat((zlo, hole), 1) if has_holes(task) else zlo
+    return torch.cat((zlo, unknown), 1) if has_holes(task) else zlo
 
 
 def from_damaged(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | None = None) -> Batch:
@@ -229,16 +229,16 @@ def from_damaged(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | 
     `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it. `generate`
     takes nothing from zlo but shape and device. For sr, `to_full_size` first brings low-resolution images to z1's grid.
     """
-    names, one = parts(task), torch.ones_like(zlo[:, :1])
+    names, one = task_names(task), torch.ones_like(zlo[:, :1])
     if set(names) == {"generate"}:
         return Batch(None, torch.zeros_like(zlo), one, one, None, y)
     if mask is None and set(names) == {"inpaint"}:
         raise SettingsError("task = 'inpaint': needs a mask, 1 where pixels are missing")
     if mask is not None and not has_holes(task):
         raise SettingsError(f"task = {task!r}: takes no mask, it leaves no holes")
-    hole = 0 * one if mask is None else mask.to(one).expand_as(one)
-    zlo = zlo.masked_fill(hole > 0, 0)
-    return Batch(None, zlo, one if mask is None else hole, hole, _cond(task, zlo, hole, condition), y)
+    unknown = 0 * one if mask is None else mask.to(one).expand_as(one)
+    zlo = zlo.masked_fill(unknown > 0, 0)
+    return Batch(None, zlo, one if mask is None else unknown, unknown, _cond(task, zlo, unknown, condition), y)
 
 
 def to_full_size(lo: Tensor, factor: int, up: str) -> Tensor:

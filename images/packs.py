@@ -110,14 +110,14 @@ def take(images: Tensor | Photos, index: Tensor, places: Tensor | None = None, p
         return images[index]
     views = images.crops(index, places) if isinstance(images, Photos) else [images[row] for row in index.tolist()]
     for view in views:
-        will_read(view)
+        prefetch(view)
     out = torch.empty(len(views), *images.shape[1:], dtype=torch.uint8, pin_memory=pinned)
     for row, view in zip(out.numpy(), views):
         row[:] = view.numpy()
     return out
 
 
-def will_read(picture: Tensor):
+def prefetch(picture: Tensor):
     """Lets the disk fetch a part of a mapped file meanwhile, (C, H, W) uint8. Told of a whole batch, it has much to do
     at a time, where it would fetch one page after the other: nine times as many images a second from a cold disk."""
     if LIBC:

@@ -21,7 +21,7 @@ class Method:
     """
 
     solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's
-    preview_steps = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
+    picture_steps = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
     has_ode = False  # whether `velocity` gives one
     no_ode = "has no ODE"  # what the error message says where it gives none
     upscale = 1  # sides of the network's output in units of its input's
@@ -71,10 +71,10 @@ class Method:
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
-    """error (B, C, H, W), mask (B, 1, H, W) -> (B,), each image's mean over the pixels to be made (mask 1)."""
+    """error (B, C, H, W), mask (B, 1, H, W) -> (B,), each image's mean over the pixels to be made (to_make 1)."""
     return (error.mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
 
 
 def keep_known(x: Tensor, batch: Batch) -> Tensor:
-    """x (B, C, H, W), but zlo in the pixels that are not to be made (mask 0)."""
-    return x.where(batch.mask > 0, batch.zlo)
+    """x (B, C, H, W), but zlo in the pixels that are not to be made (to_make 0)."""
+    return x.where(batch.to_make > 0, batch.zlo)

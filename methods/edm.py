@@ -80,7 +80,7 @@ class EDM(Method):
         x = keep_known(z1 + s * batch.randn_like(z1), batch)
         weight = (s**2 + sd**2) / (s * sd) ** 2  # 1 / c_out^2: an equal share for every sigma
         error = self.D(net, x, sigma, batch.y, batch.cond) - z1
-        return masked_mean(weight * error.square(), batch.mask)
+        return masked_mean(weight * error.square(), batch.to_make)
 
     def sigmas(self, steps: int) -> list[float]:
         """Eq. 5: `steps` noise levels from sigma_max to sigma_min, then 0."""
@@ -139,7 +139,7 @@ class EDM(Method):
         def velocity(t, z):
             x, sigma, scale = state(t, z)
             F = net(x / scale, (sigma.log() / 4).expand(len(x)), batch.y, batch.cond)
-            return math.pi / 2 * batch.mask * F
+            return math.pi / 2 * batch.to_make * F
 
         def clean(t, z):
             x, sigma, _ = state(t, z)

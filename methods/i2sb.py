@@ -2,7 +2,7 @@
 
 The paper's symbols -> ours:
     X_0                      z1, the clean image
-    X_1                      damaged = zlo + hole * noise, one noise for the whole bridge
+    X_1                      damaged = zlo + unknown * noise, one noise for the whole bridge
     X_t                      zt, at one of the times k = 0 (clean) .. n (damaged)
     beta_t                   beta_1 .. beta_n, the variance of each of the n intervals
     sigma_t^2                s2 = beta_1 + .. + beta_k, the variance between clean and zt
@@ -42,7 +42,7 @@ class I2SB(Method):
             raise SettingsError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
 
     @property
-    def preview_steps(self) -> int:
+    def picture_steps(self) -> int:
         """Sampler steps that are enough for the pictures in training."""
         return min(50, self.n)
 
@@ -81,11 +81,11 @@ class I2SB(Method):
         """(B,) squared error of eq. 12 over the pixels to be made; k uniform on 1..n."""
         z1 = batch.z1
         k = batch.draws.randint(1, self.n + 1, z1)
-        damaged = batch.zlo + batch.hole * batch.randn_like(z1)
+        damaged = batch.zlo + batch.unknown * batch.randn_like(z1)
         a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
         zt = a * z1 + b * damaged + std * batch.randn_like(z1)
         error = net(zt, k / self.n, batch.y, batch.cond) - (zt - z1) / s
-        return masked_mean(error.square(), batch.mask)
+        return masked_mean(error.square(), batch.to_make)
 
     def estimate(self, net, zt: Tensor, s, time: Tensor, batch: Batch) -> Tensor:
         """E[z1 | zt], eq. 12 solved for z1; known pixels are zlo. `s` a float or a scalar tensor, `time` = k/n (B,)."""
@@ -101,7 +101,7 @@ class I2SB(Method):
         if not 1 <= steps <= self.n:
             raise SettingsError(f"steps = {steps}: allowed is 1 to i2sb.n = {self.n}")
         s2 = self.s2.tolist()
-        zt = batch.zlo + batch.hole * batch.randn_like(batch.zlo)
+        zt = batch.zlo + batch.unknown * batch.randn_like(batch.zlo)
         for k, j in pairwise(self.n * i // steps for i in range(steps, -1, -1)):
             time = torch.full((len(zt),), k / self.n, device=zt.device)
             z1 = self.estimate(net, zt, s2[k] ** 0.5, time, batch)
@@ -111,7 +111,7 @@ class I2SB(Method):
             a, b, std = self.posterior(s2[k], s2[j])
             made = a * z1 + b * zt + std * noise  # at j = 0 this is z1
             known = batch.zlo + self.bridge(s2[j])[2] * noise  # where both ends of the bridge are zlo
-            zt = torch.where(batch.mask > 0, made, known)
+            zt = torch.where(batch.to_make > 0, made, known)
         return zt
 
     def velocity(self, net, batch: Batch) -> ODE:
@@ -132,5 +132,5 @@ class I2SB(Method):
             k = j - (table[j] - s2) / (table[j] - table[j - 1])
             return self.estimate(net, zt, s2.sqrt(), (k / self.n).float().expand(len(zt)), batch)
 
-        start = batch.zlo + batch.hole * batch.randn_like(batch.zlo)
+        start = batch.zlo + batch.unknown * batch.randn_like(batch.zlo)
         return ODE(lambda t, zt: (clean(t, zt) - zt) / (1 - t), start, 0.0, 1 - self.s2[1].item() / self.total, clean)

@@ -6,7 +6,7 @@ The paper's symbols -> ours:
     alpha_t, beta_t       alpha, beta
     b_t                   v
     xi                    cond, what the coupling conditions on
-    m(x_1) + sigma zeta   zlo + sigma * mask * noise, written with keep_known: known pixels stand still
+    m(x_1) + sigma zeta   zlo + sigma * to_make * noise, written with keep_known: known pixels stand still
 
 The path, its velocity and its ODE are
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ode_int
 from images import SettingsError
-from images.corruptions import Batch, parts
+from images.corruptions import Batch, task_names
 from methods import Method, keep_known, masked_mean
 from ode_int import ODE
 
@@ -61,7 +61,7 @@ class Interpolant(Method):
         The score is -(E[z0 | zt] - m) / (alpha sigma^2), with m = E[zlo | zt]. That is zlo where the network sees it,
         and 0 in holes and by the independent coupling; elsewhere v does not determine it.
         """
-        known = condition or set(parts(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
+        known = condition or set(task_names(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
         if self.eps0 and not known:
             raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 where the network does not see the "
                                 "damaged image (--no-condition), unless interpolant.coupling = 'independent'")
@@ -95,7 +95,7 @@ class Interpolant(Method):
         alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
         zt = keep_known(alpha * z0 + beta * z1, batch)
         v = d_alpha * z0 + d_beta * z1
-        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.mask)
+        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.to_make)
 
     def ends(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """E[z0 | zt], E[z1 | zt] from the velocity at the scalar t: zt and v are two linear equations in them."""
@@ -106,7 +106,7 @@ class Interpolant(Method):
     def velocity(self, net, batch: Batch) -> ODE:
         """The probability-flow ODE, from z0 at t_min to 1 - t_min, where the clean estimate is the sample."""
         def v(t, z):
-            return net(z, t.expand(len(z)), batch.y, batch.cond) * batch.mask
+            return net(z, t.expand(len(z)), batch.y, batch.cond) * batch.to_make
 
         def clean(t, z):
             return keep_known(self.ends(t, z, v(t, z))[1], batch)
@@ -132,7 +132,7 @@ class Interpolant(Method):
             # eps = eps0 alpha, so alpha cancels in eps * score
             drift = v - self.eps0 * (z0_hat - self.center(batch)) / self.sigma**2
             noise = (2 * self.eps0 * self.path_at(t)[0] * dt).sqrt() * batch.randn_like(z)
-            z = z + batch.mask * (drift * dt + noise)
+            z = z + batch.to_make * (drift * dt + noise)
         end = torch.tensor(ode.t1, dtype=z.dtype, device=z.device)
         sample = ode.clean(end, z)
         if trace is not None:

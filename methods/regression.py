@@ -23,7 +23,7 @@ class Regression(Method):
 
     def loss(self, net, batch: Batch) -> Tensor:
         """(B,) squared error over the pixels to be made."""
-        return masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.mask)
+        return masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.to_make)
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """(B, C, H, W) by one network evaluation. SettingsError for another count."""

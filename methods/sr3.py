@@ -61,7 +61,7 @@ class SR3(Method):
             raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
 
     @property
-    def preview_steps(self) -> int:
+    def picture_steps(self) -> int:
         """Sampler steps that are enough for the pictures in training."""
         return min(100, self.T)
 
@@ -90,7 +90,7 @@ class SR3(Method):
         eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)
         error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
-        return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.mask)
+        return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.to_make)
 
     def predict(self, net, batch: Batch, x, a, b) -> tuple[Tensor, Tensor]:
         """Estimates (section 2.3) of z1 and eps in x = a z1 + b eps; 0-d a = sqrt(gamma), b = sqrt(1 - gamma)."""
@@ -133,7 +133,7 @@ class SR3(Method):
 
         def velocity(t, x):
             a, b, z1, eps = estimates(t, x)
-            return math.pi / 2 * batch.mask * (b * z1 - a * eps)
+            return math.pi / 2 * batch.to_make * (b * z1 - a * eps)
 
         def clean(t, x):
             return keep_known(estimates(t, x)[2], batch)

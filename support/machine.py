@@ -149,29 +149,29 @@ class ProcessLost(RuntimeError):
     """Another of the processes is no longer there."""
 
 
-def talk(collective: Callable, *args):
-    """collective(*args), of torch.distributed. Raises ProcessLost where another process has ended."""
+def collective(call: Callable, *args):
+    """call(*args), of torch.distributed. Raises ProcessLost where another process has ended."""
     try:
-        return collective(*args)
+        return call(*args)
     except RuntimeError as failure:
         time.sleep(1)  # what ended that one may be a Ctrl-C, which comes to this one too: then it ends here
         raise ProcessLost(f"another process has ended ({one_line(failure)[:100]})") from None
 
 
-def gathered(value) -> list:
+def all_gather(value) -> list:
     """What each process has, plain values and CPU tensors, in all of them, by rank. Raises ProcessLost."""
     found = [value] * processes()[1]
     if len(found) > 1:
-        talk(dist.all_gather_object, found, value)
+        collective(dist.all_gather_object, found, value)
     return found
 
 
-def of_first_process(make: Callable):
+def broadcast(make: Callable):
     """make() of the first process, plain values and CPU tensors, in all of them. Raises ProcessLost."""
     rank, world = processes()
     found = [make() if rank == 0 else None]
     if world > 1:
-        talk(dist.broadcast_object_list, found)
+        collective(dist.broadcast_object_list, found)
     return found[0]
 
 
@@ -183,18 +183,18 @@ def settings_for_all():
         yield
     except SettingsError as caught:
         failure = caught
-    for failure in gathered(failure):
+    for failure in all_gather(failure):
         if failure is not None:
             raise failure
 
 
-def say(text: str, file=None):
+def print0(text: str, file=None):
     """Prints a line, in the first process only."""
     if processes()[0] == 0:
         print(text, file=file, flush=True)
 
 
-def shared(module: nn.Module) -> nn.Module:
+def data_parallel(module: nn.Module) -> nn.Module:
     """The module as processes train it together: its gradients become their mean while the backward pass goes on."""
     if processes()[1] == 1:
         return module
@@ -206,7 +206,7 @@ def shared(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, device_ids=gpus, **{buffers: False})
 
 
-def keep_to_oneself(module: nn.Module):
+def no_sync(module: nn.Module):
     """Within it, gradients add up in this process; the first backward pass after it shares the sum."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
@@ -220,13 +220,13 @@ def first_process_first():
     rank, world = processes()
     failure = None
     if rank:
-        talk(dist.barrier)
+        collective(dist.barrier)
     try:
         yield
     except SettingsError as caught:
         failure = caught
     if world > 1 and rank == 0:
-        talk(dist.barrier)
+        collective(dist.barrier)
     if failure:
         raise failure
 

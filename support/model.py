@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ode_int
 from images import SettingsError, one_line
-from images.corruptions import Batch, Draws, cond_channels, from_damaged, parts, several, to_full_size
+from images.corruptions import Batch, Draws, as_tuple, cond_channels, from_damaged, task_names, to_full_size
 from images.data import free_memory
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
@@ -81,13 +81,13 @@ def start_from(net: nn.Module, run: Run):
         print(f"{len(fitting)} of {len(own)} tensors are those of {run.path}{left if fresh else ''}")
 
 
-def silent_net(c):
+def zero_net(c):
     """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
     scale = c.chosen.upscale
     return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
 
 
-def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
+def run_sampler(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
     """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from.
 
     `trace`, a list if given, receives (t, state, clean estimate) at each step.
@@ -102,17 +102,17 @@ def draw(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tenso
     return sample, ode.view(torch.tensor(ode.t0), ode.z)
 
 
-def demonstrate(c, net, batch: Batch) -> tuple[dict, dict]:
+def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
     counted, trace, start = Counted(net), [], time.perf_counter()
     guided = Guided(counted, c.guidance)
-    sample, z0 = draw(c, guided, batch)
+    sample, z0 = run_sampler(c, guided, batch)
     numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
-    draw(c, guided, batch[:4], trace)
+    run_sampler(c, guided, batch[:4], trace)
     columns = {"start": z0, "samples": sample, "truth": batch.z1}
     if not c.generates:
         numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
-        columns = {"low resolution" if parts(c.task) == ["sr"] else "damaged": batch.zlo} | columns
+        columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])
     return numbers, dict(step=grids, trace=strip(trace))
 
@@ -130,7 +130,7 @@ def batched(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-class Streams(Draws):
+class NoisePerImage(Draws):
     """Noise whose rows come from random streams of their own, so that no image depends on its batch.
 
     rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises. A weight
@@ -175,13 +175,13 @@ class Model:
                  tile: int | None = None, batch_size: int = 64, device: str = "auto", precision: str | None = None):
         self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
-        self.tasks, self.batch_size = parts(c.task), batch_size
+        self.tasks, self.batch_size = task_names(c.task), batch_size
         self.guidance = c.guidance if guidance is None else guidance
         check_guidance(run, self.guidance)
         self.factor = self.choose_factor(factor)
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
-        blocks = {"sr": max(several(c.damage.factor)), "jpeg": 16}
+        blocks = {"sr": max(as_tuple(c.damage.factor)), "jpeg": 16}
         self.align = max([2**c.chosen.levels, *(blocks.get(name, 1) for name in self.tasks)])
         tile = c.image_size if tile is None else tile
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
@@ -193,7 +193,7 @@ class Model:
 
     def choose_factor(self, factor: int | None) -> int:
         """How many times larger a restored image becomes. Raises SettingsError."""
-        known = {"sr": several(self.config.damage.factor), "paired": (self.run.pair_factor,)}
+        known = {"sr": as_tuple(self.config.damage.factor), "paired": (self.run.pair_factor,)}
         each = [known.get(name, (1,)) for name in self.tasks]
         allowed = sorted({factor for factors in each for factor in factors})
         if factor is None:
@@ -285,7 +285,7 @@ class Model:
         zlo      (B, C, H, W) on z1's grid, any sides
         hole     (B, 1, H, W) 1 where zlo knows nothing, or None
         labels   B numbers, None: no label
-        noise    B rows of Streams
+        noise    B rows of NoisePerImage
         trace    receives (t, state, clean estimate) at each step, padded to multiples of `align`
         """
         c, net, (height, width) = self.config, self.net, zlo.shape[2:]
@@ -298,14 +298,14 @@ class Model:
         y = None
         if self.num_classes:
             y = torch.tensor([self.num_classes if label is None else label for label in labels], device=self.device)
-        batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), draws=Streams(noise, self.device))
+        batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), draws=NoisePerImage(noise, self.device))
         if 0 < 2 * self.tile < max(height, width):
             net = Tiled(net, zlo.shape[2], self.tile, self.align, self.batch_size)
         counted = Counted(net)
         guidance = self.guidance if any(label is not None for label in labels) else 1
         precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
         with autocast(self.device, precision):
-            made, _ = draw(c, Guided(counted, guidance), batch, trace)
+            made, _ = run_sampler(c, Guided(counted, guidance), batch, trace)
         if not made.isfinite().all():  # a method's own sampler does not look
             raise ode_int.SolverError(ode_int.NOT_FINITE)
         self.images, self.rows = self.images + len(made), self.rows + counted.rows

@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import ode_int
 from images import SettingsError
-from images.corruptions import Damage, parts
+from images.corruptions import Damage, task_names
 from images.data import MAX_BATCH, MAX_SIDE
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -160,7 +160,7 @@ def check(c):
     need("unet_channels", c.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
     mults = c.unet_dim_mults
     need("unet_dim_mults", mults and min(mults) >= 1, "one or more whole numbers from 1")
-    tasks = parts(c.task)
+    tasks = task_names(c.task)
     paired = c.paired_path is not None
     need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
     c.damage.check(c.task, c.image_size)

@@ -138,7 +138,7 @@ def test_plain_sampling_solves_the_same_equation():
     reseed("sample")
     theirs = plain.plain_sample(config, net, batch)
     reseed("sample")
-    ours, z0 = speed.draw(config, net, batch)
+    ours, z0 = speed.run_sampler(config, net, batch)
     assert (theirs - z0).abs().mean() > 0.1  # it went somewhere
     # ours goes on from t = 1 - t_min to the clean estimate: alpha = t_min is left of the way
     assert (theirs - ours).abs().amax() < 3 * config.interpolant.t_min * (theirs - z0).abs().amax()

@@ -155,19 +155,19 @@ def test_jpeg_steps_are_those_in_libjpeg_files():
 def test_inpaint_hides_the_hole_and_nothing_else(mask):
     z1 = to_z(photos(4, 32, 40))
     batch = Damage(mask=mask)("inpaint", z1)
-    hole = batch.hole.expand_as(z1) == 1
+    hole = batch.unknown.expand_as(z1) == 1
     assert torch.equal(batch.zlo[~hole], z1[~hole]) and torch.equal(batch.zlo[hole], torch.zeros(int(hole.sum())))
-    assert torch.equal(batch.mask, batch.hole) and set(batch.hole.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(batch.cond, torch.cat((batch.zlo, batch.hole), 1))
+    assert torch.equal(batch.to_make, batch.unknown) and set(batch.unknown.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(batch.cond, torch.cat((batch.zlo, batch.unknown), 1))
     torch.manual_seed(5)
     one = Damage(mask=mask)("inpaint", z1)
     torch.manual_seed(5)
-    two = Damage(mask=mask)("inpaint", z1.masked_fill(one.hole == 1, torch.nan))
+    two = Damage(mask=mask)("inpaint", z1.masked_fill(one.unknown == 1, torch.nan))
     assert torch.equal(one.zlo, two.zlo)  # what is in the hole leaves no trace
 
 
 def test_center_hole():
-    hole = Damage()("inpaint", torch.zeros(2, 3, 16, 24)).hole
+    hole = Damage()("inpaint", torch.zeros(2, 3, 16, 24)).unknown
     rows, columns = hole[0, 0].nonzero(as_tuple=True)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 11, 6, 17)
     assert hole.mean() == 0.25
@@ -177,7 +177,7 @@ def test_center_hole():
 @pytest.mark.parametrize("size", [(48, 48), (16, 40), (9, 9)])
 def test_freeform_share_and_strokes(mask, least, most, size):
     torch.manual_seed(0)
-    hole = Damage(mask=mask)("inpaint", torch.zeros(256, 1, *size)).hole
+    hole = Damage(mask=mask)("inpaint", torch.zeros(256, 1, *size)).unknown
     share = hole.mean((1, 2, 3))
     assert share.min() >= least - 1e-6 and share.max() <= most + 1e-6
     assert abs(share.mean() - (least + most) / 2) < 0.01 and abs(share.std() - 0.1 / 12**0.5) < 0.006  # uniform
@@ -200,20 +200,20 @@ def test_batch(task, channels, condition):
     batch = Damage(mask="freeform-20-30")(task, z1, y, condition, zlo=pair)
     assert batch.z1 is z1 and batch.y is y
     levels = to_levels(batch.zlo)
-    holes = batch.hole.expand_as(z1).permute(0, 2, 3, 1).numpy() == 1
+    holes = batch.unknown.expand_as(z1).permute(0, 2, 3, 1).numpy() == 1
     assert np.abs(levels - levels.round())[~holes].max(initial=0) < 1e-3  # a PNG would hold it
-    assert batch.zlo.abs().max() <= 1 and (batch.zlo * batch.hole).abs().max() == 0
-    assert (batch.mask >= batch.hole).all()  # what is not known is made
+    assert batch.zlo.abs().max() <= 1 and (batch.zlo * batch.unknown).abs().max() == 0
+    assert (batch.to_make >= batch.unknown).all()  # what is not known is made
     count = cond_channels(task, channels, condition)
     assert count == (0 if batch.cond is None else batch.cond.shape[1])
     if batch.cond is not None:
         assert torch.equal(batch.cond[:, :channels], batch.zlo)
-        assert torch.equal(batch.cond[:, channels:], batch.hole[:, : count - channels])
+        assert torch.equal(batch.cond[:, channels:], batch.unknown[:, : count - channels])
     # the same from damaged images alone
     if task != MIXTURE:
-        again = from_damaged(task, batch.zlo, y, condition, batch.hole if has_holes(task) else None)
+        again = from_damaged(task, batch.zlo, y, condition, batch.unknown if has_holes(task) else None)
         assert again.z1 is None
-        for name in ("zlo", "mask", "hole", "cond", "y"):
+        for name in ("zlo", "to_make", "unknown", "cond", "y"):
             one, two = getattr(batch, name), getattr(again, name)
             assert one is two is None or torch.equal(one, two), name
 
@@ -228,9 +228,10 @@ def test_cond_channels():
 def test_generate_and_paired():
     z1, pair = to_z(photos(2, 16, 16)), to_z(photos(2, 16, 16, seed=2))
     batch = Damage()("generate", z1)
-    assert not batch.zlo.any() and batch.hole.all() and batch.mask.all() and batch.cond is None
+    assert not batch.zlo.any() and batch.unknown.all() and batch.to_make.all() and batch.cond is None
     batch = Damage()("paired", z1, zlo=pair)
-    assert torch.equal(batch.zlo, pair) and batch.mask.all() and not batch.hole.any() and torch.equal(batch.cond, pair)
+    assert torch.equal(batch.zlo, pair) and batch.to_make.all() and not batch.unknown.any()
+    assert torch.equal(batch.cond, pair)
 
 
 def test_mixture_draws_each_task_equally():
@@ -244,8 +245,8 @@ def test_mixture_draws_each_task_equally():
     assert ((same.sum(0) - 200).abs() < 4 * (1000 * 0.2 * 0.8) ** 0.5).all()
     for k, one in enumerate(alone):
         chosen = same[:, k]
-        assert (batch.hole[chosen] == one.hole).all() and (batch.mask[chosen] == one.mask).all()
-        assert (batch.cond[chosen, 3:] == one.hole).all()
+        assert (batch.unknown[chosen] == one.unknown).all() and (batch.to_make[chosen] == one.to_make).all()
+        assert (batch.cond[chosen, 3:] == one.unknown).all()
 
 
 @pytest.mark.parametrize("task, knob, several, values", [
@@ -274,8 +275,8 @@ def test_the_same_seed_gives_the_same_damage():
     for z in (z1, z1, other):
         torch.manual_seed(3)
         batches.append(Damage(mask="freeform-10-20")(MIXTURE, z))
-    assert torch.equal(batches[0].zlo, batches[1].zlo) and torch.equal(batches[0].hole, batches[2].hole)
-    assert not torch.equal(Damage(mask="freeform-10-20")(MIXTURE, z1).hole, batches[0].hole)
+    assert torch.equal(batches[0].zlo, batches[1].zlo) and torch.equal(batches[0].unknown, batches[2].unknown)
+    assert not torch.equal(Damage(mask="freeform-10-20")(MIXTURE, z1).unknown, batches[0].unknown)
 
 
 @pytest.mark.parametrize("task", ["sr", "blur", "jpeg", "inpaint"])
@@ -290,7 +291,7 @@ def test_everything_stays_on_the_device():
     # tensors without storage: reading a value on the host, or mixing in a tensor of the CPU, raises
     z1 = torch.empty(2, 3, 37, 32, device="meta")
     batch = Damage(mask="freeform-10-20")("inpaint,blur,jpeg,generate", z1)
-    assert all(x.device.type == "meta" for x in (batch.zlo, batch.mask, batch.hole, batch.cond))
+    assert all(x.device.type == "meta" for x in (batch.zlo, batch.to_make, batch.unknown, batch.cond))
     assert Damage(up="bicubic")("sr", torch.empty(2, 3, 32, 32, device="meta")).zlo.device.type == "meta"
 
 

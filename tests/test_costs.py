@@ -9,7 +9,7 @@ from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
-from support.model import draw, make_unet
+from support.model import make_unet, run_sampler
 from trainer import Config
 from unet import Counted, Guided
 
@@ -41,7 +41,7 @@ def test_nfe_against_the_networks_own_counter(settings, solver, missing, default
         hook = net.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
         counted = Counted(net)
         with torch.no_grad():
-            draw(setting, Guided(counted, config.guidance), batch)
+            run_sampler(setting, Guided(counted, config.guidance), batch)
         hook.remove()
         assert sum(calls) == counted.rows
         counts.append(sum(calls) / 3)

@@ -18,7 +18,7 @@ from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from pixels import get, photo, put
-from support.model import Streams, make_unet
+from support.model import NoisePerImage, make_unet
 from support.settings import from_plain
 from trainer import Config
 from untrained import METHODS, make_run, run
@@ -28,16 +28,16 @@ from untrained import METHODS, make_run, run
 def test_noise_comes_row_by_row():
     rows, alone = [[(1.0, (0, "a", 0))], [(1.0, (0, "b", 0))], [(0.6, (0, "a", 0)), (0.8, (0, "b", 0))]], []
     shapes = torch.empty(3, 3, 4), torch.empty(3, 5, dtype=torch.float64)
-    together = Streams(rows, "cpu")
+    together = NoisePerImage(rows, "cpu")
     first, second = map(together.randn_like, shapes)
     for row in rows:
-        single = Streams([row], "cpu")
+        single = NoisePerImage([row], "cpu")
         alone.append([single.randn_like(x[:1]) for x in shapes])
     assert torch.equal(first, torch.cat([r[0] for r in alone])) and torch.equal(
         second, torch.cat([r[1] for r in alone])
     )
     torch.testing.assert_close(second[2], 0.6 * second[0] + 0.8 * second[1])
-    normal = Streams([[(1.0, (0, "", i))] for i in range(200)], "cpu").randn_like(torch.empty(200, 20))
+    normal = NoisePerImage([[(1.0, (0, "", i))] for i in range(200)], "cpu").randn_like(torch.empty(200, 20))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
 
 
@@ -248,7 +248,7 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
     net.load_state_dict(checkpoint["ema"])
     zlo = to_full_size(to_float(read_image(tmp_path / "in.png", 3))[None], 2, "nearest")
     with torch.no_grad():
-        z = zlo + Streams([[(1.0, (0, "in.png", 0))]], "cpu").randn_like(zlo)
+        z = zlo + NoisePerImage([[(1.0, (0, "in.png", 0))]], "cpu").randn_like(zlo)
         y = torch.tensor([data.SHAPES.index("moon")])
 
         def v(t, z):

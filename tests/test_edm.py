@@ -14,7 +14,7 @@ from unet import Counted
 def make_batch(z1, mask=None):
     """Generation where there is no mask; with one, inpainting of z1."""
     mask = torch.ones_like(z1[:, :1]) if mask is None else mask
-    return Batch(z1=z1, zlo=z1 * (1 - mask), mask=mask, hole=mask, cond=None, y=None)
+    return Batch(z1=z1, zlo=z1 * (1 - mask), to_make=mask, unknown=mask, cond=None, y=None)
 
 
 def hole(batch_size, side):

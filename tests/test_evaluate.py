@@ -17,7 +17,7 @@ from images import SettingsError
 from measured import FLAGS, LOCAL
 from ode_int import SolverError
 from runs import ranks, until
-from support.model import draw
+from support.model import run_sampler
 
 
 def test_a_json_file_is_a_run(results, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
     def broken(config, net, batch):
         if config.method == "udpm" or config.sample_steps == 2:
             raise failure
-        return draw(config, net, batch)
+        return run_sampler(config, net, batch)
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
@@ -72,7 +72,7 @@ def test_what_breaks_off_keeps_the_figures_until_then(results, runs, tmp_path, m
         "samplers",
         lambda c, *_: ([replace(c, sample_steps=1), replace(c, sample_steps=2)] if c.method != "udpm" else [c], []),
     )
-    monkeypatch.setattr(evaluate, "draw", broken)
+    monkeypatch.setattr(evaluate, "run_sampler", broken)
     arguments = [*runs, *FLAGS[4:], "--metrics", "psnr", "--output", str(tmp_path)]
     if status is None:
         with pytest.raises(failure):
@@ -88,10 +88,10 @@ def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatc
     def broken(config, net, batch):
         if config.method == "interpolant" and isinstance(net.net.net, nn.Module):
             raise SolverError("not finite")
-        return draw(config, net, batch)
+        return run_sampler(config, net, batch)
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluate, "draw", broken)
+    monkeypatch.setattr(evaluate, "run_sampler", broken)
     assert evaluate.main([*runs, *FLAGS, "--metrics", "psnr", "--output", str(tmp_path)]) == 0
     rows = {path.name[:4]: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
     assert {row.get("failed") for row in rows["inte"]} == {"not finite"} and all("psnr" in row for row in rows["udpm"])
@@ -189,9 +189,9 @@ def slow_in_one(arguments, rank, marker) -> int:
         if rank == 1 and isinstance(net.net.net, nn.Module):
             marker.touch()
             time.sleep(60)
-        return draw(config, net, batch)
+        return run_sampler(config, net, batch)
 
-    evaluate.draw = slow
+    evaluate.run_sampler = slow
     return evaluate.main(arguments)
 
 

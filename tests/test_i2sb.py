@@ -127,7 +127,7 @@ def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, 
     rows = steps + 2  # the response to no draw, to the start's, to each step's
     one = make_batch(task, size=1, dtype=torch.float64)
     batch = Batch(
-        *(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.mask, one.hole)), None, None, impulses()
+        *(x.repeat(rows, 1, 1, 1) for x in (one.z1, one.zlo, one.to_make, one.unknown)), None, None, impulses()
     )
     trace = []
     method.sample(oracle(method, batch.z1), batch, steps, trace)
@@ -138,7 +138,7 @@ def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, 
         u = s2[k] / s2[-1]
         torch.testing.assert_close(zt[:1], (1 - u) * one.z1 + u * one.zlo, rtol=0, atol=1e-12)
         var = (zt[1:] - zt[:1]).square().sum(0, keepdim=True)
-        expected = u**2 * one.hole + (0 if ot_ode else s2[k] * (1 - u))
+        expected = u**2 * one.unknown + (0 if ot_ode else s2[k] * (1 - u))
         torch.testing.assert_close(var, expected.expand_as(var), rtol=1e-10, atol=1e-14)
 
 
@@ -186,7 +186,7 @@ def test_the_samplers_show_the_network_labels_and_condition(shown):
 @BOTH
 def test_known_pixels_come_back_exactly(ot_ode):
     method, batch, trace = I2SB(n=20, ot_ode=ot_ode), make_batch("inpaint"), []
-    known = (batch.mask == 0).expand_as(batch.zlo)
+    known = (batch.to_make == 0).expand_as(batch.zlo)
     sample = method.sample(wiggly_net, batch, 6, trace)
     assert torch.equal(sample[known], batch.zlo[known]) and not torch.equal(sample[~known], batch.zlo[~known])
     for i, (_, zt, z1) in enumerate(trace):
@@ -219,7 +219,7 @@ def test_loss_against_the_formula(ot_ode, task):
     torch.manual_seed(5)
     k = torch.randint(1, 31, (64,)).numpy()
     start, noise = (torch.randn_like(batch.z1).double().numpy() for _ in range(2))
-    z1, zlo, mask, hole = (x.double().numpy() for x in (batch.z1, batch.zlo, batch.mask, batch.hole))
+    z1, zlo, mask, hole = (x.double().numpy() for x in (batch.z1, batch.zlo, batch.to_make, batch.unknown))
     s2 = s2_table(method)[k][:, None, None, None]
     r2 = s2_table(method)[-1] - s2
     zt = (r2 * z1 + s2 * (zlo + hole * start)) / (r2 + s2) + (not ot_ode) * np.sqrt(r2 * s2 / (r2 + s2)) * noise
@@ -355,5 +355,5 @@ def test_what_is_not_allowed_says_so():
 
 
 def test_pictures_in_training_take_no_more_steps_than_the_bridge_has():
-    assert (I2SB().preview_steps, I2SB(n=50).preview_steps, I2SB(n=10).preview_steps) == (50, 50, 10)
-    assert I2SB(n=10).sample(wiggly_net, make_batch("restore"), I2SB(n=10).preview_steps).isfinite().all()
+    assert (I2SB().picture_steps, I2SB(n=50).picture_steps, I2SB(n=10).picture_steps) == (50, 50, 10)
+    assert I2SB(n=10).sample(wiggly_net, make_batch("restore"), I2SB(n=10).picture_steps).isfinite().all()

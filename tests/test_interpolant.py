@@ -132,7 +132,7 @@ def test_loss_is_the_squared_error_of_the_velocity(path, coupling, task):
     loss = method.loss(net, batch)
     assert loss.shape == (4,) and loss.dtype == torch.float32
     x, t = net.x[0].double().numpy(), net.t[0]
-    mask = np.broadcast_to(batch.mask.numpy() > 0, x.shape)
+    mask = np.broadcast_to(batch.to_make.numpy() > 0, x.shape)
     zlo, z1 = batch.zlo.numpy(), batch.z1.numpy()
     np.testing.assert_array_equal(x[~mask], zlo[~mask])  # known pixels
     out = wiggly_net(net.x[0], t, batch.y, batch.cond).numpy()
@@ -178,7 +178,7 @@ def test_loss_sends_its_gradient_to_the_network():
     Interpolant(t_min=0.05).loss(net, batch).sum().backward()
     x, t = net.x[0].double(), net.t[0].double()[:, None, None, None]
     v = batch.z1 - (x - t * batch.z1) / (1 - t)
-    error, mask = 2 * (w.item() * x + b.item() - v), batch.mask.expand_as(x)
+    error, mask = 2 * (w.item() * x + b.item() - v), batch.to_make.expand_as(x)
     expected = [(g * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)) for g in (error * x, error)]
     np.testing.assert_allclose([w.grad, b.grad], [e.sum() for e in expected], rtol=1e-5)
 
@@ -290,13 +290,13 @@ def test_sde_of_a_network_that_does_not_see_zlo(path, task):
     """It draws from the distribution of z1 where E[zlo | zt] is known: by the independent coupling, and in holes."""
     batch = gaussian_batch(4, 64, condition=False)
     if task == "inpaint":
-        batch.mask = batch.hole = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
-        batch.zlo = batch.z1 * (1 - batch.mask)
+        batch.to_make = batch.unknown = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
+        batch.zlo = batch.z1 * (1 - batch.to_make)
     method = Interpolant(path, "dependent" if task == "inpaint" else "independent", sigma=0.7, eps0=0.8)
     method.check(task, condition=False)
     torch.manual_seed(6)
     sample = method.sample(blind(path, "independent", 0.7)[2], batch, 150)  # in holes z0 is noise alone
-    is_normal(sample[batch.mask.expand_as(sample) > 0], M, S**2, extra=4e-3)  # t_min, and the steps
+    is_normal(sample[batch.to_make.expand_as(sample) > 0], M, S**2, extra=4e-3)  # t_min, and the steps
 
 
 def test_sde_is_refused_where_the_network_does_not_tell_its_score():
@@ -358,7 +358,7 @@ def test_any_solver_reaches_z1_with_the_oracle(solver):
 @COUPLINGS
 def test_known_pixels_stay_what_they_are(sampler, coupling):
     batch, trace, net = make_batch("inpaint"), [], Spy(wiggly_net)
-    known = (batch.mask == 0).expand_as(batch.zlo)
+    known = (batch.to_make == 0).expand_as(batch.zlo)
     torch.manual_seed(9)
     sample = sample_by(sampler, net, batch, trace, coupling=coupling)
     assert len(trace) > 5

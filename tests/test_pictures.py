@@ -9,7 +9,7 @@ from PIL import Image
 from images import data, pictures
 from runs import FINISHED, checkpoint, metrics, same, start
 from support import model
-from support.model import draw
+from support.model import run_sampler
 from unet import Guided
 
 TITLE = pictures.TITLE_SIZE + 9  # height of the row of titles
@@ -106,9 +106,9 @@ def test_no_memory_for_samples_ends_no_training(tmp_path, monkeypatch, finished,
     def full(config, net, batch, trace=None):
         if isinstance(net, Guided):
             raise torch.OutOfMemoryError
-        return draw(config, net, batch, trace)
+        return run_sampler(config, net, batch, trace)
 
-    monkeypatch.setattr(model, "draw", full)
+    monkeypatch.setattr(model, "run_sampler", full)
     run = start(tmp_path, FINISHED)
     assert "no samples at step 2: out of GPU memory" in capsys.readouterr().err
     same(checkpoint(run), checkpoint(finished), ("ema", "players", "optimizers"))

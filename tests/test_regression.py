@@ -27,6 +27,6 @@ def test_regression_is_least_squares():
         method.sample(oracle, batch, steps=2)
     hole = Damage()("inpaint", batch.z1)
     sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
-    assert torch.equal(sample * (1 - hole.hole), hole.zlo) and torch.equal(
-        sample * hole.hole, hole.hole.expand_as(sample)
+    assert torch.equal(sample * (1 - hole.unknown), hole.zlo) and torch.equal(
+        sample * hole.unknown, hole.unknown.expand_as(sample)
     )

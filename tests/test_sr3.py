@@ -18,7 +18,7 @@ def make_batch(z1, mask=None):
     ones = torch.ones_like(z1[:, :1])
     mask = ones if mask is None else mask
     zlo = z1 * (1 - mask)
-    return Batch(z1=z1, zlo=zlo, mask=mask, hole=mask, cond=None, y=None)
+    return Batch(z1=z1, zlo=zlo, to_make=mask, unknown=mask, cond=None, y=None)
 
 
 def hole(batch_size, side):
@@ -334,9 +334,9 @@ def test_wrong_fields_are_named(wrong):
 
 
 def test_pictures_in_training_take_no_more_steps_than_the_schedule_has():
-    assert (SR3().preview_steps, SR3(T=100).preview_steps, SR3(T=50).preview_steps) == (100, 100, 50)
+    assert (SR3().picture_steps, SR3(T=100).picture_steps, SR3(T=50).picture_steps) == (100, 100, 50)
     batch = make_batch(torch.zeros(1, 1, 2, 2))
-    assert SR3(T=50).sample(gaussian_net(0.0, 1.0), batch, SR3(T=50).preview_steps).isfinite().all()
+    assert SR3(T=50).sample(gaussian_net(0.0, 1.0), batch, SR3(T=50).picture_steps).isfinite().all()
 
 
 @pytest.mark.parametrize("steps", (0, 21))

@@ -29,7 +29,7 @@ from runs import (
     until,
 )
 from support import logs, model
-from support.model import draw, make_unet
+from support.model import make_unet, run_sampler
 from support.settings import from_plain
 from trainer import Config, Trainer
 from unet import Guided
@@ -201,7 +201,7 @@ def test_a_signal_does_not_wait_for_samples(tmp_path, monkeypatch, finished):
 
 
 def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
-    original = draw
+    original = run_sampler
 
     def endless(config, net, batch, trace=None):
         if not isinstance(net, Guided):  # the rehearsal before the first step
@@ -211,7 +211,7 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
 
     began = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(model, "draw", endless)
+        patch.setattr(model, "run_sampler", endless)
         run = start(tmp_path, FINISHED, 130)
     assert time.monotonic() - began < 15
     assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))

@@ -108,7 +108,7 @@ def test_sampler_with_exact_draws_of_x0_has_the_data_distribution():
         return image(guess) / 2 ** (level - 1)
 
     batch = make_batch(size=drawn.shape[1])
-    batch = Batch(None, batch.zlo.double(), batch.mask, batch.hole, None, None)
+    batch = Batch(None, batch.zlo.double(), batch.to_make, batch.unknown, None, None)
     out = flat(PLAIN.sample(net, batch, noise=[image(e) for e in noise[:levels]]))
     mean, jacobian = out[:, -1:], out[:, :-1] - out[:, -1:]
     # x_L starts from noise alone: what it lacks is A_L H^L z1, 0.0008 of the picture against a noise of 0.3
@@ -131,7 +131,7 @@ def test_nan_in_z1_changes_no_sample(task):
 def test_known_pixels_are_put_back():
     batch = make_batch(task="inpaint", channels=3)
     sample = PLAIN.sample(lambda x, t, y, cond: torch.full((len(x), 3, 2 * x.shape[2], 2 * x.shape[3]), 7.0), batch)
-    torch.testing.assert_close(sample, torch.where(batch.mask == 1, 7.0, batch.z1), rtol=0, atol=0)
+    torch.testing.assert_close(sample, torch.where(batch.to_make == 1, 7.0, batch.z1), rtol=0, atol=0)
 
 
 def test_trace_shows_the_states_and_the_estimates():
