@@ -275,7 +275,8 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
     run = open_run(path, Config)
     moved = {}
     if o.data_path is not None:
-        moved["data_path" if run.config.dataset in (*data.DOWNLOADS, "shapes") else "dataset"] = o.data_path
+        named = run.config.dataset in (*data.DOWNLOADS, *data.WITH_THE_CLONE)
+        moved["data_path" if named else "dataset"] = o.data_path
     return replace(run, config=replace(run.config, paired_path=o.paired_path or run.config.paired_path, **moved))
 
 

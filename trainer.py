@@ -55,8 +55,8 @@ class Config:
     overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
     condition: bool = True  # whether the network sees the damaged image
 
-    # THE DATA. cifar10, fashion-mnist, celeba, shapes, or the path of a folder. None: cifar10, and for the demo shapes
-    # where that can't be downloaded
+    # THE DATA. cifar10, fashion-mnist, celeba, demo (16 photographs), shapes, or the path of a folder. None: cifar10;
+    # where that can't be downloaded, demo if overfit
     dataset: str | None = None
     data_path: str = "data"  # folder where downloaded data sets are kept
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
@@ -211,7 +211,7 @@ class Trainer:
         with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
-                limit=config.batch_size if config.overfit else None, or_shapes=config.overfit,
+                limit=config.batch_size if config.overfit else None, or_demo=config.overfit,
                 crop=config.crop).to(self.device)
             chosen = config.chosen.settled()
         # what was left open is chosen once: a resumed run takes the same
