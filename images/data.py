@@ -20,6 +20,7 @@ from images.packs import Form, Photos, open_pack, take
 from images.pairs import pair_factor, partners
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from support.disk import free_memory
 
 DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
     "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
@@ -222,18 +223,6 @@ def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
     if free is not None and size > free:
         raise SettingsError(f"image_size = {side}: {count:,} images need {size / 1e9:,.1f} GB of memory, and "
                             f"{free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
-
-
-def free_memory() -> int | None:
-    """Bytes of this machine's memory that programs can still take; None where the system is not Linux."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -1,7 +1,6 @@
 """Batches in the order that seed and step make, sets by torchvision from disk, and errors that say what to do."""
 import gzip
 import http.server
-import os
 import pickle
 import socket
 import struct
@@ -18,7 +17,6 @@ from images import DatasetError, SettingsError, data, packs, shapes
 from images.data import batch_indices, load
 from images.pictures import to_uint8
 from pixels import noise, solid
-from runs import linux
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
 
@@ -162,11 +160,6 @@ def test_too_little_memory_or_disk_is_said_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(packs, "fit", none_left)
     with pytest.raises(SettingsError, match="image_size = 24: too little memory"):
         load(str(tmp_path), 24)
-
-
-@linux
-def test_free_memory_is_that_of_this_machine():
-    assert 2**20 < data.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_limit_above_the_number_of_images_is_all_of_them(tmp_path):
