@@ -31,9 +31,9 @@ from evaluate import read_result, training_flops
 from evaluation.judge import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
-from images.files import write_atomically
 from support.checkpoints import absolute_paths, has_checkpoint, open_run
 from support.command_line import parse, split
+from support.disk import write_atomically
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output

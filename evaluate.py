@@ -37,10 +37,10 @@ from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
-from images.files import write_atomically
 from support import machine
 from support.checkpoints import Run, open_run
 from support.command_line import parse
+from support.disk import write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
 from support.model import load_network, make_players, run_sampler, zero_net
 from support.output import reason, unbreakable_output

@@ -30,8 +30,8 @@ import torchvision
 
 import evaluate
 from images import SettingsError
-from images.files import write_atomically
 from support.command_line import parse, split
+from support.disk import write_atomically
 from support.machine import chip, pick_device
 from support.settings import require
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from evaluation.judge import jackknife
-from images.files import write_atomically
+from support.disk import write_atomically
 from support.settings import INCIDENTAL
 
 COLUMNS = {  # of a row: title, format

@@ -1,4 +1,4 @@
-"""Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or what comes with the clone."""
+"""Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or a set of our own."""
 import io
 import os
 import socket
@@ -20,6 +20,7 @@ from images.packs import Form, Photos, open_pack, take
 from images.pairs import pair_factor, partners
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from support.disk import free_memory
 
 DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
     "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
@@ -154,8 +155,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
          limit: int | None = None, or_demo: bool = False, crop: str = "center") -> Images:
     """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
 
-    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), demo, shapes, or a folder's path. None
-    is cifar10; where it is missing and can't be downloaded, or_demo takes demo instead, under a banner.
+    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), demo, shapes, or a folder's path.
+    None is cifar10; where it is missing and can't be downloaded, or_demo takes demo instead, under a banner.
     paired_path: folder of damaged images with the names of dataset's (the endings may differ), as large as those or
     all the same whole number of times smaller.
     limit: at most so many images a split, evenly spread (of shapes the first ones).
@@ -178,8 +179,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
                 raise
             line = "*" * 100
             print(f"{line}\n  No CIFAR-10: {failure}\n"
-                  "  This demo runs on sixteen photographs that come with the clone instead; --dataset FOLDER takes your "
-                  f"own images.\n{line}")
+                  "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
+                  f"images.\n{line}")
             return load("demo", side, channels, data_path, paired_path, limit)
     if not 1 <= side <= MAX_SIDE:
         raise SettingsError(f"side = {side}: allowed is 1 to {MAX_SIDE:,} pixels")
@@ -237,24 +238,13 @@ def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
                             f"{free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
 
 
-def free_memory() -> int | None:
-    """Bytes of this machine's memory that programs can still take; None where the system is not Linux."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 def _folder(dataset: str, form: Form, data_path: str, paired_path: str | None, limit: int | None) -> Images:
     root = Path(os.path.expanduser(dataset))
     if not dataset or not os.path.isdir(root):
-        raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or {', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
+        raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or "
+                           f"{', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
     names = list_images(root)
     paired, partner = None, {}
     left_out = []

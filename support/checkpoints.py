@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from images import SettingsError, data, one_line
-from images.files import write_atomically
+from support.disk import write_atomically
 from support.output import reason
 from support.settings import from_plain
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import ode_int
 from images import SettingsError, one_line
 from images.corruptions import Batch, Draws, as_tuple, cond_channels, from_damaged, task_names, to_full_size
-from images.data import free_memory
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
+from support.disk import free_memory
 from support.machine import autocast, hashed, pick_device, processes, set_up
 from unet import Counted, Guided, Tiled, Unet
 
