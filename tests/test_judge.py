@@ -79,7 +79,7 @@ def test_baselines_of_sr(judge, config):
 
 
 def test_the_truth_is_no_row_where_nothing_of_it_is_measured(config):
-    judge = Judge(config, torch.device("cpu"), ("psnr", "consistency"), count=8)
+    judge = judging.Judge(config, torch.device("cpu"), ("psnr", "consistency"), count=8)
     assert [row["name"] for row in judge.baselines(config)] == ["input", "bicubic"]
 
 
