@@ -16,7 +16,6 @@ if __name__ == "__main__":
     quiet_interrupt()
 
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -29,9 +28,9 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 import ode_int
+from evaluation.costs import samplers, training_flops
 from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
@@ -41,8 +40,8 @@ from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
 from support.disk import write_atomically
-from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
-from support.model import load_network, make_players, run_sampler, zero_net
+from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
+from support.model import load_network, make_players, run_sampler
 from support.output import reason, unbreakable_output
 from trainer import Config
 from unet import Counted, Guided, Unet
@@ -83,73 +82,6 @@ class Options:
         """Raises SettingsError, one line that names field, value and what is allowed."""
         bounds.check(self)
         require(self, "nfe", self.nfe or self.default, "one number or more, with --no-default")
-
-
-# --------------------------------------------------------------------------------------------------- samplers and costs
-
-def evaluations(config: Config, batch: Batch) -> float:
-    """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
-    counted = Counted(zero_net(config))
-    try:
-        run_sampler(config, Guided(counted, config.guidance), batch)
-    except SettingsError:
-        return math.inf
-    return counted.rows / len(batch.zlo)
-
-
-def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
-    """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE
-    left out, since no count of steps takes exactly those."""
-    own = replace(config, solver="auto", sample_steps=None)
-    few = [replace(own, solver=solver if config.chosen.has_ode else "auto")]
-    if few[0].sampler == "dopri5":  # it chooses its own steps; in few, midpoint is better than euler where it fits
-        few = [replace(own, solver=name) for name in ("midpoint", "euler")]
-    usual = evaluations(own, batch) if few[0].sampler == own.sampler else None
-    found, missing = [], []
-    for n in sorted(set(nfe)):
-        exact = [own] if usual == n else [c for c in (with_evaluations(each, n, batch) for each in few) if c]
-        if exact:
-            found.append(exact[0])
-        else:
-            missing.append(n)
-    if default and own not in found:
-        found.append(own)
-    return found, missing
-
-
-def with_evaluations(config: Config, n: int, batch: Batch) -> Config | None:
-    """The sampler in as many steps as take exactly n evaluations, found by bisection; None where no count does."""
-    low, high = 1, n
-    while low <= high:  # evaluations grow with steps
-        setting = replace(config, sample_steps=(low + high) // 2)
-        cost = evaluations(setting, batch)
-        if cost == n:
-            return setting
-        if cost < n:
-            low = setting.sample_steps + 1
-        else:
-            high = setting.sample_steps - 1
-
-
-def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:
-    """Floating-point operations of a training step, forward and backward, of every player, an image.
-
-    A method with levels (UDPM; else 0) draws one for each step: the mean over levels, told apart by what they cost.
-    """
-    levels = max(levels, 1)
-    costs = [set() for _ in players]
-    for number in range(8 * levels):
-        reseed("flops", number)
-        for cost, (module, loss) in zip(costs, players):
-            with FlopCounterMode(display=False) as counter:
-                with autocast(batch.zlo.device, precision):
-                    value = loss(module, batch).mean()
-                value.backward()
-            module.zero_grad()
-            cost.add(counter.get_total_flops())
-        if all(len(cost) == levels for cost in costs):
-            break
-    return sum(sum(cost) / len(cost) for cost in costs) / len(batch.zlo)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -72,7 +72,7 @@ def test_right_values_pass(right):
 
 
 def test_dataclasses_within_are_checked_and_named():
-    with pytest.raises(SettingsError, match=r"^damage\.inner\.std = -3: allowed is a finite number above 0, at most 50"):
+    with pytest.raises(SettingsError, match=r"^damage\.inner\.std = -3: allowed is a finite number above 0, at .* 50$"):
         bounds.check(Outer("x", inner=Inner(-3)), "damage.")
 
 
@@ -91,18 +91,18 @@ def numbers(kind, prefix=""):
             yield prefix + name
 
 
-@pytest.mark.parametrize("name", list(numbers(Config)))
 @pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "1" + 400 * "0", "[]", "{}", '"1"', "true", "[[1]]"])
-def test_no_number_of_a_run_takes_what_is_none(name, value):
-    """A config of a file, damaged in one place, ends in one line that names the field; as does the same in Python."""
-    plain = json.loads(json.dumps(asdict(Config())))
-    inner, outer = plain, name.split(".")
-    for key in outer[:-1]:
-        inner = inner[key]
-    inner[outer[-1]] = json.loads(value)
-    line = rf"\Arun = 'x': its settings can't be used: {name} = [^\n]*: allowed is [^\n]*\Z"
-    with pytest.raises(SettingsError, match=line):
-        read_config("x", plain, Config)
+def test_no_number_of_a_run_takes_what_is_none(value):
+    """A config in a file, damaged in one place, ends in one line that names the field."""
+    for name in numbers(Config):
+        plain = json.loads(json.dumps(asdict(Config())))
+        inner, (*groups, knob) = plain, name.split(".")
+        for group in groups:
+            inner = inner[group]
+        inner[knob] = json.loads(value)
+        line = rf"\Arun = 'x': its settings can't be used: {name} = [^\n]*: allowed is [^\n]*\Z"
+        with pytest.raises(SettingsError, match=line):
+            read_config("x", plain, Config)
 
 
 @pytest.mark.parametrize("name, flag, allowed", [
