@@ -134,7 +134,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, process, 
 
 
 @pytest.mark.parametrize("flags, more, said", [
-    ("--methods gan", "", "methods = ('gan',)"), ("--only edm", "", "only = ('edm',)"),
+    ("--methods gan", "", "invalid choice 'gan' for argument '--methods'"), ("--only edm", "", "only = ('edm',)"),
     ("--images 0", "", "images = 0"),
     ("--seeds 0 0", "", "seeds = (0, 0)"), ("--nfe 0", "", "nfe = (0,)"), ("", "--seed 3", "--seed after --"),
     ("", "--batch_size=8", "--batch_size=8 after --"), ("", "--base-lr 0", "base_lr = 0"),
