@@ -31,14 +31,15 @@ from evaluate import read_result, training_flops
 from evaluation.judge import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
-from support.checkpoints import absolute_paths, has_checkpoint, open_run
+from support.checkpoints import absolute_paths, open_run
 from support.command_line import parse, split
 from support.disk import write_atomically
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output
+from support.run_folder import has_checkpoint
 from support.settings import INCIDENTAL, require
-from trainer import Config, owes_samples, read_command_line
+from trainer import Config, read_command_line
 
 HERE = Path(__file__).resolve().parent
 METHODS = get_args(get_type_hints(Config)["method"])
@@ -112,7 +113,8 @@ class Run:
         if not has_checkpoint(self.folder):
             return False
         run = open_run(self.folder, Config)
-        return run.step >= self.steps and not owes_samples(run.checkpoint, run.config)
+        sampled = run.checkpoint.get("sampled", run.step)
+        return run.step >= self.steps and not run.config.pictures_due(run.step, sampled)
 
     def measured(self) -> bool:
         """Whether the figures are those of the run's last step, by the same measuring, and all there."""
