@@ -89,9 +89,6 @@ class Files:
 
     def append(self, numbers: dict):
         """A whole line or nothing."""
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            warn(f"{self.folder} was gone and is made again, without what it held")
         line = (json.dumps(numbers) + "\n").encode()
         with open_regular(self.lines, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
             end = f.seek(0, os.SEEK_END)

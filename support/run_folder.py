@@ -28,6 +28,7 @@ from images import SettingsError, one_line
 from support import checkpoints, machine
 from support.disk import flush_folder, open_regular, write_atomically
 from support.logs import Log
+from support.output import warn
 
 MARK = b"the folder of a run of trainer.py\n"  # in .lock
 
@@ -62,7 +63,7 @@ class RunFolder:
         """Raises SettingsError where another trainer has the folder, or it is no run's."""
         self.path, self.begun, self.refused = path, None, False
         self.command = f"python trainer.py --resume {shlex.quote(str(path))}"
-        self.log = self.saver = None
+        self.logger = self.saver = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             strange = not is_run(path) and any(file.name != ".lock" for file in path.iterdir())
@@ -91,23 +92,41 @@ class RunFolder:
             set_aside(metrics)
         elif "damaged" in state:  # else the next save would put it in the place of previous.pt, the good one
             set_aside(Path(state["damaged"]))
-        settings = self.about["config"] | dict(code=self.about["code"])
-        write_text(self.path / "config.json", json.dumps(settings, indent=1))
+        self.write_settings()
         if images.left_out:
             write_text(self.path / "left_out.txt", "\n".join(images.left_out) + "\n")
         if again:
             forget_samples(metrics, step)
         flush_folder(self.path.parent)
         wandb = dict(project=config.wandb_project, entity=config.wandb_entity, id=state.get("wandb_id"))
-        wandb = wandb | dict(config=settings) if config.use_wandb else None
-        self.log = Log(self.path, step, wandb, config.use_tensorboard)
-        self.about["wandb_id"] = self.log.wandb_id
-        self.saver = Saver(self.path, self.log)
+        wandb = wandb | dict(config=self.about["config"] | dict(code=self.about["code"])) if config.use_wandb else None
+        self.logger = Log(self.path, step, wandb, config.use_tensorboard)
+        self.about["wandb_id"] = self.logger.wandb_id
+        self.saver = Saver(self)
+
+    def log(self, step: int, pictures: dict | None = None, **numbers):
+        """As of Log."""
+        self.logger.attempt("the run's folder", self.make_again)
+        self.logger(step, pictures, **numbers)
 
     def save(self, state: dict, keep: bool):
         """Writes it while training goes on; keep: it stays, as step_N.pt."""
         self.refused = False
         self.saver(state | self.about, keep)
+
+    def make_again(self):
+        """Where somebody moved or removed the folder, the run goes on in another one of its name."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            return
+        warn(f"{self.path} was gone and is made again, without what it held")
+        self.lock = lock_folder(self.path)
+        self.write_settings()
+
+    def write_settings(self):
+        settings = self.about["config"] | dict(code=self.about["code"])
+        write_text(self.path / "config.json", json.dumps(settings, indent=1))
 
     def wait(self) -> bool:
         """Whether the newest state is on the disk, once all is written."""
@@ -116,11 +135,11 @@ class RunFolder:
     def close(self):
         """Waits for what is being written, and lets other trainers in."""
         self.wait()
-        if self.log:
-            self.log.close()
+        if self.logger:
+            self.logger.close()
         if self.lock:
             self.lock.close()
-        self.log = self.lock = None
+        self.logger = self.lock = None
 
 
 def is_done(run: checkpoints.Run | None, config) -> bool:
@@ -211,8 +230,8 @@ class Saver:
     One at a time. The thread is no daemon: Python does not leave before it has written.
     """
 
-    def __init__(self, folder: Path, log: Log):
-        self.folder, self.log, self.thread, self.written = folder, log, None, True
+    def __init__(self, folder: RunFolder):
+        self.folder, self.logger, self.thread, self.written = folder, folder.logger, None, True
 
     def __call__(self, checkpoint: dict, keep: bool):
         """Waits for the checkpoint before. Its tensors may change as soon as this returns. keep: of save_checkpoint."""
@@ -225,9 +244,12 @@ class Saver:
             self.write(checkpoint, keep)
 
     def write(self, checkpoint: dict, keep: bool):
-        self.log.flush()  # the lines that the checkpoint vouches for
-        save = checkpoints.save_checkpoint
-        self.written = self.log.attempt("the checkpoint", lambda: save(self.folder, checkpoint, keep)) is not None
+        def save():
+            self.folder.make_again()
+            self.logger.flush()  # the lines that the checkpoint vouches for
+            return checkpoints.save_checkpoint(self.folder.path, checkpoint, keep)
+
+        self.written = self.logger.attempt("the checkpoint", save) is not None
 
     def wait(self) -> bool:
         """-> whether the last checkpoint is on the disk."""

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ import evaluate
 import trainer
 from benchmarks import record
 from evaluation import report
+from runs import linux, until
 
 NETWORK = ("--image-size 16 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 --sample-count 2 "
            "--integration-atol 0.1 --integration-rtol 0.1 --no-use-wandb --precision fp32 --print-loss-every 2")
@@ -22,11 +24,9 @@ def command(folder, out, flags="", more=""):
             f"--metrics psnr bias --device cpu --output {out} {flags} -- {NETWORK} {more}").split()
 
 
-def in_process(command, run, runs, signals):
+def in_process(command, job, work):
     """compare.call without a process of its own: imports take seconds."""
-    main = trainer.main if command[0].endswith("trainer.py") else evaluate.main
-    run.log.mkdir(exist_ok=True)
-    (run.log / f"{run.name}.txt").touch()
+    main = trainer.main if command[0] == "trainer.py" else evaluate.main
     return main(command[1:])
 
 
@@ -70,39 +70,71 @@ def test_what_is_done_is_skipped(compared, folder, monkeypatch, capsys):
     assert "| interpolant |" in capsys.readouterr().out  # the table is of all that there is
 
 
-def test_killed_in_the_middle_and_run_again(compared, folder, tmp_path, process, monkeypatch):
+def test_figures_of_another_measuring_are_not_kept(compared, folder, tmp_path, monkeypatch):
+    out, asked = shutil.copytree(compared, tmp_path / "out"), []
+
+    def measure(command, job, work):
+        asked.append((command[0], job.name))
+        return in_process(command, job, work)
+
+    monkeypatch.setattr(compare, "call", measure)
+    for flags, rows in (("--nfe 2", 1), ("--nfe 2 --count 3", 1), ("--nfe 2 --count 3 --metrics psnr", 1)):
+        before = figures(out)["interpolant-seed0"]
+        assert compare.main(command(folder, out, f"--methods interpolant {flags}")) == 0
+        after = figures(out)["interpolant-seed0"]
+        assert len(after) == rows and after != before
+    assert asked == [("trainer.py", "interpolant-seed0"), ("evaluate.py", "interpolant-seed0")] * 3
+
+
+def begun(folder, out, process, flags, more=""):
+    """compare.main in a process of its own, whose trainer has begun its steps."""
+    flags = command(folder, out, f"--methods interpolant {flags}", more)
+    first = process(compare.main, flags, env=dict(OMP_NUM_THREADS="1"))
+    until((out / "interpolant-seed0" / "metrics.jsonl").exists, first)
+    return first
+
+
+def test_stopped_in_the_middle_and_run_again(compared, folder, tmp_path, process, monkeypatch):
     """With real processes: a signal in training ends the trainer, which saves; then the rest, to the same figures."""
-    out, env = tmp_path / "out", dict(OMP_NUM_THREADS="1")
-    flags = command(folder, out, "--methods interpolant", "--sample-every 3")
-    first = process(compare.main, flags, env=env)
-    while not (out / "interpolant-seed0" / "config.json").exists():
-        assert first.exitcode is None, first.log.read_text()
-        first.join(0.02)
+    out = tmp_path / "out"
+    first = begun(folder, out, process, "", "--sample-every 3")
     os.kill(first.pid, signal.SIGTERM)
     first.join(60)
     assert first.exitcode == 143 and "the same command goes on" in first.log.read_text()
     assert not figures(out)
     monkeypatch.setattr(compare, "call", in_process)
-    assert compare.main(flags) == 0
+    assert compare.main(command(folder, out, "--methods interpolant", "--sample-every 3")) == 0
     assert figures(out)["interpolant-seed0"] == figures(compared)["interpolant-seed0"]
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, monkeypatch, capsys):
-    def failing(command, run, runs, signals):
-        if run.method == "interpolant":
-            run.log.mkdir(exist_ok=True)
-            (run.log / f"{run.name}.txt").write_text("first\nout of GPU memory\n")
-            return 1
-        return in_process(command, run, runs, signals)
+@linux
+def test_a_trainer_does_not_outlive_the_comparison(folder, tmp_path, process):
+    out = tmp_path / "out"
+    first = begun(folder, out, process, "--images 36000", "--sample-every 9000")
+    os.kill(first.pid, signal.SIGKILL)
+    log = out / "logs" / "interpolant-seed0.txt"
+    until(lambda: "go on with: " in log.read_text(), seconds=60)  # it was told to stop, and has saved
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, process, monkeypatch, capsys):
+    """The trainer's own last line is told, whatever a trainer of before still says."""
+    call = compare.call
+
+    def failing(command, job, work):
+        if job.method == "interpolant":
+            job.log.write_text("of an earlier trainer\n")
+            return call(["trainer.py", "--max-steps", "none"], job, work)
+        return in_process(command, job, work)
 
     monkeypatch.setattr(compare, "call", failing)
     assert compare.main(command(folder, tmp_path / "out")) == 1
-    assert "interpolant-seed0 failed with exit status 1: out of GPU memory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "interpolant-seed0 failed with exit status 2: trainer.py: " in error and "earlier" not in error
     assert list(figures(tmp_path / "out")) == ["regression-seed0"]
 
 
 @pytest.mark.parametrize("flags, more, said", [
-    ("--methods gan", "", "methods = ('gan',)"), ("--only edm", "", "only = ('edm',)"),
+    ("--methods gan", "", "invalid choice 'gan' for argument '--methods'"), ("--only edm", "", "only = ('edm',)"),
     ("--images 0", "", "images = 0"),
     ("--seeds 0 0", "", "seeds = (0, 0)"), ("--nfe 0", "", "nfe = (0,)"), ("", "--seed 3", "--seed after --"),
     ("", "--batch_size=8", "--batch_size=8 after --"), ("", "--base-lr 0", "base_lr = 0"),
@@ -116,9 +148,9 @@ def test_what_is_refused_in_one_line(compared, folder, capsys, flags, more, said
 def test_equal_flops_are_fewer_images_of_a_larger_network(folder, tmp_path):
     more = [*NETWORK.split(), "--udpm.lpips-weight", "0", "0", "0"]
     o = compare.Options(dataset=str(folder), device="cpu", output=str(tmp_path))
-    small = compare.flops_an_image(o, "i2sb", more)
-    wide = compare.flops_an_image(o, "i2sb", [*more, "--unet-channels", "16"])
-    assert small == compare.flops_an_image(o, "edm", more) and 1.5 < wide / small < 4.5
+    small = compare.flops_per_image(o, "i2sb", more)
+    wide = compare.flops_per_image(o, "i2sb", [*more, "--unet-channels", "16"])
+    assert small == compare.flops_per_image(o, "edm", more) and 1.5 < wide / small < 4.5
 
 
 # ------------------------------------------------------------------------------------------ seeds, errors, ties, plots
