@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from images import data, one_line
-from images.files import write_atomically
 from images.packs import Photos
+from support.disk import write_atomically
 
 
 class Classifier(nn.Module):

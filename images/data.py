@@ -1,4 +1,4 @@
-"""Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or `shapes`, drawn here."""
+"""Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or a set of our own."""
 import io
 import os
 import socket
@@ -20,6 +20,7 @@ from images.packs import Form, Photos, open_pack, take
 from images.pairs import pair_factor, partners
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from support.disk import free_memory
 
 DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
     "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
@@ -28,6 +29,7 @@ DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by h
     "celeba": ("CelebA", "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
                "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba"),
 }
+WITH_THE_CLONE = ("demo", "shapes")  # sixteen photographs; drawings
 TIMEOUT = 20  # seconds without an answer after which a download is given up
 MAX_SIDE = 8192  # pixels: Pillow takes a square of many more for an attack
 MAX_BATCH = 2**20  # images
@@ -150,11 +152,11 @@ class Feed:
 
 
 def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "data", paired_path: str | None = None,
-         limit: int | None = None, or_shapes: bool = False, crop: str = "center") -> Images:
+         limit: int | None = None, or_demo: bool = False, crop: str = "center") -> Images:
     """The data set as square images of `side` pixels, 1 (grey) or 3 (RGB) channels.
 
-    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), shapes, or a folder's path. None is
-    cifar10; where it is missing and can't be downloaded, or_shapes takes shapes instead, under a banner.
+    dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), demo, shapes, or a folder's path.
+    None is cifar10; where it is missing and can't be downloaded, or_demo takes demo instead, under a banner.
     paired_path: folder of damaged images with the names of dataset's (the endings may differ), as large as those or
     all the same whole number of times smaller.
     limit: at most so many images a split, evenly spread (of shapes the first ones).
@@ -166,29 +168,32 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     """
     if crop not in ("center", "random"):
         raise SettingsError(f"crop = {crop}: allowed is center or random")
-    if crop == "random" and dataset in (None, "shapes", "cifar10", "fashion-mnist"):
+    if crop == "random" and dataset in (None, *WITH_THE_CLONE, "cifar10", "fashion-mnist"):
         raise SettingsError(f"crop = random: allowed is center for {dataset or 'cifar10'}, whose images are small; "
                             "name a folder of photographs as dataset")
     if dataset is None:
         try:
             return load("cifar10", side, channels, data_path, paired_path, limit)
         except DatasetError as failure:
-            if not or_shapes:
+            if not or_demo:
                 raise
             line = "*" * 100
             print(f"{line}\n  No CIFAR-10: {failure}\n"
-                  f"  This demo runs on drawn shapes instead; --dataset FOLDER takes your own images.\n{line}")
-            return load("shapes", side, channels, data_path, paired_path, limit)
+                  "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
+                  f"images.\n{line}")
+            return load("demo", side, channels, data_path, paired_path, limit)
     if not 1 <= side <= MAX_SIDE:
         raise SettingsError(f"side = {side}: allowed is 1 to {MAX_SIDE:,} pixels")
     if limit is not None and limit < 1:
         raise SettingsError(f"limit = {limit}: allowed is 1 or more, or None")
     if channels not in (1, 3):
         raise SettingsError(f"channels = {channels}: allowed is 1 (grey) or 3 (RGB)")
-    if paired_path is not None and (dataset == "shapes" or dataset in DOWNLOADS):
+    if paired_path is not None and dataset in (*WITH_THE_CLONE, *DOWNLOADS):
         raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {dataset}; "
                            "name that folder as dataset")
     try:
+        if dataset == "demo":
+            return _demo(side, channels, limit)
         if dataset == "shapes":
             return _draw(side, channels, limit)
         if dataset in DOWNLOADS:
@@ -197,6 +202,15 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     except MemoryError as error:
         raise SettingsError(f"image_size = {side}: too little memory for the images of {dataset}; lower image_size, "
                             "or take fewer images") from error
+
+
+def _demo(side: int, channels: int, limit: int | None) -> Images:
+    """The photographs in images/demo, which are the test images too: they are there to be overfitted."""
+    _check_memory(16, side, channels)
+    paths = _spread(sorted((Path(__file__).parent / "demo").glob("*.png")), limit)
+    mode = "RGB" if channels == 3 else "L"
+    x = torch.stack([to_tensor(fit(Image.open(path).convert(mode), side)) for path in paths])
+    return Images(x, x, None, None, [], name="demo")
 
 
 def _draw(side: int, channels: int, limit: int | None) -> Images:
@@ -224,24 +238,13 @@ def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
                             f"{free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
 
 
-def free_memory() -> int | None:
-    """Bytes of this machine's memory that programs can still take; None where the system is not Linux."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 def _folder(dataset: str, form: Form, data_path: str, paired_path: str | None, limit: int | None) -> Images:
     root = Path(os.path.expanduser(dataset))
     if not dataset or not os.path.isdir(root):
-        raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or {', '.join([*DOWNLOADS, 'shapes'])}")
+        raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or "
+                           f"{', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
     names = list_images(root)
     paired, partner = None, {}
     left_out = []

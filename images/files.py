@@ -1,4 +1,4 @@
-"""Image files in and out, of every mode that Pillow reads; and files that are never half written."""
+"""Image files in and out, of every mode that Pillow reads."""
 import heapq
 import math
 import os
@@ -13,9 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from images import DatasetError, one_line
+from support.disk import write_atomically
 
-UMASK = os.umask(0)  # what new files are not allowed; it can be read by setting it only
-os.umask(UMASK)
 NAME_MAX = 255  # bytes of a file's name on the usual disks
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
@@ -24,25 +23,6 @@ STRIP = 4  # a picture more than so many times as long as it is wide counts as a
 
 # open_image refuses such an image itself and names it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def write_atomically(path: Path, write):
-    """`write(file)` into a neighbour, then renamed: whenever the process dies, `path` holds the old content or the new.
-
-    The neighbour's name is its own, so that two writers do not meet, and no link that lies there is followed.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def open_image(path, channels: int = 3) -> Image.Image:

@@ -35,8 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images import DatasetError, SettingsError, one_line
-from images.files import cover, fit, open_image, write_atomically
+from images.files import cover, fit, open_image
 from images.pairs import check_shape, factor_of
+from support.disk import write_atomically
 
 VERSION = 1  # of the arrays' layout and of what `fit` and `cover` make of a file: raise it when one of them changes
 RECORD_EVERY = 15  # seconds of packing that a kill can cost

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from images import SettingsError, data, one_line
-from images.files import write_atomically
+from support.disk import write_atomically
 from support.output import reason
 from support.settings import from_plain
 
@@ -309,7 +309,7 @@ def refuse_another_network(trained, config):
 def absolute_paths(c) -> dict[str, str]:
     """Where the data is, whatever folder one stands in when the run goes on."""
     named = dict(data_path=c.data_path, paired_path=c.paired_path)
-    if c.dataset not in (*data.DOWNLOADS, "shapes"):
+    if c.dataset not in (*data.DOWNLOADS, *data.WITH_THE_CLONE):
         named["dataset"] = c.dataset
     return {name: str(Path(path).expanduser().resolve()) for name, path in named.items() if path}
 

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from images import SettingsError, one_line
-from images.files import save_png, write_atomically
+from images.files import save_png
 from support.background import Background
+from support.disk import write_atomically
 from support.output import Attempts, reason, warn
 
 

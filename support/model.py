@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import ode_int
 from images import SettingsError, one_line
 from images.corruptions import Batch, Draws, as_tuple, cond_channels, from_damaged, task_names, to_full_size
-from images.data import free_memory
 from images.files import alpha, flatten, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
+from support.disk import free_memory
 from support.machine import autocast, hashed, pick_device, processes, set_up
 from unet import Counted, Guided, Tiled, Unet
 
@@ -173,7 +173,7 @@ class NoisePerImage(Draws):
         return self.uniform(x, shape).float().clamp(max=1 - 2**-24)  # below 1 in float32 too
 
     def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
-        return (low + self.uniform(x, shape) * (high - low)).long().clamp(max=high - 1)
+        return low + (self.uniform(x, shape) * (high - low)).long().clamp(max=high - low - 1)
 
     def uniform(self, x: Tensor, shape: tuple) -> Tensor:
         """(B, *shape) float64 on [0, 1]: the normal distribution function of a noise."""

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from images.files import save_png, write_atomically
+from images.files import save_png
 from images.pictures import grid, strip, titled
+from support.disk import write_atomically
 
 
 class Frames(list):

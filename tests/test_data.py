@@ -1,24 +1,25 @@
 """Batches in the order that seed and step make, sets by torchvision from disk, and errors that say what to do."""
 import gzip
 import http.server
-import os
 import pickle
+import re
 import socket
 import struct
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from images import DatasetError, SettingsError, data, packs, shapes
 from images.data import batch_indices, load
 from images.pictures import to_uint8
 from pixels import noise, solid
-from runs import linux
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
 
@@ -164,9 +165,17 @@ def test_too_little_memory_or_disk_is_said_beforehand(tmp_path, monkeypatch):
         load(str(tmp_path), 24)
 
 
-@linux
-def test_free_memory_is_that_of_this_machine():
-    assert 2**20 < data.free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def test_the_photographs_of_the_demo_have_their_pixels_and_licences():
+    images = load("demo", 32)
+    folder = Path(data.__file__).parent / "demo"
+    files = sorted(folder.glob("*.png"))
+    assert images.train.shape == (16, 3, 32, 32) and images.classes == []
+    for row, file in zip(images.train, files, strict=True):
+        assert torch.equal(row, torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+        line, = re.findall(rf"^{file.name} .*", (folder / "LICENCES.txt").read_text(), re.M)
+        assert re.search("public domain|CC0 1.0|CC BY 4.0", line)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 100_000
+    assert load("demo", 48, channels=1, limit=5).test.shape == (5, 1, 48, 48)
 
 
 def test_a_limit_above_the_number_of_images_is_all_of_them(tmp_path):
@@ -187,7 +196,7 @@ def test_errors_name_what_is_wrong(tmp_path):
         with pytest.raises(DatasetError, match=f"dataset = {dataset}: is not a folder; name one, or cifar10"):
             load(dataset, 32)
     for dataset in ("cifra10", str(tmp_path / "nowhere")):
-        with pytest.raises(DatasetError, match=f"{dataset}.*cifar10, fashion-mnist, celeba, shapes"):
+        with pytest.raises(DatasetError, match=f"{dataset}.*cifar10, fashion-mnist, celeba, demo, shapes"):
             load(dataset, 32)
     with pytest.raises(DatasetError, match="no images"):
         load(str(tmp_path), 32)

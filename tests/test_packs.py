@@ -348,10 +348,10 @@ def test_pairs_have_the_same_crop(tmp_path):
         assert np.corrcoef(x.flatten(), lo.flatten())[0, 1] < -0.9  # of two places it would be 0
 
 
-@pytest.mark.parametrize("dataset", [None, "shapes", "cifar10", "fashion-mnist"])
+@pytest.mark.parametrize("dataset", [None, "demo", "shapes", "cifar10", "fashion-mnist"])
 def test_small_squares_have_no_random_crops(dataset):
     with pytest.raises(SettingsError, match=f"crop = random: allowed is center for {dataset or 'cifar10'}, whose"):
-        load(dataset, 16, crop="random", or_shapes=True)
+        load(dataset, 16, crop="random", or_demo=True)
     with pytest.raises(SettingsError, match="crop = middle: allowed is center or random"):
         load(dataset, 16, crop="middle")
 

@@ -408,13 +408,12 @@ def no_cifar(monkeypatch):
     monkeypatch.setattr(data, "load", load)
 
 
-def test_the_demo_without_cifar_draws_shapes_and_says_so(tmp_path, no_cifar, capsys):
+def test_the_demo_without_cifar_takes_its_own_photographs_and_says_so(tmp_path, no_cifar, capsys):
     run = start(tmp_path, "--dataset None --max-steps 1")
     said = capsys.readouterr().out
-    assert (
-        "*" * 50 in said and "No CIFAR-10: cifar10 is not in data" in said and "shapes" in said and "--dataset" in said
-    )
-    assert json.loads((run / "config.json").read_text())["dataset"] == "shapes"
+    assert "*" * 50 in said and "No CIFAR-10: cifar10 is not in data" in said
+    assert "sixteen photographs" in said and "--dataset" in said
+    assert json.loads((run / "config.json").read_text())["dataset"] == "demo"
     resume(run, "--max-steps 2")  # on the same images, without the banner
     assert "No CIFAR-10" not in capsys.readouterr().out
 

@@ -1,0 +1,80 @@
+"""Files that are never half written, and how much memory is left."""
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, write):
+    """`write(file)` into a neighbour, then renamed: whenever the process dies, `path` holds the old content or the new.
+
+    Once this has returned, the new content survives a loss of power too. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as f:  # x: a file of our own, and no link that lies there is followed
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path):
+    """Has the disk keep the names in the folder: a rename is lost with the power until then."""
+    with suppress(OSError):  # Windows opens no folder, and some network disks flush none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can still take: of the machine, and within the limits of its container.
+
+    None where the system says nothing, as outside of Linux. root: where /proc and /sys lie.
+    """
+    free = [*_free_on_the_machine(root), *_free_in_containers(root)]
+    return min(free) if free else None
+
+
+def _free_on_the_machine(root: Path) -> list[int]:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return [1024 * int(line.split()[1])]
+    return []
+
+
+def _free_in_containers(root: Path) -> list[int]:
+    """What each limit on the process's control groups and on those around them leaves free (cgroup version 1 or 2)."""
+    free = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = mount / group.lstrip("/")
+        while folder.is_relative_to(mount):  # in a container the mount itself may be the process's group
+            most, used = _lines(folder / limit), _lines(folder / usage)
+            if most and used and most[0] != "max":
+                cached = [line.split()[1] for line in _lines(folder / "memory.stat")
+                          if line.startswith(("inactive_file ", "active_file "))]  # given up when memory is short
+                free.append(max(0, int(most[0]) - int(used[0]) + sum(map(int, cached))))
+            folder = folder.parent
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    """[] where there is no such file."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
