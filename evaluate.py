@@ -139,7 +139,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         def make(batch):
             with autocast(judge.device, o.precision):
-                return run_sampler(setting, Guided(counted, c.guidance), batch)[0]
+                return run_sampler(setting, Guided(counted, c.guidance), batch)
 
         sampler = setting.sampler
         if sampler == "own":

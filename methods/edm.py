@@ -19,7 +19,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, require
 
@@ -63,7 +63,8 @@ class EDM(Method):
         s = sigma[:, None, None, None]
         total = s**2 + sd**2
         c_skip, c_out, c_in = sd**2 / total, s * sd / total.sqrt(), 1 / total.sqrt()
-        return c_skip * x + c_out * net(c_in * x, sigma.log() / 4, y, cond)
+        F = same_shape(net(c_in * x, sigma.log() / 4, y, cond), x)
+        return c_skip * x + c_out * F
 
     def loss(self, net, batch: Batch) -> Tensor:
         """Eq. 2 under the weight and the sigmas of table 1 -> (B,), the mean over the pixels to be made."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between
 
@@ -66,8 +66,8 @@ class I2SB(Method):
 
     def posterior(self, s2_k, s2_j):
         """q(z_j | z1, z_k) for j < k, eq. 4: weight of z1, weight of z_k, std."""
-        kept = s2_j / s2_k
-        return 1 - kept, kept, 0 * kept if self.ot_ode else (kept * (s2_k - s2_j)) ** 0.5
+        weight = s2_j / s2_k
+        return 1 - weight, weight, 0 * weight if self.ot_ode else (weight * (s2_k - s2_j)) ** 0.5
 
     @cache
     def table(self, device: torch.device) -> Tensor:
@@ -81,7 +81,8 @@ class I2SB(Method):
         damaged = batch.zlo + batch.unknown * batch.randn_like(z1)
         a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
         zt = a * z1 + b * damaged + std * batch.randn_like(z1)
-        error = net(zt, k / self.n, batch.y, batch.cond) - (zt - z1) / s
+        target = (zt - z1) / s
+        error = same_shape(net(zt, k / self.n, batch.y, batch.cond), target) - target
         return masked_mean(error.square(), batch.to_make)
 
     def estimate(self, net, zt: Tensor, s, time: Tensor, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, require
 
@@ -79,7 +79,7 @@ class SR3(Method):
         a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
         eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)
-        error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
+        error = same_shape(net(x, gamma.to(z1.dtype), batch.y, batch.cond), eps) - eps
         return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.to_make)
 
     def predict(self, net, batch: Batch, x, a, b) -> tuple[Tensor, Tensor]:
