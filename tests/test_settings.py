@@ -187,7 +187,7 @@ def test_presets_have_the_papers_numbers(name):
 
 
 @pytest.mark.parametrize("command, helps", [
-    (trainer, ["{None}|INT training steps; None: 1,000", "STR whole recipe", "seed of the weights, the data order and"]),
+    (trainer, ["{None}|INT training steps; None: 1,000", "STR whole recipe", "seed of the weights, the data order"]),
     (sample, ["seed of the noise", "number of images to make"]), (evaluate, ["seed of the damage and the noise"]),
     (compare, ["methods to train and measure now"])])
 def test_help_begins_with_what_the_flag_is_and_no_title_runs_into_it(command, helps, capsys):
