@@ -6,7 +6,7 @@ rounding included (tests/test_corruptions.py compares). Inside this file `levels
 """
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Literal
 
 import torch
@@ -34,32 +34,47 @@ class Draws:
 
     generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
     host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
-    rows: slice = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))  # which images of the batch these are
     total: int | None = None  # how many the batch has; None: no more than these
 
     def randn_like(self, x: Tensor) -> Tensor:
-        return self.whole(torch.randn, x, *x.shape[1:], dtype=x.dtype)
+        """Standard normal noise of x's shape (B, ...), type and device."""
+        return self.of_the_whole(partial(torch.randn, dtype=x.dtype), x, *x.shape[1:])
 
     def rand(self, x: Tensor, *shape: int) -> Tensor:
         """Uniform on [0, 1), (B, *shape) for the B images of x."""
-        return self.whole(torch.rand, x, *shape)
+        return self.of_the_whole(torch.rand, x, *shape)
 
     def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
         """Whole numbers from low to high - 1, (B, *shape) int64 for the B images of x."""
-        shape = (self.total or len(x), *shape)
-        return torch.randint(low, high, shape, generator=self.generator, device=x.device)[self.rows]
+        return self.of_the_whole(partial(torch.randint, low, high), x, *shape)
 
     def one(self, low: int, high: int) -> int:
         """A whole number from low to high - 1 for the whole batch."""
         return int(torch.randint(low, high, (), generator=self.host))
 
-    def whole(self, draw, x: Tensor, *shape: int, **kind) -> Tensor:
-        return draw(self.total or len(x), *shape, generator=self.generator, device=x.device, **kind)[self.rows]
+    def of_the_whole(self, draw, x: Tensor, *shape: int) -> Tensor:
+        """(B, *shape): the rows of these images out of what `draw` gives for the whole batch."""
+        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)[self.rows]
+        assert len(drawn) == len(x), f"noise for {len(drawn)} images is asked for {len(x)}: index the Batch, not x"
+        return drawn
+
+    def narrow(self, rows: slice | Tensor, count: int) -> "Draws":
+        """Draws for the images that `rows`, a slice or an index tensor, selects of the `count` ones of these."""
+        total = self.total or count
+        if isinstance(rows, slice) and isinstance(self.rows, slice):
+            places = range(total)[self.rows][rows]
+            return replace(self, rows=slice(places.start, places.stop, places.step), total=total)
+        device = rows.device if torch.is_tensor(rows) else self.rows.device
+        return replace(self, rows=torch.arange(total, device=device)[self.rows][rows], total=total)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1]."""
+    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1].
+
+    Loss and sampler share its tensors, and `cond` may be `zlo` itself: no method changes them in place.
+    """
 
     z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
     zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
@@ -74,8 +89,9 @@ class Batch:
         return self.draws.randn_like(x)
 
     def __getitem__(self, rows) -> "Batch":
-        """The images that `rows`, a slice or an index tensor, selects."""
-        return replace(self, **{name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)})
+        """The images that `rows`, a slice or an index tensor, selects, with their rows of the noise."""
+        tensors = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **tensors, draws=self.draws.narrow(rows, len(self.zlo)))
 
 
 @dataclass(frozen=True)
@@ -86,13 +102,13 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is; of several each image draws one
+    # sr: ratio of the sides, full to low resolution: 2, 4 or 8; of several each image draws one
     factor: Annotated[int | tuple[int, ...], one_of(2, 4, 8), length(1)] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
     up: Literal["nearest", "bicubic"] = "nearest"
-    # inpaint: what is missing: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
+    # inpaint: shape of the hole: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
     mask: Literal["center", "freeform-10-20", "freeform-20-30"] = "center"
     # blur: shape of the kernel
     kernel: Literal["uniform", "gaussian"] = "uniform"

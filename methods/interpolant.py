@@ -23,7 +23,7 @@ from torch import Tensor
 import ode_int
 from images import SettingsError
 from images.corruptions import Batch, task_names
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, from_to_below
 
@@ -32,9 +32,9 @@ from support.bounds import above, between, from_to_below
 class Interpolant(Method):
     """Path, coupling and sampler of the interpolant."""
 
-    # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
+    # path from z0 to z1. linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
     path: Literal["linear", "trigonometric"] = "linear"
-    # dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
+    # coupling of z0 and z1. dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
     coupling: Literal["dependent", "independent"] = "dependent"
     # standard deviation of the noise in z0, in units of the [-1, 1] range
     sigma: Annotated[float, above(0, 10**6)] = 1.0
@@ -83,7 +83,8 @@ class Interpolant(Method):
         alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
         zt = keep_known(alpha * z0 + beta * z1, batch)
         v = d_alpha * z0 + d_beta * z1
-        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.to_make)
+        error = same_shape(net(zt, t, batch.y, batch.cond), v) - v
+        return masked_mean(error.square(), batch.to_make)
 
     def ends(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """E[z0 | zt], E[z1 | zt] from the velocity at the scalar t: zt and v are two linear equations in them."""
