@@ -12,6 +12,7 @@ if __name__ == "__main__":
     from support.output import quiet_interrupt
     quiet_interrupt()
 
+import ctypes
 import json
 import math
 import os
@@ -20,99 +21,92 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
 
-from evaluate import read_result, training_flops
+from evaluate import read_result
+from evaluation.costs import training_flops
 from evaluation.judge import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
-from support.checkpoints import absolute_paths, has_checkpoint, open_run
+from support import bounds
+from support.bounds import Count, Positive, Seed, between, length
 from support.command_line import parse, split
 from support.disk import write_atomically
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output
-from support.settings import INCIDENTAL, require
-from trainer import Config, owes_samples, read_command_line
+from support.settings import INCIDENTAL
+from trainer import Config, read_command_line
 
 HERE = Path(__file__).resolve().parent
 METHODS = get_args(get_type_hints(Config)["method"])
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: a forked child should do next to nothing
 
 
 @dataclass
 class Options:
     """What is compared, and how long each method trains."""
 
-    methods: tuple[str, ...] | None = None  # None: all, of the task generate all but regression
-    only: tuple[str, ...] = ()  # train and measure only these now; the table has all runs that are there
-    seeds: tuple[int, ...] = (0,)  # a run each; the table has mean and spread
+    # names of the methods; None: all, of the task generate all but regression
+    methods: Annotated[tuple[Literal[METHODS], ...], length(1)] | None = None
+    only: tuple[Literal[METHODS], ...] = ()  # train and measure only these now; the table has all runs that are there
+    seeds: tuple[Seed, ...] = (0,)  # a run each; the table has mean and spread
     task: str = "sr"  # as trainer.py's
     dataset: str | None = None  # as trainer.py's; None: cifar10
     data_path: str = "data"  # folder where downloaded data sets are kept
-    images: int = 38_400  # training images that each method sees, counted again in each epoch
-    flops: float | None = None  # in place of images: floating-point operations of training that each method takes
+    images: Count = 38_400  # training images that each method sees, counted again in each epoch
+    flops: Positive | None = None  # in place of images: floating-point operations of training that each method takes
     preset: str = "small"  # trainer.py's recipe, of which the network is the same for all
-    batch_size: int = 32  # images a step
-    nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49)  # network evaluations an image at which each is measured
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per step
+    # network evaluations per image at which each is measured
+    nfe: Annotated[tuple[int, ...], between(1, 10_000), length(1)] = (1, 3, 5, 9, 19, 49)
     default: bool = False  # also the papers' own samplers: SR3 takes 2,000 evaluations, I2SB 1,000
-    count: int = 400  # test images compared, at most
-    metrics: tuple[str, ...] = METRICS  # the columns
+    count: Annotated[int, between(1, 10**9)] = 400  # test images compared, at most
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # the columns
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
     output: str | None = None  # folder of it all; None: runs/compare-TASK
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        need = partial(require, self)
-        need("methods", self.methods and set(self.methods) <= set(METHODS), ", ".join(METHODS))
+        bounds.check(self)
+        need = partial(bounds.require, self)
         need("only", set(self.only) <= set(self.methods), "some of the methods, " + ", ".join(self.methods))
         need("seeds", self.seeds and len(set(self.seeds)) == len(self.seeds), "one or more, each once")
-        need("images", self.images >= 1, "1 or more")
-        need("flops", self.flops is None or 0 < self.flops < math.inf, "a number above 0")
-        need("batch_size", 1 <= self.batch_size <= data.MAX_BATCH, f"1 to {data.MAX_BATCH:,}")
-        need("count", self.count >= 1, "1 or more")
-        need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
-        need("nfe", self.nfe and min(self.nfe) >= 1, "one or more numbers from 1")
 
 
-class Run:
-    """One method with one seed. Raises SettingsError where its settings, or those of the run there, can't be used."""
+class Job:
+    """One method with one seed. Raises SettingsError where its settings can't be used, or its run began with others."""
 
     def __init__(self, o: Options, method: str, seed: int, images: int, more: list[str]):
-        self.name, self.method = f"{method}-seed{seed}", method
-        self.folder, self.result = Path(o.output) / self.name, Path(o.output) / "results" / f"{self.name}.json"
-        self.steps, self.batch_size, self.log = math.ceil(images / o.batch_size), o.batch_size, Path(o.output) / "logs"
-        self.flags = [*training_flags(o, method, more), "--seed", str(seed), "--max-steps", str(self.steps)]
+        self.name, self.method, folder = f"{method}-seed{seed}", method, Path(o.output)
+        self.run, self.result = folder / self.name, folder / "results" / f"{self.name}.json"
+        self.unfinished = self.result.parent / f".{self.name}"  # where evaluate.py writes
+        self.log, self.errors, self.begun = (folder / "logs" / f"{self.name}{end}"
+                                             for end in (".txt", "-errors.txt", ".json"))
+        steps = math.ceil(images / o.batch_size)
+        flags = [*training_flags(o, method, more), "--seed", str(seed), "--max-steps", str(steps)]
         self.measuring = ["--nfe", *map(str, o.nfe), "--default" if o.default else "--no-default", "--count",
                           str(o.count), "--metrics", *o.metrics]
-        self.device, self.cost = o.device, o.count * sum(o.nfe) / 3  # a forward pass is a third of a training image
-        self.refuse_others(read_command_line(self.flags)[0])
-
-    def refuse_others(self, asked: Config):
-        """Raises SettingsError where the run there is another than the one asked for; more steps it may go on for."""
-        if not has_checkpoint(self.folder):
-            return
-        there = open_run(self.folder, Config)
-        had = there.config
-        asked = replace(asked, dataset=asked.dataset or had.dataset, **{asked.method: asked.chosen.settled()})
-        had, asked = ({k: v for k, v in asdict(replace(c, **absolute_paths(c))).items() if k not in INCIDENTAL}
-                      for c in (had, asked))
-        other = [f"{k} {had[k]!r}, not {asked[k]!r}" for k in asked if had[k] != asked[k]]
-        if there.step > self.steps:
-            other.append(f"{there.step:,} steps, not {self.steps:,}")
+        self.train = ["trainer.py", *flags, "--name", self.name, "--out-dir", o.output]
+        self.measure = ["evaluate.py", str(self.run), *self.measuring, "--device", o.device, "--output",
+                        str(self.unfinished)]
+        self.steps, self.batch_size = steps, o.batch_size
+        self.measuring_cost = o.count * sum(o.nfe) / 3  # in training images, of which a forward pass is a third
+        self.settings = json.loads(json.dumps(asdict(read_command_line(flags)[0])))  # as they are read again
+        had = json.loads(self.begun.read_text()) if self.begun.exists() else self.settings
+        other = [f"{key} {had[key]!r}, not {value!r}" for key, value in self.settings.items()
+                 if key not in INCIDENTAL and had.get(key, value) != value]
+        if had["max_steps"] > steps:  # more steps it may go on for
+            other.append(f"{had['max_steps']:,} steps, not {steps:,}")
         if other:
-            raise SettingsError(f"run = {str(self.folder)!r}: it has {'; '.join(other)}; allowed is the same, or "
-                                "another --output")
-
-    def trained(self) -> bool:
-        if not has_checkpoint(self.folder):
-            return False
-        run = open_run(self.folder, Config)
-        return run.step >= self.steps and not owes_samples(run.checkpoint, run.config)
+            raise SettingsError(f"run = {str(self.run)!r}: it has {'; '.join(other)}; allowed is the same, or another "
+                                "--output")
 
     def measured(self) -> bool:
         """Whether the figures are those of the run's last step, by the same measuring, and all there."""
@@ -122,34 +116,17 @@ class Run:
             return False
         return result.get("measuring") == self.measuring and result["costs"]["steps"] == self.steps
 
-    def train(self) -> list[str]:
-        return [str(HERE / "trainer.py"), *self.flags, "--name", self.name, "--out-dir", str(self.folder.parent)]
-
-    def measure(self) -> list[str]:
-        return [str(HERE / "evaluate.py"), str(self.folder), *self.measuring, "--device", self.device, "--output",
-                str(self.unfinished)]
-
-    @property
-    def unfinished(self) -> Path:
-        return self.result.parent / f".{self.name}"
-
     def keep_result(self):
         """The JSON file takes its place, once it is whole, with what was asked of it."""
         result = json.loads((self.unfinished / self.result.name).read_text()) | dict(measuring=self.measuring)
         write_atomically(self.result, lambda f: f.write(json.dumps(result, indent=1).encode()))
         shutil.rmtree(self.unfinished)
 
-    def progress(self) -> tuple[int, float | None]:
-        """(steps done, training images a second in the median), as far as metrics.jsonl has them."""
-        step, speeds = 0, []
-        try:
-            for line in (self.folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-                record = json.loads(line)
-                step, speeds = max(step, record["step"]), speeds + [record.get("images_per_second")]
-        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or a line half written
-            pass
-        speeds = sorted(speed for speed in speeds if speed)
-        return step, speeds[len(speeds) // 2] if speeds else None
+    def step(self) -> int:
+        """How far its training is, as metrics.jsonl has it."""
+        with suppress(OSError, ValueError, KeyError, IndexError, TypeError):  # not there yet, or a line half written
+            return json.loads((self.run / "metrics.jsonl").read_text(errors="replace").splitlines()[-1])["step"]
+        return 0
 
 
 def training_flags(o: Options, method: str, more: list[str]) -> list[str]:
@@ -159,12 +136,13 @@ def training_flags(o: Options, method: str, more: list[str]) -> list[str]:
             str(o.batch_size), "--data-path", o.data_path, "--device", o.device, *named]
     taken = {*ours, "--overfit", "--seed", "--max-steps", "--name", "--out-dir", "--resume", "--dataset"}
     for flag in more:
-        if (name := flag.split("=")[0].replace("_", "-")) in taken and name.startswith("--"):
+        name = flag.split("=")[0].replace("_", "-")
+        if name.startswith("--") and name in taken:
             raise SettingsError(f"{flag} after --: compare.py decides on it; allowed are trainer.py's other flags")
     return [*more, *ours]
 
 
-def flops_an_image(o: Options, method: str, more: list[str]) -> float:
+def flops_per_image(o: Options, method: str, more: list[str]) -> float:
     """Floating-point operations of training by one image."""
     c, _ = read_command_line(training_flags(o, method, more))
     images = data.load(c.dataset, c.image_size, c.channels, c.data_path, c.paired_path, limit=2, crop=c.crop)
@@ -175,66 +153,72 @@ def flops_an_image(o: Options, method: str, more: list[str]) -> float:
     return training_flops(c.chosen.levels, make_players(c, make_unet(c, classes), classes), batch, "fp32")
 
 
-def time_left(runs: list[Run]) -> str:
-    """Until all runs are trained and measured; those not begun are taken to be as fast as the others of their method,
-    or as all others."""
-    speeds, images = {}, []
-    for run in runs:
-        step, speed = run.progress()
-        images.append((run.steps - min(step, run.steps)) * run.batch_size + (0 if run.result.exists() else run.cost))
-        if speed:
-            speeds.setdefault(run.method, []).append(speed)
-    known = [speed for found in speeds.values() for speed in found]
-    if not known:
-        return "time left not known yet"
-    seconds = sum(n / (sum(s) / len(s)) for n, run in zip(images, runs) for s in [speeds.get(run.method, known)])
-    return f"about {seconds / 60:.0f} min left"
+class Work:
+    """Trains and measures the jobs that are not measured yet, one after the other, until a signal comes."""
+
+    def __init__(self, jobs: list[Job], signals: Signals):
+        self.jobs, self.signals = jobs, signals
+        self.began, self.whole = time.monotonic(), self.left()
+
+    def left(self) -> float:
+        """What is still to be done, in training images."""
+        return sum(max(job.steps - job.step(), 0) * job.batch_size + job.measuring_cost
+                   for job in self.jobs if not job.measured())
+
+    def time_left(self) -> str:
+        """By how fast the work went since it began."""
+        left = self.left()
+        if left == self.whole:
+            return "time left not known yet"
+        return f"about {left / (self.whole - left) * (time.monotonic() - self.began) / 60:.0f} min left"
+
+    def do(self) -> list[str]:
+        """-> the names of the jobs that failed."""
+        failed = []
+        for job in self.jobs:
+            if not job.measured():
+                job.log.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(job.begun, lambda f: f.write(json.dumps(job.settings, indent=1).encode()))
+                # a run that is trained already is left as it is by its trainer
+                status = call(job.train, job, self) or call(job.measure, job, self)
+                if self.signals.number:
+                    break
+                if status:
+                    last = (job.errors.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+                    print(f"compare.py: {job.name} failed with exit status {status}: {last} (all of it: {job.errors})",
+                          file=sys.stderr)
+                    failed.append(job.name)
+                    continue
+                job.keep_result()
+            print(f"{job.name} is done: {self.time_left()}", flush=True)
+        return failed
 
 
-def call(command: list[str], run: Run, runs: list[Run], signals: Signals) -> int:
-    """A command in a process of its own, to which a signal is passed on -> its exit status, or 128 + the signal."""
-    run.log.mkdir(parents=True, exist_ok=True)
-    told = passed = 0
-    with open(run.log / f"{run.name}.txt", "ab") as log:
+def call(command: list[str], job: Job, work: Work) -> int:
+    """A command of ours in a process of its own, to which a signal is passed on -> its exit status."""
+    told, passed = 0, False
+    job.errors.unlink(missing_ok=True)
+    with open(job.log, "ab") as log, open(job.errors, "wb") as errors:
         # in a session of its own: Ctrl-C in the terminal would reach it twice
-        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=errors,
+                                   start_new_session=True, preexec_fn=end_with_parent)
         while (status := process.poll()) is None:
-            if signals.number and not passed:
-                passed = signals.number
-                process.send_signal(passed)
+            if work.signals.number and not passed:
+                process.send_signal(work.signals.number)
+                passed = True
             if time.monotonic() - told > 30:
-                told, (step, speed) = time.monotonic(), run.progress()
-                what = f"step {step:,} of {run.steps:,}" if command[0].endswith("trainer.py") else "being measured"
-                print(f"{run.name}: {what}{f', {speed:.3g} images/s' if speed else ''}; run {runs.index(run) + 1} of "
-                      f"{len(runs)}, {time_left(runs)}", flush=True)
+                told = time.monotonic()
+                what = f"step {job.step():,} of {job.steps:,}" if command is job.train else "being measured"
+                print(f"{job.name}: {what}; run {work.jobs.index(job) + 1} of {len(work.jobs)}, {work.time_left()}",
+                      flush=True)
             time.sleep(0.05)
-    return 128 + passed if passed else status
+    return status
 
 
-def work(runs: list[Run], signals: Signals) -> list[str]:
-    """Trains and measures what is not done -> the names of the runs that failed. Stops at a signal."""
-    failed = []
-    for run in runs:
-        for done, command, after in ((run.trained, run.train, None), (run.measured, run.measure, run.keep_result)):
-            if signals.number:
-                return failed
-            if done():
-                continue
-            status = call(command(), run, runs, signals)
-            if signals.number:
-                return failed
-            if status:
-                log = run.log / f"{run.name}.txt"
-                lines = log.read_text(errors="replace").strip().splitlines()
-                print(f"compare.py: {run.name} failed with exit status {status}: {lines[-1] if lines else ''} (all of "
-                      f"it: {log})", file=sys.stderr)
-                failed.append(run.name)
-                break
-            if after:
-                after()
-        else:
-            print(f"{run.name} is done: {time_left(runs)}", flush=True)
-    return failed
+def end_with_parent():
+    """In a child: SIGTERM, at which a trainer saves and ends, once compare.py is gone. Linux only."""
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,12 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
         folder = o.output or f"runs/compare-{o.task.replace(',', '-')}"
         o = replace(o, methods=able if o.methods is None else o.methods, output=folder)
         o.check()
-        images = {m: math.ceil(o.flops / flops_an_image(o, m, more)) if o.flops else o.images for m in o.methods}
-        runs = [Run(o, m, seed, images[m], more) for seed in o.seeds for m in o.methods]
+        images = dict.fromkeys(o.methods, o.images)
+        if o.flops:
+            images = {m: math.ceil(o.flops / flops_per_image(o, m, more)) for m in o.methods}
+        jobs = [Job(o, m, seed, images[m], more) for seed in o.seeds for m in o.methods]
         os.makedirs(Path(folder) / "results", exist_ok=True)
         with Signals() as signals:
-            failed = work([run for run in runs if run.method in (o.only or o.methods)], signals)
-        if results := [read_result(str(run.result)) for run in runs if run.measured()]:
+            failed = Work([job for job in jobs if job.method in (o.only or o.methods)], signals).do()
+        if results := [read_result(str(job.result)) for job in jobs if job.measured()]:
             write_report(results, Path(folder))
     except SettingsError as failure:
         print(f"compare.py: {failure}", file=sys.stderr)

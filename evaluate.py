@@ -16,7 +16,6 @@ if __name__ == "__main__":
     quiet_interrupt()
 
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -24,27 +23,26 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 import ode_int
+from evaluation.costs import samplers, training_flops
 from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
-from support import machine
+from support import bounds, machine
+from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
 from support.disk import write_atomically
-from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
-from support.model import load_network, make_players, run_sampler, zero_net
+from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
+from support.model import load_network, make_players, run_sampler
 from support.output import reason, unbreakable_output
-from support.settings import require
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -54,107 +52,36 @@ class Options:
     """What is measured, on what, and where the results go."""
 
     # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], length(1)]]
     # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
     # takes odd ones only
-    nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
+    nfe: Annotated[tuple[int, ...], between(1, 10_000)] = (1, 3, 5, 9, 19, 49, 99)
     default: bool = True  # also the method's own sampler with its own count
     # the sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
     # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
-    solver: str = "auto"
-    count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
-    metrics: tuple[str, ...] = METRICS  # the columns
+    solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
+    # test images compared, at most; published tables take 10,000 to 50,000
+    count: Annotated[int, between(1, 10**9)] = 1000
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # the columns
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
-    classifier_epochs: int = 8
+    classifier_epochs: Annotated[int, between(1, 10**9)] = 8
     ema: bool = True  # the averaged weights; --no-ema: the raw ones
     # where the data set is now, if it moved: the folder itself, or that of a downloaded set
     data_path: str | None = None
     paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
     output: str | None = None  # folder of the results; None: a new one in runs/
     cache: str = "runs/cache"  # folder where the classifier and its features of the truth are kept for the next time
-    batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
-    seed: int = 0  # of damage and noise
+    # images at a time; dopri5's steps depend on it a little
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 200
+    seed: Seed = 0  # of damage and noise
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
     # of the network's activations; auto: bf16 where the chip computes in it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        need = partial(require, self)
-        need("runs", self.runs, "one run or more")
-        need("nfe", all(1 <= n <= 10_000 for n in self.nfe) and (self.nfe or self.default), "numbers from 1 to 10,000")
-        need("solver", self.solver in ("auto", *ode_int.FIXED_STEP), "auto, " + ", ".join(ode_int.FIXED_STEP))
-        need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
-        for name in ("count", "batch_size", "classifier_epochs"):
-            need(name, 1 <= getattr(self, name) <= 10**9, "1 or more")
-        need("seed", 0 <= self.seed < 2**63, "0 or more")
-
-
-# --------------------------------------------------------------------------------------------------- samplers and costs
-
-def evaluations(config: Config, batch: Batch) -> float:
-    """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
-    counted = Counted(zero_net(config))
-    try:
-        run_sampler(config, Guided(counted, config.guidance), batch)
-    except SettingsError:
-        return math.inf
-    return counted.rows / len(batch.zlo)
-
-
-def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> tuple[list[Config], list[int]]:
-    """For each of `nfe` the sampler that takes exactly so many evaluations, the method's default last; and the NFE
-    left out, since no count of steps takes exactly those."""
-    own = replace(config, solver="auto", sample_steps=None)
-    few = [replace(own, solver=solver if config.chosen.has_ode else "auto")]
-    if few[0].sampler == "dopri5":  # it chooses its own steps; in few, midpoint is better than euler where it fits
-        few = [replace(own, solver=name) for name in ("midpoint", "euler")]
-    usual = evaluations(own, batch) if few[0].sampler == own.sampler else None
-    found, missing = [], []
-    for n in sorted(set(nfe)):
-        exact = [own] if usual == n else [c for c in (with_evaluations(each, n, batch) for each in few) if c]
-        if exact:
-            found.append(exact[0])
-        else:
-            missing.append(n)
-    if default and own not in found:
-        found.append(own)
-    return found, missing
-
-
-def with_evaluations(config: Config, n: int, batch: Batch) -> Config | None:
-    """The sampler in as many steps as take exactly n evaluations, found by bisection; None where no count does."""
-    low, high = 1, n
-    while low <= high:  # evaluations grow with steps
-        setting = replace(config, sample_steps=(low + high) // 2)
-        cost = evaluations(setting, batch)
-        if cost == n:
-            return setting
-        if cost < n:
-            low = setting.sample_steps + 1
-        else:
-            high = setting.sample_steps - 1
-
-
-def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:
-    """Floating-point operations of a training step, forward and backward, of every player, an image.
-
-    A method with levels (UDPM; else 0) draws one for each step: the mean over levels, told apart by what they cost.
-    """
-    levels = max(levels, 1)
-    costs = [set() for _ in players]
-    for number in range(8 * levels):
-        reseed("flops", number)
-        for cost, (module, loss) in zip(costs, players):
-            with FlopCounterMode(display=False) as counter:
-                with autocast(batch.zlo.device, precision):
-                    value = loss(module, batch).mean()
-                value.backward()
-            module.zero_grad()
-            cost.add(counter.get_total_flops())
-        if all(len(cost) == levels for cost in costs):
-            break
-    return sum(sum(cost) / len(cost) for cost in costs) / len(batch.zlo)
+        bounds.check(self)
+        require(self, "nfe", self.nfe or self.default, "one number or more, with --no-default")
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -17,7 +17,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, model, output
+from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
 from support.logs import Log
 from support.settings import check
 from support.watch import Watch
@@ -60,44 +61,45 @@ class Config:
     dataset: str | None = None
     data_path: str = "data"  # folder where downloaded data sets are kept
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
-    image_size: int = 32  # side of the clean images, pixels
-    channels: int = 3  # 3 colour, 1 grey
+    image_size: Annotated[int, between(1, data.MAX_SIDE)] = 32  # side of the clean images, pixels
+    channels: Literal[1, 3] = 3  # 3 colour, 1 grey
     # center: each image's middle square, resized; random, for folders of photographs: squares of image_size from
     # anywhere in them, at their own resolution (test images: from the middle)
     crop: Literal["center", "random"] = "center"
 
     # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
-    max_steps: int | None = None
-    batch_size: int = 128  # images a step, of all GPUs together
+    max_steps: Count | None = None
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 128  # images a step, of all GPUs together
     # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
-    micro_batch: int | None = None
-    base_lr: float = 2e-4  # AdamW's learning rate
-    weight_decay: float = 0.0  # AdamW's: a step shrinks the weights by the rate times this
-    warmup_steps: int = 0  # steps over which the rate rises from 0
-    lr_decay: float = 1.0  # factor on the rate every 1,000 steps
-    grad_clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.9999  # of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
+    micro_batch: Count | None = None
+    base_lr: Positive = 2e-4  # AdamW's learning rate
+    weight_decay: NotNegative = 0.0  # AdamW's: a step shrinks the weights by the rate times this
+    warmup_steps: Annotated[int, between(0, 10**12)] = 0  # steps over which the rate rises from 0
+    lr_decay: Annotated[float, above(0, 1)] = 1.0  # factor on the rate every 1,000 steps
+    grad_clip: Positive = 1.0  # largest norm of the gradient
+    # of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
+    ema_decay: Annotated[float, from_to_below(0, 1)] = 0.9999
     # share of labels replaced by the null label, for guidance; 0 when overfitting, unless guidance is asked for
-    label_drop: float = 0.1
-    seed: int = 0  # of weights, data order and noise
+    label_drop: Annotated[float, between(0, 1)] = 0.1
+    seed: Seed = 0  # of weights, data order and noise
 
     # THE NETWORK. Channels of its first level, a multiple of 8
-    unet_channels: int = 128
+    unet_channels: Annotated[int, between(8, 8192), multiple_of(8)] = 128
     # channels of each level on the way up, in units of unet_channels; sides halve
-    unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)
-    unet_blocks: int = 2  # residual blocks a level
-    unet_dropout: float = 0.0  # share of activations dropped in training
+    unet_dim_mults: Annotated[tuple[int, ...], between(1, 64), length(1, 8)] = (1, 2, 2, 2)
+    unet_blocks: Annotated[int, between(1, 100)] = 2  # residual blocks a level
+    unet_dropout: Annotated[float, from_to_below(0, 1)] = 0.0  # share of activations dropped in training
     unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
     unet_checkpointing: bool = False  # activation checkpointing: less than half the memory, a third more time
 
     # SAMPLING. Steps between samplings
-    sample_every: int = 500
-    sample_count: int = 32  # images a sampling
-    sample_steps: int | None = None  # steps of the sampler; None: the method's own count
+    sample_every: Count = 500
+    sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images a sampling
+    sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
     # auto: the method's own sampler (interpolant: dopri5); or dopri5, euler, midpoint, heun, rk4 on its ODE
-    solver: str = "auto"
-    integration_atol: float = 1e-5  # absolute tolerance of dopri5, in the images' units
-    integration_rtol: float = 1e-5  # relative tolerance of dopri5
+    solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] = "auto"
+    integration_atol: Positive = 1e-5  # absolute tolerance of dopri5, in the images' units
+    integration_rtol: Positive = 1e-5  # relative tolerance of dopri5
     guidance: float = 1.0  # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it
 
     # WHAT IS KEPT. Each run makes a folder in this one
@@ -106,9 +108,9 @@ class Config:
     name: str | None = None
     init: str | None = None  # a run or an exported file whose averaged weights a new run begins with, where they fit
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
-    print_loss_every: int = 50  # steps between logged losses
-    checkpoint_every: int = 500  # steps between checkpoints
-    keep_every: int | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
+    print_loss_every: Count = 50  # steps between logged losses
+    checkpoint_every: Count = 500  # steps between checkpoints
+    keep_every: Count | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
     use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
     use_tensorboard: bool = False  # log to TensorBoard as well, in the run's folder (pip install tensorboard)
     wandb_project: str = "couplings"  # wandb's project

@@ -7,13 +7,15 @@ rounding included (tests/test_corruptions.py compares). Inside this file `levels
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from images import SettingsError
+from support import bounds
+from support.bounds import ascending, between, length, odd, one_of
 
 # name: the fields of Damage that make the task what it is. Of sr not up, by which the network sees what is left
 TASKS = {
@@ -84,8 +86,8 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is: 2, 4 or 8; of several each image draws one
-    factor: int | tuple[int, ...] = 2
+    # sr: how many times smaller the low-resolution image is; of several each image draws one
+    factor: Annotated[int | tuple[int, ...], one_of(2, 4, 8), length(1)] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
@@ -95,36 +97,24 @@ class Damage:
     # blur: shape of the kernel
     kernel: Literal["uniform", "gaussian"] = "uniform"
     # blur: side of the kernel in pixels, odd; None: 9 if uniform, 5 if gaussian, as in DDRM (arXiv:2201.11793) and I2SB
-    taps: int | None = None
+    taps: Annotated[int, between(1, 16_383), odd()] | None = None
     # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps. Of two
     # numbers, each image draws one between them
-    sigma: float | tuple[float, float] = 10.0
+    sigma: Annotated[float | tuple[float, float], between(0.01, 10**6), ascending()] = 10.0
     # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
-    quality: int | tuple[int, int] = 10
+    quality: Annotated[int | tuple[int, int], between(1, 100), ascending()] = 10
 
     def __post_init__(self):
-        if not all(map(math.isfinite, as_tuple(self.sigma))):  # whatever the task: config.json can't hold it
-            raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
+        """Raises SettingsError, one line, for a field of another type or out of its bounds."""
+        bounds.check(self, "damage.")
 
     def check(self, task: str, side: int) -> None:
-        """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
-        names, taps = task_names(task), self.width
-        factors, sigmas, qualities = as_tuple(self.factor), as_tuple(self.sigma), as_tuple(self.quality)
-        divides = bool(factors) and all(factor in (2, 4, 8) and side % factor == 0 for factor in factors)
-        rules = [  # task, field, its value, whether that is allowed, which values are
-            ("sr", "factor", self.factor, divides, f"2, 4, 8, dividing the side, {side}"),
-            ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, 0.01 <= sigmas[0] <= sigmas[-1],
-             "finite numbers from 0.01 (pixels), the lower first"),
-            ("jpeg", "quality", self.quality, 1 <= qualities[0] <= qualities[-1] <= 100,
-             "whole numbers from 1 to 100, the lower first"),
-        ]
-        for name, knob in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
-            value, allowed = getattr(self, knob), get_args(Damage.__annotations__[knob])
-            rules.append((name, knob, value, value in allowed, ", ".join(allowed)))
-        for name, knob, value, fine, allowed in rules:
-            if name in names and not fine:
-                raise SettingsError(f"damage.{knob} = {value!r}: allowed are {allowed}")
+        """SettingsError, one line, if `task` is none or a knob it uses does not fit images of `side` pixels a side."""
+        names = task_names(task)
+        if "sr" in names and any(side % factor for factor in as_tuple(self.factor)):
+            raise SettingsError(f"damage.factor = {self.factor}: allowed is what divides the side, {side}")
+        if "blur" in names and self.width >= 2 * side:
+            raise SettingsError(f"damage.taps = {self.width}: allowed is an odd number below twice the side, {side}")
 
     def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None,
                  draws: Draws | None = None) -> Batch:

@@ -13,6 +13,7 @@ The paper's symbols -> ours:
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,25 +22,21 @@ from images import SettingsError
 from images.corruptions import Batch
 from methods import Method, keep_known, masked_mean
 from ode_int import ODE
+from support.bounds import above, between
 
 BETA_MIN = 1e-4  # variance of the first and of the last interval
 
 
 @dataclass(frozen=True)
 class I2SB(Method):
-    beta_max: float = 0.3  # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
-    n: int = 1000  # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
+    # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
+    beta_max: Annotated[float, above(0, 10**6)] = 0.3
+    # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
+    n: Annotated[int, between(2, 10**6)] = 1000
     ot_ode: bool = False  # the limit without noise: straight lines, a deterministic sampler
     clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
 
     no_ode = "has an ODE with --i2sb.ot-ode only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.beta_max <= 0:
-            raise SettingsError(f"i2sb.beta_max = {self.beta_max}: allowed is any finite number above 0")
-        if self.n < 2:
-            raise SettingsError(f"i2sb.n = {self.n}: allowed is any whole number from 2")
 
     @property
     def picture_steps(self) -> int:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-import evaluate
+from evaluation import costs
 from measured import SMALL, one_batch
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -33,7 +33,7 @@ def test_nfe_against_the_networks_own_counter(settings, solver, missing, default
     config, nfe = Config(**SMALL | settings), (1, 2, 3, 4, 5, 10)
     classes = 3 if config.guidance != 1 else 0
     net, batch = make_unet(config, classes).eval(), one_batch(config, classes)
-    found, without = evaluate.samplers(config, nfe, batch, solver)
+    found, without = costs.samplers(config, nfe, batch, solver)
     assert without == missing
     counts = []
     for setting in found:
@@ -51,18 +51,18 @@ def test_nfe_against_the_networks_own_counter(settings, solver, missing, default
         assert own > max(nfe)
     else:
         assert own == (None if default in nfe else default)
-    assert evaluate.samplers(config, nfe, batch, solver, default=False)[0] == [s for s, n in zip(found, counts)]
+    assert costs.samplers(config, nfe, batch, solver, default=False)[0] == [s for s, n in zip(found, counts)]
 
 
 def test_flops_of_a_step():
     convolution = nn.Conv2d(3, 5, 3, padding=1, bias=False)
     forward = 2 * 5 * 3 * 9 * 16 * 16  # a multiplication and an addition a tap
     batch = one_batch(Config(**SMALL), 0)
-    cost = evaluate.training_flops(0, [(convolution, lambda net, b: net(b.z1).square().mean((1, 2, 3)))], batch, "fp32")
+    cost = costs.training_flops(0, [(convolution, lambda net, b: net(b.z1).square().mean((1, 2, 3)))], batch, "fp32")
     assert cost == 2 * forward  # the image needs no gradient: forward, and the weights'
     twice = nn.Sequential(convolution, nn.Conv2d(5, 5, 1, bias=False))
     small = 2 * 5 * 5 * 16 * 16
-    cost = evaluate.training_flops(0, [(twice, lambda net, b: net(b.z1).mean((1, 2, 3)))] * 2, batch, "fp32")
+    cost = costs.training_flops(0, [(twice, lambda net, b: net(b.z1).mean((1, 2, 3)))] * 2, batch, "fp32")
     assert cost == 2 * (2 * forward + 3 * small)  # two players
 
 
@@ -71,5 +71,5 @@ def test_flops_are_the_mean_over_levels():
         return net(batch.z1[:, :, :: 2 ** int(torch.randint(3, ())), :]).mean((1, 2, 3))
 
     convolution, forward = nn.Conv2d(3, 5, 3, padding=1, bias=False), 2 * 5 * 3 * 9 * 16 * 16
-    cost = evaluate.training_flops(3, [(convolution, loss)], one_batch(Config(**SMALL), 0), "fp32")
+    cost = costs.training_flops(3, [(convolution, loss)], one_batch(Config(**SMALL), 0), "fp32")
     assert cost == pytest.approx(2 * forward * (1 + 1 / 2 + 1 / 4) / 3)
