@@ -71,6 +71,6 @@ def test_the_readme_is_one_page():
 
 def test_the_page_of_tasks_has_each_task_and_setting():
     page = (ROOT / "docs/tasks.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(TASKS)
+    assert set(TASKS) <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))
     for setting in trainer.Damage.__dataclass_fields__:
         assert f"--damage.{setting.replace('_', '-')}" in page
