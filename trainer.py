@@ -52,7 +52,7 @@ class Config:
     preset: str = "auto"
     # how clean images are made; regression: the baseline
     method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
-    task: str = "sr"  # sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
+    task: str = "sr"  # sr, inpaint, blur, noise, jpeg, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
     condition: bool = True  # whether the network sees the damaged image
 
