@@ -122,13 +122,13 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is; of several each image draws one
+    # sr: ratio of the sides, full to low resolution: 2, 4 or 8; of several each image draws one
     factor: Annotated[int | tuple[int, ...], one_of(2, 4, 8), length(1)] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
     up: Literal["nearest", "bicubic"] = "nearest"
-    # inpaint: what is missing: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
+    # inpaint: shape of the hole: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
     mask: Literal["center", "freeform-10-20", "freeform-20-30"] = "center"
     # blur: shape of the kernel
     kernel: Literal["uniform", "gaussian"] = "uniform"

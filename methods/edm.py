@@ -28,17 +28,17 @@ from support.bounds import above, between, require
 class EDM(Method):
     # standard deviation of the clean images' values, which are in [-1, 1]
     sigma_data: Annotated[float, between(1e-6, 10**6)] = 0.5
-    # training: mean of ln sigma; sigma is the noise's standard deviation, in the images' units
+    # mean of ln sigma in training; sigma is the noise's standard deviation, in the images' units
     P_mean: Annotated[float, between(-100, 100)] = -1.2
-    # training: standard deviation of ln sigma
+    # standard deviation of ln sigma in training
     P_std: Annotated[float, above(0, 100)] = 1.2
-    # sampling: the last noise level before 0
+    # last noise level of the sampler before 0
     sigma_min: Annotated[float, between(1e-9, 10**6)] = 0.002
-    # sampling: the first noise level
+    # first noise level of the sampler
     sigma_max: Annotated[float, between(1e-9, 10**6)] = 80.0
-    # sampling: how much the steps shorten towards sigma_min; 1: all alike
+    # shortening of the sampler's steps towards sigma_min; 1: all alike
     rho: Annotated[float, between(0.1, 1000)] = 7.0
-    # second order, two network evaluations a step but for the last one (heun), or first order (euler)
+    # sampler: of second order, two network evaluations per step but for the last one (heun), or of first (euler)
     sampler: Literal["heun", "euler"] = "heun"
     # noise put back while sampling, shared out over the steps (paper, table 5: 30 to 80); 0: deterministic
     S_churn: Annotated[float, between(0, 10**6)] = 0.0

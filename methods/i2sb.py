@@ -29,12 +29,12 @@ BETA_MIN = 1e-4  # variance of the first and of the last interval
 
 @dataclass(frozen=True)
 class I2SB(Method):
-    # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
+    # noise of the bridge: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
     beta_max: Annotated[float, above(0, 10**6)] = 0.3
     # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
     n: Annotated[int, between(2, 10**6)] = 1000
-    ot_ode: bool = False  # the limit without noise: straight lines, a deterministic sampler
-    clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
+    ot_ode: bool = False  # limit without noise: straight lines, a deterministic sampler
+    clip_denoise: bool = False  # clamping of the sampler's clean estimates to [-1, 1]
 
     no_ode = "has an ODE with --i2sb.ot-ode only"
 

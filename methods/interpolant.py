@@ -32,9 +32,9 @@ from support.bounds import above, between, from_to_below
 class Interpolant(Method):
     """Path, coupling and sampler of the interpolant."""
 
-    # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
+    # path from z0 to z1. linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
     path: Literal["linear", "trigonometric"] = "linear"
-    # dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
+    # coupling of z0 and z1. dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
     coupling: Literal["dependent", "independent"] = "dependent"
     # standard deviation of the noise in z0, in units of the [-1, 1] range
     sigma: Annotated[float, above(0, 10**6)] = 1.0
