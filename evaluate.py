@@ -170,7 +170,7 @@ def task(config: Config) -> str:
     """The task, and the fields of Damage that make it what it is."""
     described = []
     for name in dict.fromkeys(task_names(config.task)):
-        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name].knobs)
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
 
