@@ -39,7 +39,7 @@ from support import bounds, machine
 from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
-from support.disk import write_atomically
+from support.disk import read_json, write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
 from support.model import load_network, make_players, run_sampler
 from support.output import reason, unbreakable_output
@@ -53,29 +53,29 @@ class Options:
 
     # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], length(1)]]
-    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
+    # network evaluations per image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
     # takes odd ones only
     nfe: Annotated[tuple[int, ...], between(1, 10_000)] = (1, 3, 5, 9, 19, 49, 99)
-    default: bool = True  # also the method's own sampler with its own count
-    # the sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
+    default: bool = True  # a row of the method's own sampler with its own count too
+    # sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
     # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
     solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
-    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # the columns
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
     classifier_epochs: Annotated[int, between(1, 10**9)] = 8
-    ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    # where the data set is now, if it moved: the folder itself, or that of a downloaded set
+    ema: bool = True  # averaged weights; --no-ema: the raw ones
+    # place of the data set now, if it moved: the folder itself, or that of a downloaded set
     data_path: str | None = None
-    paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
+    paired_path: str | None = None  # place of the damaged images now, if they moved (task paired)
     output: str | None = None  # folder of the results; None: a new one in runs/
     cache: str = "runs/cache"  # folder where the classifier and its features of the truth are kept for the next time
     # images at a time; dopri5's steps depend on it a little
     batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 200
-    seed: Seed = 0  # of damage and noise
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    # of the network's activations; auto: bf16 where the chip computes in it
+    seed: Seed = 0  # seed of the damage and the noise
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    # precision of the network's activations; auto: bf16 where the chip computes in it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def check(self):
@@ -139,7 +139,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         def make(batch):
             with autocast(judge.device, o.precision):
-                return run_sampler(setting, Guided(counted, c.guidance), batch)[0]
+                return run_sampler(setting, Guided(counted, c.guidance), batch)
 
         sampler = setting.sampler
         if sampler == "own":
@@ -170,7 +170,7 @@ def task(config: Config) -> str:
     """The task, and the fields of Damage that make it what it is."""
     described = []
     for name in dict.fromkeys(task_names(config.task)):
-        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name].knobs)
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
 
@@ -189,7 +189,7 @@ def code_version() -> str:
 def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
     try:
-        result = json.loads(Path(path).read_text()) | dict(name=Path(path).stem)
+        result = read_json(Path(path)) | dict(name=Path(path).stem)
         check_result(result)
         table([result])
         return result

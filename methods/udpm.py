@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known
+from methods import Method, keep_known, same_shape
 from support.bounds import NotNegative, between, from_to_below, length, multiple_of, require
 from unet import ResBlock
 
@@ -173,7 +173,8 @@ class UDPM(Method):
         level = batch.draws.one(1, self.levels + 1)
         mean = self.A[level] * 2**level * average(batch.z1, level)
         x = mean + self.S[level] * batch.randn_like(mean)
-        return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
+        truth = average(batch.z1, level - 1)
+        return level, same_shape(self.estimate(net, x, level, batch), truth) / 2 ** (level - 1), truth
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
         """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too.
