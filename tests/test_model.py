@@ -1,5 +1,4 @@
 """A trained run in a user's own Python, as docs/sampling.md shows it; and runs made before the files moved."""
-"""A trained run in a user's own Python, as the README shows it; and runs made before the files moved."""
 import json
 import lzma
 import re
