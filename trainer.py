@@ -252,10 +252,12 @@ class Trainer:
         self.try_sampler()
 
         begun = folder and folder.begun
+        # weights, their average, gradient, and the optimizer's two
+        model.check_fits(config, self.num_classes, self.device, copies=5)
         machine.reseed("weights", config.seed)
         self.net = model.make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         if config.init is not None and not begun:
-            model.start_from(self.net, checkpoints.open_run(config.init, Config))
+            model.start_from(self.net, checkpoints.open_run(config.init, Config), self.images.classes)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
         self.health = Health(self.device)
@@ -463,8 +465,10 @@ class Trainer:
                 numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
-        except torch.OutOfMemoryError:
-            output.warn(f"no samples at step {self.step:,}: out of GPU memory; lower sample_count")
+        except (MemoryError, RuntimeError) as failure:
+            if not machine.is_out_of_memory(failure):
+                raise
+            output.warn(f"no samples at step {self.step:,}: out of memory; lower sample_count")
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
             return time.perf_counter() - began
@@ -537,8 +541,10 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as failure:
         machine.print0(f"trainer.py: {failure}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+    except (MemoryError, RuntimeError) as failure:
+        if not machine.is_out_of_memory(failure):
+            raise
+        print("trainer.py: out of memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0

@@ -109,6 +109,11 @@ def chip(device: torch.device) -> str:
     return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether a GPU or the machine had no more memory: of the machine's, torch's allocator raises a RuntimeError."""
+    return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(failure)
+
+
 def code_version() -> str:
     """The program's git commit, with -dirty behind it where files were changed since; "unknown" outside of git."""
     command = ["git", "describe", "--always", "--dirty"]
