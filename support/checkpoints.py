@@ -6,7 +6,7 @@ import time
 import warnings
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -297,10 +297,13 @@ def link(file: Path, other: Path):
         new.unlink(missing_ok=True)
 
 
+NOT_THE_WEIGHTS = ("unet_dropout", "unet_checkpointing")  # fields of the network that may change between its steps
+
+
 def refuse_another_network(trained, config):
     """A run goes on with the method and the network that it began with. Raises SettingsError."""
-    for name in ("method", "channels", "condition",
-                 "unet_channels", "unet_dim_mults", "unet_blocks", "unet_use_classes"):
+    network = [f.name for f in fields(config) if f.name.startswith("unet_") and f.name not in NOT_THE_WEIGHTS]
+    for name in ("method", "channels", "condition", *network):
         before, now = getattr(trained, name), getattr(config, name)
         if before != now:
             raise SettingsError(f"{name} = {now!r}: the run was trained with {before!r}, and goes on with it")

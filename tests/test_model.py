@@ -43,6 +43,32 @@ def test_a_tensor_in_a_tensor_out(tmp_path):
     torch.testing.assert_close(made[1], -made[0])
 
 
+@pytest.mark.parametrize("argument, allowed", [
+    (dict(solver="x"), "dopri5"), (dict(batch_size=0), "from 1"), (dict(precision="x"), "bf16"),
+    (dict(tile=1.5), "from 0"), (dict(tolerance=float("nan")), "above 0"), (dict(steps=-1), "from 1"), (dict(guidance=float("inf")), "finite")])
+def test_arguments_that_no_model_takes_are_refused_in_one_line(tmp_path, argument, allowed):
+    (name, value), = argument.items()
+    with pytest.raises(SettingsError, match=f"^{name} = {value!r}: allowed is [^\n]*{allowed}[^\n]*$"):
+        open_model(make_run(tmp_path / "run"), **argument)
+
+
+def test_tensors_that_are_no_images_are_refused_in_one_line(tmp_path):
+    model, zlo = open_model(make_run(tmp_path / "run", identity=True)), torch.zeros(2, 3, 8, 8)
+    for wrong, words in ((zlo[0], "shape"), (zlo[:, :1], "shape"), (zlo[:0], "shape"), (zlo.byte(), "uint8"),
+                         (zlo.to(torch.complex64), "complex64"), (zlo + 1.01, "values are from 1.01"),
+                         (zlo / 0, "nan"), (zlo.numpy(), "ndarray"), (None, "NoneType")):
+        with pytest.raises(SettingsError, match=f"^image[^\n]*{words}[^\n]*: allowed [^\n]*$"):
+            model.restore(wrong)
+    with pytest.raises(SettingsError, match="^mask: "):
+        open_model(make_run(tmp_path / "hole", task="inpaint")).restore(zlo, mask=zlo[0])
+
+
+def test_restored_tensors_are_within_their_range(tmp_path):
+    model = open_model(make_run(tmp_path / "run", solver="euler", sample_steps=1))
+    made = model.restore(torch.rand(4, 3, 8, 8) * 2 - 1)
+    assert made.abs().max() == 1  # its noise went further
+
+
 def test_a_list_of_images_is_restored_one_by_one(tmp_path):
     model = open_model(make_run(tmp_path / "run", identity=True))
     made = model.restore([Image.fromarray(photo(3, 5)), Image.fromarray(photo(6, 4))])
