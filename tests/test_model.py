@@ -1,4 +1,5 @@
-"""A trained run in a user's own Python, as the README shows it; and runs made before the files moved."""
+"""A trained run in a user's own Python, as docs/sampling.md shows it; and runs made before the files moved."""
+import json
 import lzma
 import re
 import shutil
@@ -25,11 +26,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_the_readmes_example(tmp_path, monkeypatch):
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
     make_run(tmp_path / "runs/NAME", identity=True)
     put(tmp_path / "photo.png", photo(9, 14))
     monkeypatch.chdir(tmp_path)
-    code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
+    code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs/sampling.md").read_text(), re.S)
     exec(code, {})
     np.testing.assert_array_equal(get(tmp_path / "restored.png"), photo(9, 14).repeat(2, 0).repeat(2, 1))
 
@@ -45,7 +46,8 @@ def test_a_tensor_in_a_tensor_out(tmp_path):
 
 @pytest.mark.parametrize("argument, allowed", [
     (dict(solver="x"), "dopri5"), (dict(batch_size=0), "from 1"), (dict(precision="x"), "bf16"),
-    (dict(tile=1.5), "from 0"), (dict(tolerance=float("nan")), "above 0"), (dict(steps=-1), "from 1"), (dict(guidance=float("inf")), "finite")])
+    (dict(tile=1.5), "from 0"), (dict(tolerance=float("nan")), "above 0"), (dict(steps=-1), "from 1"),
+    (dict(guidance=float("inf")), "finite")])
 def test_arguments_that_no_model_takes_are_refused_in_one_line(tmp_path, argument, allowed):
     (name, value), = argument.items()
     with pytest.raises(SettingsError, match=f"^{name} = {value!r}: allowed is [^\n]*{allowed}[^\n]*$"):
@@ -127,6 +129,8 @@ def before(tmp_path) -> Path:
     folder = tmp_path / "before"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.pt").write_bytes(lzma.decompress((HERE / "before/last.pt.xz").read_bytes()))
+    config = torch.load(folder / "checkpoints/last.pt", weights_only=True)["config"]
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(HERE / "before/exported.safetensors", folder)
     return folder
 
