@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from images import SettingsError, data, one_line
+from images.files import user_path
 from support.disk import write_atomically
 from support.output import reason
 from support.settings import from_plain
@@ -311,7 +312,7 @@ def absolute_paths(c) -> dict[str, str]:
     named = dict(data_path=c.data_path, paired_path=c.paired_path)
     if c.dataset not in (*data.DOWNLOADS, *data.WITH_THE_CLONE):
         named["dataset"] = c.dataset
-    return {name: str(Path(path).expanduser().resolve()) for name, path in named.items() if path}
+    return {name: str(user_path(path).resolve()) for name, path in named.items() if path}
 
 
 def lock_folder(folder: Path):

@@ -44,11 +44,11 @@ def as_found():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures, of which 4 are held out, in the folders of two classes."""
+    """40 pictures in the folders of two classes; of these names 4 are held out, 2 of each class."""
     root = tmp_path_factory.mktemp("pictures")
     for i, image in enumerate(data.load("shapes", 16, limit=40).train):
         (root / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"{i:02d}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
     return root
 
 
