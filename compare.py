@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
 
@@ -34,12 +34,14 @@ from evaluation.costs import training_flops
 from evaluation.judge import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
+from support import bounds
+from support.bounds import Count, Positive, Seed, between, length
 from support.command_line import parse, split
 from support.disk import write_atomically
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output
-from support.settings import INCIDENTAL, require
+from support.settings import INCIDENTAL
 from trainer import Config, read_command_line
 
 HERE = Path(__file__).resolve().parent
@@ -51,35 +53,31 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: a 
 class Options:
     """What is compared, and how long each method trains."""
 
-    methods: tuple[str, ...] | None = None  # None: all, of the task generate all but regression
-    only: tuple[str, ...] = ()  # train and measure only these now; the table has all runs that are there
-    seeds: tuple[int, ...] = (0,)  # a run each; the table has mean and spread
-    task: str = "sr"  # as trainer.py's
-    dataset: str | None = None  # as trainer.py's; None: cifar10
+    # names of the methods; None: all, of the task generate all but regression
+    methods: Annotated[tuple[Literal[METHODS], ...], length(1)] | None = None
+    only: tuple[Literal[METHODS], ...] = ()  # methods to train and measure now; the table has all runs
+    seeds: tuple[Seed, ...] = (0,)  # seeds of a run each; the table has mean and spread
+    task: str = "sr"  # task, as trainer.py's
+    dataset: str | None = None  # data set, as trainer.py's; None: cifar10
     data_path: str = "data"  # folder where downloaded data sets are kept
-    images: int = 38_400  # training images that each method sees, counted again in each epoch
-    flops: float | None = None  # in place of images: floating-point operations of training that each method takes
-    preset: str = "small"  # trainer.py's recipe, of which the network is the same for all
-    batch_size: int = 32  # images per step
-    nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49)  # network evaluations per image at which each is measured
-    default: bool = False  # also the papers' own samplers: SR3 takes 2,000 evaluations, I2SB 1,000
-    count: int = 400  # test images compared, at most
-    metrics: tuple[str, ...] = METRICS  # the columns
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
+    images: Count = 38_400  # training images that each method sees, counted again in each epoch
+    flops: Positive | None = None  # floating-point operations of training that each method takes, in place of images
+    preset: str = "small"  # recipe of trainer.py, of which the network is the same for all
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per step
+    # network evaluations per image at which each is measured
+    nfe: Annotated[tuple[int, ...], between(1, 10_000), length(1)] = (1, 3, 5, 9, 19, 49)
+    default: bool = False  # rows of the papers' own samplers too: SR3 takes 2,000 evaluations, I2SB 1,000
+    count: Annotated[int, between(1, 10**9)] = 400  # test images compared, at most
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
     output: str | None = None  # folder of it all; None: runs/compare-TASK
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        need = partial(require, self)
-        need("methods", self.methods and set(self.methods) <= set(METHODS), ", ".join(METHODS))
+        bounds.check(self)
+        need = partial(bounds.require, self)
         need("only", set(self.only) <= set(self.methods), "some of the methods, " + ", ".join(self.methods))
         need("seeds", self.seeds and len(set(self.seeds)) == len(self.seeds), "one or more, each once")
-        need("images", self.images >= 1, "1 or more")
-        need("flops", self.flops is None or 0 < self.flops < math.inf, "a number above 0")
-        need("batch_size", 1 <= self.batch_size <= data.MAX_BATCH, f"1 to {data.MAX_BATCH:,}")
-        need("count", self.count >= 1, "1 or more")
-        need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
-        need("nfe", self.nfe and min(self.nfe) >= 1, "one or more numbers from 1")
 
 
 class Job:

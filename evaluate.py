@@ -23,9 +23,8 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -36,14 +35,14 @@ from evaluation.judge import METRICS, Judge
 from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
-from support import machine
+from support import bounds, machine
+from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
 from support.disk import write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
 from support.model import load_network, make_players, run_sampler
 from support.output import reason, unbreakable_output
-from support.settings import require
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -53,40 +52,36 @@ class Options:
     """What is measured, on what, and where the results go."""
 
     # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], length(1)]]
+    # network evaluations per image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
     # takes odd ones only
-    nfe: tuple[int, ...] = (1, 3, 5, 9, 19, 49, 99)
-    default: bool = True  # also the method's own sampler with its own count
-    # the sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
+    nfe: Annotated[tuple[int, ...], between(1, 10_000)] = (1, 3, 5, 9, 19, 49, 99)
+    default: bool = True  # a row of the method's own sampler with its own count too
+    # sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
     # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
-    solver: str = "auto"
-    count: int = 1000  # test images compared, at most; published tables take 10,000 to 50,000
-    metrics: tuple[str, ...] = METRICS  # the columns
+    solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
+    # test images compared, at most; published tables take 10,000 to 50,000
+    count: Annotated[int, between(1, 10**9)] = 1000
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
-    classifier_epochs: int = 8
-    ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    # where the data set is now, if it moved: the folder itself, or that of a downloaded set
+    classifier_epochs: Annotated[int, between(1, 10**9)] = 8
+    ema: bool = True  # averaged weights; --no-ema: the raw ones
+    # place of the data set now, if it moved: the folder itself, or that of a downloaded set
     data_path: str | None = None
-    paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
+    paired_path: str | None = None  # place of the damaged images now, if they moved (task paired)
     output: str | None = None  # folder of the results; None: a new one in runs/
     cache: str = "runs/cache"  # folder where the classifier and its features of the truth are kept for the next time
-    batch_size: int = 200  # images at a time; dopri5's steps depend on it a little
-    seed: int = 0  # of damage and noise
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    # of the network's activations; auto: bf16 where the chip computes in it
+    # images at a time; dopri5's steps depend on it a little
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 200
+    seed: Seed = 0  # seed of the damage and the noise
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    # precision of the network's activations; auto: bf16 where the chip computes in it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        need = partial(require, self)
-        need("runs", self.runs, "one run or more")
-        need("nfe", all(1 <= n <= 10_000 for n in self.nfe) and (self.nfe or self.default), "numbers from 1 to 10,000")
-        need("solver", self.solver in ("auto", *ode_int.FIXED_STEP), "auto, " + ", ".join(ode_int.FIXED_STEP))
-        need("metrics", self.metrics and set(self.metrics) <= set(METRICS), ", ".join(METRICS))
-        for name in ("count", "batch_size", "classifier_epochs"):
-            need(name, 1 <= getattr(self, name) <= 10**9, "1 or more")
-        need("seed", 0 <= self.seed < 2**63, "0 or more")
+        bounds.check(self)
+        require(self, "nfe", self.nfe or self.default, "one number or more, with --no-default")
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -144,7 +139,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         def make(batch):
             with autocast(judge.device, o.precision):
-                return run_sampler(setting, Guided(counted, c.guidance), batch)[0]
+                return run_sampler(setting, Guided(counted, c.guidance), batch)
 
         sampler = setting.sampler
         if sampler == "own":

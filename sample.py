@@ -24,7 +24,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -34,8 +34,11 @@ from tqdm import tqdm
 
 import ode_int
 from images import DatasetError, SettingsError, files
+from images.data import MAX_BATCH
 from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
 from images.pictures import grid, row_titles, titled, to_float, to_uint8
+from support import bounds
+from support.bounds import Count, Positive, Seed, between
 from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
 from support.machine import partition
@@ -52,56 +55,55 @@ class Options:
 
     run: tyro.conf.Positional[str]  # a run's folder, a checkpoint, or an exported .safetensors file
     input: str | None = None  # damaged images: a folder, searched with the folders in it, or a file
-    count: int | None = None  # how many images to make, of each label
-    export: str | None = None  # the .safetensors file to write
+    count: Annotated[int, between(1, 10**7)] | None = None  # number of images to make, of each label
+    export: str | None = None  # file to write, with the ending .safetensors
     half: bool = False  # --export: weights in bf16, a file of half the size
-    output: str | None = None  # folder for the pictures; None: a new one in the run's, of an exported file in runs
-    overwrite: bool = False  # replace files that exist; else they are left as they are
+    output: str | None = None  # folder of the pictures; None: a new one in the run's, of an exported file in runs
+    overwrite: bool = False  # replacement of files that exist; else they are left as they are
 
     label: str | None = None  # class name or number, several joined by commas, or all; None: the network sees no label
-    guidance: float | None = None  # 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
-    seed: int = 0  # of the noise
+    # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
+    guidance: float | None = None
+    seed: Seed = 0  # seed of the noise
     # solver of the method's ODE; auto: the method's own sampler; None: as the run, but for an interpolant midpoint in 5
     # steps, which ends within one grey level of dopri5 at a tenth of the evaluations (benchmarks/README.md)
     solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None = None
-    steps: int | None = None  # of the sampler; None: as the run
-    tolerance: float | None = None  # of dopri5, absolute and relative; None: as the run
-    ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    trace: bool = False  # also write the iterative process, as a strip (states above clean estimates) and a GIF
-    interpolate: tuple[int, int] | None = None  # the images, or draws, go from one seed's noise to the other's
+    steps: Count | None = None  # steps of the sampler; None: as the run
+    tolerance: Positive | None = None  # tolerance of dopri5, absolute and relative; None: as the run
+    ema: bool = True  # averaged weights; --no-ema: the raw ones
+    trace: bool = False  # pictures of the iterative process too: a strip (states above clean estimates) and a GIF
+    interpolate: tuple[int, int] | None = None  # two seeds: images, or draws, go from the noise of one to the other's
     swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
     perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
-    # how many times larger the result is, where the run knows several: 4 or 2; 1 restores at the image's own size
+    # factor by which the result is larger, where the run knows several: 4 or 2; 1 restores at the image's own size
     factor: int | None = None
-    # a picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
+    # picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
-    # inpaint: folder of masks named as the images, or one for all; white is filled in, black and transparent are kept
+    # folder of inpaint's masks, named as the images, or one mask for all; white is filled in, black and transparent kept
     masks: str | None = None
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
-    draws: int = 1
+    draws: Annotated[int, between(1, 10**6)] = 1
     # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network:
     # up to there one piece is better, and cheaper. None: the side trained on; 0: one piece always
-    tile: int | None = None
+    tile: Annotated[int, between(0, 10**9)] | None = None
 
-    batch_size: int = 64  # images at a time; those larger than trained on count as several
-    partition: str | None = None  # 2/4: the third of four processes that share the images; None: as torchrun says
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    precision: Literal["auto", "bf16", "fp32"] | None = None  # of the activations; None: as the run
+    # images at a time; those larger than trained on count as several
+    batch_size: Annotated[int, between(1, MAX_BATCH)] = 64
+    partition: str | None = None  # share of the images: 2/4 is that of the third of four processes; None: torchrun's
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    precision: Literal["auto", "bf16", "fp32"] | None = None  # precision of the activations; None: as the run
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
         def need(name, good, allowed):
-            if getattr(self, name) is not None and not good(getattr(self, name)):
-                raise SettingsError(f"{name} = {getattr(self, name)!r}: allowed is {allowed}")
+            value = getattr(self, name)
+            bounds.require(self, name, value is None or good(value), allowed)
 
+        bounds.check(self)
         if [self.input, self.count, self.export].count(None) != 2:
             raise SettingsError("one of --input (restore), --count (make images) and --export is needed, and one only")
-        for name in ("count", "draws", "steps", "batch_size"):
-            need(name, lambda n: n >= 1, "1 or more")
-        need("tolerance", lambda x: 0 < x < math.inf, "a number above 0")
-        need("tile", lambda n: n >= 0, "0 or more")
-        need("guidance", lambda g: g == 1 or self.label and math.isfinite(g), "a finite number, with a --label")
+        need("guidance", lambda g: g == 1 or self.label, "1, and any other number with a --label only")
         need("draws", lambda n: n == 1 or self.input, "more than 1 with --input only")
         need("interpolate", lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
         need("interpolate", lambda _: not self.swap and not self.perturb, "one of --interpolate, --swap and --perturb")

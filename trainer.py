@@ -17,7 +17,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, model, output
+from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
 from support.logs import Log
 from support.settings import check
 from support.watch import Watch
@@ -46,77 +47,89 @@ MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives 
 @dataclass
 class Config:
     """Everything a run depends on. Sides are pixels, batch sizes are images over all GPUs."""
+    # The comment beside or right above a field is its help; a title stands apart, with an empty line below it.
 
-    # WHAT IS TRAINED. Whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
+    # ---- what is trained
+
+    # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
-    # how clean images are made; regression: the baseline
+    # way to make clean images; regression: the baseline
     method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
-    task: str = "sr"  # sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
-    overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
-    condition: bool = True  # whether the network sees the damaged image
+    task: str = "sr"  # damage to undo: sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
+    overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
+    condition: bool = True  # sight of the damaged image, for the network
 
-    # THE DATA. cifar10, fashion-mnist, celeba, demo (16 photographs), shapes, or the path of a folder. None: cifar10;
+    # ---- the data
+
+    # images: cifar10, fashion-mnist, celeba, demo (16 photographs), shapes, or the path of a folder. None: cifar10;
     # where that can't be downloaded, demo if overfit
     dataset: str | None = None
     data_path: str = "data"  # folder where downloaded data sets are kept
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
-    image_size: int = 32  # side of the clean images, pixels
-    channels: int = 3  # 3 colour, 1 grey
-    # center: each image's middle square, resized; random, for folders of photographs: squares of image_size from
-    # anywhere in them, at their own resolution (test images: from the middle)
+    image_size: Annotated[int, between(1, data.MAX_SIDE)] = 32  # side of the clean images, pixels
+    channels: Literal[1, 3] = 3  # channels of the images: 3 colour, 1 grey
+    # part of an image that is used. center: its middle square, resized; random, for folders of photographs: squares of
+    # image_size from anywhere in them, at their own resolution (test images: from the middle)
     crop: Literal["center", "random"] = "center"
 
-    # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
-    max_steps: int | None = None
-    batch_size: int = 128  # images a step, of all GPUs together
-    # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
-    micro_batch: int | None = None
-    base_lr: float = 2e-4  # AdamW's learning rate
-    weight_decay: float = 0.0  # AdamW's: a step shrinks the weights by the rate times this
-    warmup_steps: int = 0  # steps over which the rate rises from 0
-    lr_decay: float = 1.0  # factor on the rate every 1,000 steps
-    grad_clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.9999  # of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
-    # share of labels replaced by the null label, for guidance; 0 when overfitting, unless guidance is asked for
-    label_drop: float = 0.1
-    seed: int = 0  # of weights, data order and noise
+    # ---- training
 
-    # THE NETWORK. Channels of its first level, a multiple of 8
-    unet_channels: int = 128
+    max_steps: Count | None = None  # training steps; None: 1,000 when overfitting, else 100,000
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 128  # images per step, of all GPUs together
+    # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
+    micro_batch: Count | None = None
+    base_lr: Positive = 2e-4  # learning rate of AdamW
+    weight_decay: NotNegative = 0.0  # weight decay of AdamW: a step shrinks the weights by the rate times this
+    warmup_steps: Annotated[int, between(0, 10**12)] = 0  # steps over which the rate rises from 0
+    lr_decay: Annotated[float, above(0, 1)] = 1.0  # factor on the rate every 1,000 steps
+    grad_clip: Positive = 1.0  # largest norm of the gradient
+    # decay of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
+    ema_decay: Annotated[float, from_to_below(0, 1)] = 0.9999
+    # share of labels replaced by the null label, for guidance; 0 when overfitting, unless guidance is asked for
+    label_drop: Annotated[float, between(0, 1)] = 0.1
+    seed: Seed = 0  # seed of the weights, the data order and the noise
+
+    # ---- the network
+
+    unet_channels: Annotated[int, between(8, 8192), multiple_of(8)] = 128  # channels of its first level
     # channels of each level on the way up, in units of unet_channels; sides halve
-    unet_dim_mults: tuple[int, ...] = (1, 2, 2, 2)
-    unet_blocks: int = 2  # residual blocks a level
-    unet_dropout: float = 0.0  # share of activations dropped in training
-    unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
+    unet_dim_mults: Annotated[tuple[int, ...], between(1, 64), length(1, 8)] = (1, 2, 2, 2)
+    unet_blocks: Annotated[int, between(1, 100)] = 2  # residual blocks per level
+    unet_dropout: Annotated[float, from_to_below(0, 1)] = 0.0  # share of activations dropped in training
+    unet_use_classes: bool = True  # class labels as an input, where the data has them
     unet_checkpointing: bool = False  # activation checkpointing: less than half the memory, a third more time
 
-    # SAMPLING. Steps between samplings
-    sample_every: int = 500
-    sample_count: int = 32  # images a sampling
-    sample_steps: int | None = None  # steps of the sampler; None: the method's own count
-    # auto: the method's own sampler (interpolant: dopri5); or dopri5, euler, midpoint, heun, rk4 on its ODE
-    solver: str = "auto"
-    integration_atol: float = 1e-5  # absolute tolerance of dopri5, in the images' units
-    integration_rtol: float = 1e-5  # relative tolerance of dopri5
+    # ---- sampling
+
+    sample_every: Count = 500  # steps between samplings
+    sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per sampling
+    sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
+    # solver of the method's ODE; auto: the method's own sampler (interpolant: dopri5)
+    solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] = "auto"
+    integration_atol: Positive = 1e-5  # absolute tolerance of dopri5, in the images' units
+    integration_rtol: Positive = 1e-5  # relative tolerance of dopri5
     guidance: float = 1.0  # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it
 
-    # WHAT IS KEPT. Each run makes a folder in this one
-    out_dir: str = "runs"
-    # of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
+    # ---- what is kept
+
+    out_dir: str = "runs"  # folder in which each run makes its own
+    # name of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
     name: str | None = None
     init: str | None = None  # a run or an exported file whose averaged weights a new run begins with, where they fit
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
-    print_loss_every: int = 50  # steps between logged losses
-    checkpoint_every: int = 500  # steps between checkpoints
-    keep_every: int | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
-    use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
-    use_tensorboard: bool = False  # log to TensorBoard as well, in the run's folder (pip install tensorboard)
-    wandb_project: str = "couplings"  # wandb's project
-    wandb_entity: str | None = None  # wandb's user or team; None: the account's default
+    print_loss_every: Count = 50  # steps between logged losses
+    checkpoint_every: Count = 500  # steps between checkpoints
+    keep_every: Count | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
+    use_wandb: bool = True  # logging to Weights & Biases as well: online where an account is configured, else offline
+    use_tensorboard: bool = False  # logging to TensorBoard as well, in the run's folder (pip install tensorboard)
+    wandb_project: str = "couplings"  # project of wandb
+    wandb_entity: str | None = None  # user or team of wandb; None: the account's default
 
-    # THE MACHINE. auto: cuda if there is one; or cuda, cuda:1, cpu
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
+    # ---- the machine
+
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    # precision of the activations; auto: bf16 where the chip computes in it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
 

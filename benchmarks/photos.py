@@ -25,8 +25,8 @@ from images.corruptions import Damage
 from images.files import list_images, read_image, save_png
 from images.pictures import psnr, titled, to_float, to_uint8
 from sample import open_model
+from support.bounds import require
 from support.command_line import parse
-from support.settings import require
 
 DAMAGES = {  # title: task, knobs
     "sr 4": ("sr", dict(factor=4, down="bicubic", up="bicubic")),

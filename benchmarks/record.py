@@ -30,10 +30,10 @@ import torchvision
 
 import evaluate
 from images import SettingsError
+from support.bounds import require
 from support.command_line import parse, split
 from support.disk import write_atomically
 from support.machine import chip, pick_device
-from support.settings import require
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- record -->", "<!-- /record -->"

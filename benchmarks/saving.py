@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.timing import markdown, synchronize
 from images import SettingsError
+from support.bounds import require
 from support.command_line import parse
-from support.settings import PRESETS, require
+from support.settings import PRESETS
 from trainer import Config, Trainer
 
 

@@ -6,8 +6,8 @@ evaluation/classifier.py), needs none of them: it gives the accuracy and FD, the
 unlike Inception's mean something at 32x32.
 
 A Frechet distance is larger for fewer images, so only distances of equally many can be compared: samples for one half
-of the images are held against the truth of the other half, both ways, and the mean is given; the floor is one half of
-the truth against the other. Samples that equal the truth score the floor exactly.
+of the images are held against the truth of the other half, both ways, and the mean is given. Samples that equal the
+truth score exactly what one half of the truth has against the other: "truth against truth", the least there is.
 
 Each figure has its standard error: how far it would vary with other test images, as many and of the same kind. Of a
 mean over images it is their standard deviation / sqrt(n), n the number of images; of FD a jackknife. FID has none: 20
@@ -228,7 +228,7 @@ class Judge:
         return time.perf_counter()
 
     def baselines(self, config: Config) -> list[dict]:
-        """The damaged input, the task's classical answer if it has one, and the floor: the truth itself."""
+        """The damaged input, the task's classical answer if it has one, and the truth against the truth."""
         def damaged(batch):
             return batch.zlo
 
@@ -245,10 +245,12 @@ class Judge:
             del row["seconds"]  # no network was asked
             rows.append(row)
         truth = self(config, True, lambda batch: batch.z1)
-        of_features = ("fid", "accuracy", "frechet")
-        floor = dict(name="floor") | {metric: truth[metric] for metric in of_features if metric in truth}
-        floor["errors"] = {metric: truth["errors"][metric] for metric in of_features if metric in truth["errors"]}
-        return [*rows, floor]
+        of_features = [metric for metric in ("fid", "accuracy", "frechet") if metric in truth]
+        if of_features:
+            errors = {metric: truth["errors"][metric] for metric in of_features if metric in truth["errors"]}
+            best = {metric: truth[metric] for metric in of_features}
+            rows.append(dict(name="truth against truth", errors=errors) | best)
+        return rows
 
 
 # ------------------------------------------------------------------------------------------------------- single metrics
@@ -299,8 +301,9 @@ def across_without(ours, truth) -> list[float]:
 def jackknife(without: list[float]) -> float:
     """Standard error of a figure T from its values T_g without the g-th of G groups of images.
 
-    The variance is (G - 1)/G sum_g (T_g - mean T)^2. Of a Frechet distance near the floor, where the true distance is
-    0, it is rather too large, by about the square root of 2 (Efron and Stein 1981: never too small on average).
+    The variance is (G - 1)/G sum_g (T_g - mean T)^2. Of a Frechet distance near that of truth against truth, where
+    the true distance is 0, it is rather too large, by about the square root of 2 (Efron and Stein 1981: never too small
+    on average).
     """
     return math.sqrt((len(without) - 1) * statistics.pvariance(without))
 

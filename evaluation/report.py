@@ -1,48 +1,25 @@
 """The table and the plots of evaluate.py and compare.py: what was measured of several runs side by side, how sure it
-is, and all that keeps it from being fair.
-
-Runs that differ in nothing but their seed are one row and one curve, the mean over seeds. Of each figure there are
-
-    spread    over seeds: their standard deviation; of a single seed the standard error over the test images
-    error     the standard error of the mean, sqrt(spread^2 / seeds + (standard error over the test images)^2). All
-              seeds are measured on the same images, so that error of theirs does not average out
-
-The error of a difference of two rows is smaller: both see the same images. It is sqrt(spread^2 / seeds of the one + the
-same of the other + (standard error of the difference over the test images)^2), the last by a jackknife.
+is (see evaluation/errors.py), and all that keeps it from being fair.
 """
 import json
 import math
-import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from evaluation.judge import jackknife
+from evaluation.errors import COLUMNS, SURE, best, mean_over_seeds
 from support.disk import write_atomically
-from support.settings import INCIDENTAL
 
-COLUMNS = {  # of a row: title, format
-    "nfe": ("NFE", "{:.4g}"),
-    "psnr": ("PSNR, dB ↑", "{:.2f}"),
-    "ssim": ("SSIM ↑", "{:.3f}"),
-    "lpips": ("LPIPS ↓", "{:.3f}"),
-    "fid": ("FID ↓", "{:.2f}"),
-    "consistency": ("consistency, 1e-5 ↓", "{:.2f}"),
-    "bias": ("bias by channel", "{:+.1f}"),
-    "accuracy": ("accuracy, % ↑", "{:.1f}"),
-    "frechet": ("FD ↓", "{:.2f}"),
-    "seconds": ("s/image", "{:.2g}"),
-}
 PANELS = ("psnr", "lpips", "frechet", "fid", "accuracy")
-SURE = 2  # errors by which a figure has to be worse than the best one to count as worse
 ABOUT = """\
 Samples are compared as uint8. Consistency: squared error on [0, 1] of the sample damaged again, against the input.
 Bias: mean of sample - truth, in levels of 255. Accuracy: share of the samples that the classifier puts into their
 class. FD and FID: Frechet distances on the classifier's and on Inception's features, of the samples for half of the
-images to the truth of the other half, both ways; floor: one half of the truth to the other. They depend on the number
-of images: compare them within this table only, and of fewer images than features (at most 128, and 2,048) they are
-mostly bias. Training FLOPs: forward and backward of all networks."""
+images to the truth of the other half, both ways; truth against truth: one half to the other, the least there is. They
+depend on the number of images: compare them within this table only, and of fewer images than features (at most 128, and
+2,048) they are mostly bias. Training FLOPs: forward and backward of all networks."""
 
 
 def check_result(result: dict):
@@ -72,7 +49,8 @@ def cell(row: dict, column: str) -> str:
     form = COLUMNS[column][1]
     written = [form.format(value) for value in values]
     if spreads != [None]:
-        spreads = [form.replace("+", "").format(spread).removeprefix("0") for spread in spreads]
+        spreads = [form.replace("+", "").format(spread) for spread in spreads]
+        spreads = [spread[1:] if spread.startswith("0.") else spread for spread in spreads]
         written = [f"{figure} ± {spread}" for figure, spread in zip(written, spreads, strict=True)]
     return " ".join(written)
 
@@ -120,93 +98,6 @@ def differences(results: list[dict]) -> list[str]:
                 found.append(f"the runs differ in {key.replace('_', ' ')}: {'; '.join(values)}")
     overfit = [("trained on a single batch (overfit)", name(r)) for r in results if r["training"]["overfit"]]
     return found + told(overfit, n)
-
-
-# --------------------------------------------------------------------------------------------------- seeds and errors
-
-def mean_over_seeds(results: list[dict]) -> list[dict]:
-    """One result for all runs of other seeds and the same settings, with `seeds`, the list of theirs.
-
-    Its rows have the means, and beside them `spread` and `errors`, by metric, as this file's docstring defines them;
-    `measured`: of how many seeds. A seed given twice is no other seed: it stays a run of its own.
-    """
-    found = {}
-    for result in results:
-        settings = {k: v for k, v in result.get("config", {}).items() if k not in (*INCIDENTAL, "seed")}
-        same = json.dumps([result[k] for k in ("method", "problem", "training")] + [settings], sort_keys=True)
-        seed, copy = result.get("config", {}).get("seed"), 0
-        while seed in found.setdefault((same, copy), {}):
-            copy += 1
-        found[same, copy][seed] = result
-    means = []
-    for seeds in found.values():
-        runs = list(seeds.values())
-        rows = {}  # of one sampler
-        for row in (row for run in runs for row in run["rows"]):
-            rows.setdefault((row["sampler"], row.get("steps"), row["default"]), []).append(row)
-        means.append(runs[0] | dict(seeds=list(seeds), rows=[mean_row(alike) for alike in rows.values()]))
-    return means
-
-
-def mean_row(rows: list[dict]) -> dict:
-    """What one sampler made with the networks of several seeds. A seed where it failed does not count.
-
-    "seed_errors": metric -> the part of its error that another training would change; "without": metric -> the mean
-    without each group of images, where all runs have it.
-    """
-    good = [row for row in rows if "failed" not in row]
-    if not good:
-        return rows[0]
-    mean = dict(good[0], spread={}, errors={}, seed_errors={}, without={}, measured=len(good))
-    for column in COLUMNS:
-        values = [row[column] for row in good if row.get(column) is not None]
-        if not values:
-            continue
-        if isinstance(values[0], list):  # the bias, by channel
-            mean[column] = [statistics.fmean(channel) for channel in zip(*values)]
-            if len(values) > 1:
-                mean["spread"][column] = [statistics.stdev(channel) for channel in zip(*values)]
-            elif column in good[0].get("errors", {}):
-                mean["spread"][column] = good[0]["errors"][column]
-            continue
-        mean[column] = statistics.fmean(values)
-        if column in ("nfe", "seconds"):
-            continue
-        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
-        image_error = statistics.fmean(over_images) if over_images else None
-        spread = statistics.stdev(values) if len(values) > 1 else image_error
-        if spread is not None:
-            seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
-            mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
-            mean["seed_errors"][column] = seed_error
-        without = [row.get("without", {}).get(column) for row in good]
-        if all(without):
-            mean["without"][column] = [statistics.fmean(figures) for figures in zip(*without)]
-    return mean
-
-
-def best(rows: list[dict], column: str) -> list[dict]:
-    """The best row, and those that are not worse by more than SURE errors of the difference. Empty where a column has
-    no better and worse, or fewer than two rows."""
-    sign = {"↑": 1, "↓": -1}.get(COLUMNS[column][0][-1])
-    there = [row for row in rows if row.get(column) is not None]
-    if sign is None or len(there) < 2:
-        return []
-    first = max(there, key=lambda row: sign * row[column])
-    return [row for row in there
-            if sign * (first[column] - row[column]) <= SURE * error_of_difference(first, row, column)]
-
-
-def error_of_difference(one: dict, other: dict, column: str) -> float:
-    """Of two rows of `mean_over_seeds`, as this file's docstring defines it.
-
-    Where a row lacks its figures without each group of images, which older results do, the two count as independent.
-    """
-    both = [row.get("without", {}).get(column, []) for row in (one, other)]
-    if not all(both) or len(both[0]) != len(both[1]):
-        return math.hypot(*(row.get("errors", {}).get(column) or 0 for row in (one, other)))
-    seeds = (row["seed_errors"].get(column, 0) for row in (one, other))
-    return math.hypot(*seeds, jackknife([a - b for a, b in zip(*both)]))
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -295,26 +186,18 @@ def sizes(results: list[dict], name: Callable) -> list[str]:
 PAPER = {"font.size": 8, "legend.fontsize": 7.5, "lines.linewidth": 1.2, "axes.linewidth": 0.6, "pdf.fonttype": 42}
 # Okabe and Ito's, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "floor": "-"}
+DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "truth against truth": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
 BELOW = {"psnr": 2, "accuracy": 8}  # dB, %
-AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds an image"}
+AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image"}
 
 
 def few_ticks(axis, low: float, high: float):
-    """Plain numbers on a logarithmic axis: 1 2 5 10 20 ..., 1 10 100 ... where those were too many, about five round
-    ones where it spans less than a decade."""
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+    """Plain numbers on a logarithmic axis: 1 2 5 10 20 ..., or 1 10 100 ... where those were too many."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    if not 0 < low < high:  # nothing is drawn there
-        return
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    if len(ticks) > 8:
-        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]
-    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else MaxNLocator(5, steps=(1, 2, 5, 10)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
@@ -336,17 +219,19 @@ def plot(results: list[dict], against: str = "nfe"):
     name = partial(title, results=results)
     for group, axes in zip(groups(results), grid):
         problem = group[0]["problem"]
-        axes[0].set_title(f"{heading(problem)}, {problem['images']:,} images", loc="left", fontsize=8)
+        words = f"{heading(problem)}, {problem['images']:,} images"
+        axes[0].set_title(textwrap.fill(words, 40 * len(panels)), loc="left", fontsize=8)
         for metric, ax in zip(panels, axes):
             draw_runs(ax, metric, group, name, against)
-            draw_levels(ax, metric, group, name)
+            draw_baselines(ax, metric, group, name)
             set_axes(ax, metric, group, against)
     handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels())}
     if any(row["default"] for result in results for row in result["rows"] if result["method"] != "regression"):
         handles["the paper's sampler"] = Line2D([], [], ls="", marker="o", color="0.3", **OPEN)
     if any(row.get("errors") for result in results for row in result["rows"]):
         handles["± standard error"] = Patch(color="0.3", alpha=0.2, lw=0)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    columns = min(6, 2 * len(panels))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -377,11 +262,11 @@ def best_solvers(rows: list[dict], metric: str) -> list[dict]:
     return [max(alike, key=lambda row: sign * row[metric]) for alike in found.values()]
 
 
-def draw_levels(ax, metric: str, group: list[dict], name: Callable):
+def draw_baselines(ax, metric: str, group: list[dict], name: Callable):
     """The baselines of one panel, of which a regression network is one, as horizontal lines."""
-    levels = [(row["name"], row, "0.5", DASHES.get(row["name"], (0, (3, 1)))) for row in group[0]["baselines"]]
-    levels += [(name(r), row, "k", REGRESSION) for r in group if r["method"] == "regression" for row in r["rows"]]
-    for label, row, colour, dashes in levels:
+    lines = [(row["name"], row, "0.5", DASHES.get(row["name"], (0, (3, 1)))) for row in group[0]["baselines"]]
+    lines += [(name(r), row, "k", REGRESSION) for r in group if r["method"] == "regression" for row in r["rows"]]
+    for label, row, colour, dashes in lines:
         if metric in row:
             ax.axhline(row[metric], color=colour, lw=1, ls=dashes, label=label, zorder=1)
 
@@ -396,8 +281,8 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
         few_ticks(ax.yaxis, *ax.get_ylim())
     if metric in BELOW:  # what is far below everyone's best would hide the differences
         tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
-        levels = [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min([*tops, *levels], default=0) - BELOW[metric]))
+        tops += [row[metric] for row in group[0]["baselines"] if metric in row]
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - BELOW[metric]))
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -415,5 +300,6 @@ def write_report(results: list[dict], folder: Path):
             for file, against in (("quality", "nfe"), ("quality-seconds", "seconds")):
                 figure = plot(results, against)
                 for kind in ("pdf", "png"):
-                    write_atomically(folder / f"{file}.{kind}", lambda f: figure.savefig(f, format=kind, dpi=300))
+                    how = dict(format=kind, dpi=300, bbox_inches="tight")  # tight: long names are not cut off
+                    write_atomically(folder / f"{file}.{kind}", lambda f: figure.savefig(f, **how))
     print(f"in {folder}")

@@ -6,14 +6,16 @@ rounding included (tests/test_corruptions.py compares). Inside this file `levels
 """
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from images import SettingsError
+from support import bounds
+from support.bounds import ascending, between, length, odd, one_of
 
 # name: the fields of Damage that make the task what it is. Of sr not up, by which the network sees what is left
 TASKS = {
@@ -32,32 +34,47 @@ class Draws:
 
     generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
     host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
-    rows: slice = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))  # which images of the batch these are
     total: int | None = None  # how many the batch has; None: no more than these
 
     def randn_like(self, x: Tensor) -> Tensor:
-        return self.whole(torch.randn, x, *x.shape[1:], dtype=x.dtype)
+        """Standard normal noise of x's shape (B, ...), type and device."""
+        return self.of_the_whole(partial(torch.randn, dtype=x.dtype), x, *x.shape[1:])
 
     def rand(self, x: Tensor, *shape: int) -> Tensor:
         """Uniform on [0, 1), (B, *shape) for the B images of x."""
-        return self.whole(torch.rand, x, *shape)
+        return self.of_the_whole(torch.rand, x, *shape)
 
     def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
         """Whole numbers from low to high - 1, (B, *shape) int64 for the B images of x."""
-        shape = (self.total or len(x), *shape)
-        return torch.randint(low, high, shape, generator=self.generator, device=x.device)[self.rows]
+        return self.of_the_whole(partial(torch.randint, low, high), x, *shape)
 
     def one(self, low: int, high: int) -> int:
         """A whole number from low to high - 1 for the whole batch."""
         return int(torch.randint(low, high, (), generator=self.host))
 
-    def whole(self, draw, x: Tensor, *shape: int, **kind) -> Tensor:
-        return draw(self.total or len(x), *shape, generator=self.generator, device=x.device, **kind)[self.rows]
+    def of_the_whole(self, draw, x: Tensor, *shape: int) -> Tensor:
+        """(B, *shape): the rows of these images out of what `draw` gives for the whole batch."""
+        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)[self.rows]
+        assert len(drawn) == len(x), f"noise for {len(drawn)} images is asked for {len(x)}: index the Batch, not x"
+        return drawn
+
+    def narrow(self, rows: slice | Tensor, count: int) -> "Draws":
+        """Draws for the images that `rows`, a slice or an index tensor, selects of the `count` ones of these."""
+        total = self.total or count
+        if isinstance(rows, slice) and isinstance(self.rows, slice):
+            places = range(total)[self.rows][rows]
+            return replace(self, rows=slice(places.start, places.stop, places.step), total=total)
+        device = rows.device if torch.is_tensor(rows) else self.rows.device
+        return replace(self, rows=torch.arange(total, device=device)[self.rows][rows], total=total)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1]."""
+    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1].
+
+    Loss and sampler share its tensors, and `cond` may be `zlo` itself: no method changes them in place.
+    """
 
     z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
     zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
@@ -72,8 +89,9 @@ class Batch:
         return self.draws.randn_like(x)
 
     def __getitem__(self, rows) -> "Batch":
-        """The images that `rows`, a slice or an index tensor, selects."""
-        return replace(self, **{name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)})
+        """The images that `rows`, a slice or an index tensor, selects, with their rows of the noise."""
+        tensors = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **tensors, draws=self.draws.narrow(rows, len(self.zlo)))
 
 
 @dataclass(frozen=True)
@@ -84,47 +102,35 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is: 2, 4 or 8; of several each image draws one
-    factor: int | tuple[int, ...] = 2
+    # sr: ratio of the sides, full to low resolution: 2, 4 or 8; of several each image draws one
+    factor: Annotated[int | tuple[int, ...], one_of(2, 4, 8), length(1)] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
     up: Literal["nearest", "bicubic"] = "nearest"
-    # inpaint: what is missing: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
+    # inpaint: shape of the hole: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
     mask: Literal["center", "freeform-10-20", "freeform-20-30"] = "center"
     # blur: shape of the kernel
     kernel: Literal["uniform", "gaussian"] = "uniform"
     # blur: side of the kernel in pixels, odd; None: 9 if uniform, 5 if gaussian, as in DDRM (arXiv:2201.11793) and I2SB
-    taps: int | None = None
+    taps: Annotated[int, between(1, 16_383), odd()] | None = None
     # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps. Of two
     # numbers, each image draws one between them
-    sigma: float | tuple[float, float] = 10.0
+    sigma: Annotated[float | tuple[float, float], between(0.01, 10**6), ascending()] = 10.0
     # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
-    quality: int | tuple[int, int] = 10
+    quality: Annotated[int | tuple[int, int], between(1, 100), ascending()] = 10
 
     def __post_init__(self):
-        if not all(map(math.isfinite, as_tuple(self.sigma))):  # whatever the task: config.json can't hold it
-            raise SettingsError(f"damage.sigma = {self.sigma}: allowed are finite numbers from 0.01 (pixels)")
+        """Raises SettingsError, one line, for a field of another type or out of its bounds."""
+        bounds.check(self, "damage.")
 
     def check(self, task: str, side: int) -> None:
-        """SettingsError, one line, if `task` or a knob it uses is not allowed for images of `side` pixels a side."""
-        names, taps = task_names(task), self.width
-        factors, sigmas, qualities = as_tuple(self.factor), as_tuple(self.sigma), as_tuple(self.quality)
-        divides = bool(factors) and all(factor in (2, 4, 8) and side % factor == 0 for factor in factors)
-        rules = [  # task, field, its value, whether that is allowed, which values are
-            ("sr", "factor", self.factor, divides, f"2, 4, 8, dividing the side, {side}"),
-            ("blur", "taps", taps, taps % 2 and 0 < taps < 2 * side, f"odd numbers below twice the side, {side}"),
-            ("blur", "sigma", self.sigma, 0.01 <= sigmas[0] <= sigmas[-1],
-             "finite numbers from 0.01 (pixels), the lower first"),
-            ("jpeg", "quality", self.quality, 1 <= qualities[0] <= qualities[-1] <= 100,
-             "whole numbers from 1 to 100, the lower first"),
-        ]
-        for name, knob in (("sr", "down"), ("sr", "up"), ("inpaint", "mask"), ("blur", "kernel")):
-            value, allowed = getattr(self, knob), get_args(Damage.__annotations__[knob])
-            rules.append((name, knob, value, value in allowed, ", ".join(allowed)))
-        for name, knob, value, fine, allowed in rules:
-            if name in names and not fine:
-                raise SettingsError(f"damage.{knob} = {value!r}: allowed are {allowed}")
+        """SettingsError, one line, if `task` is none or a knob it uses does not fit images of `side` pixels a side."""
+        names = task_names(task)
+        if "sr" in names and any(side % factor for factor in as_tuple(self.factor)):
+            raise SettingsError(f"damage.factor = {self.factor}: allowed is what divides the side, {side}")
+        if "blur" in names and self.width >= 2 * side:
+            raise SettingsError(f"damage.taps = {self.width}: allowed is an odd number below twice the side, {side}")
 
     def __call__(self, task: str, z1: Tensor, y=None, condition=True, zlo: Tensor | None = None,
                  draws: Draws | None = None) -> Batch:

@@ -1,12 +1,10 @@
 """The five methods and the baseline, a file each. This one holds their common interface and what inpainting needs."""
-import math
-from dataclasses import fields
-
 from torch import Tensor, nn
 
 from images import SettingsError
 from images.corruptions import Batch
 from ode_int import ODE
+from support import bounds
 
 
 class Method:
@@ -16,8 +14,9 @@ class Method:
     prediction, with t (B,) float32 of order 1: whatever tells it how noisy x is, gamma in SR3, k/n in I2SB. Guidance,
     counting and tiling wrap around it, so no method knows of them.
 
-    The comment above or beside a field is its help on the command line. The class's name in small letters, the field of
-    Config and the choice of --method are the same.
+    The comment above or beside a field is its help on the command line, and what it is annotated with its type and
+    bounds (support/bounds.py). The class's name in small letters, the field of Config and the choice of --method are
+    the same.
     """
 
     solver = "own"  # used where the user names none: "own" is the method's own sampler, any other name ode_int's
@@ -28,15 +27,16 @@ class Method:
     levels = 0  # how often the method halves an image's sides
 
     def __post_init__(self):
-        """Raises SettingsError, one line, for NaN and infinities, of which config.json knows none.
+        """Raises SettingsError, one line, for a field of another type or out of its bounds.
 
-        A method with rules of its own calls this first, so that its comparisons meet numbers alone.
+        A method with a rule between several fields calls this first.
         """
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(math.isfinite(x) for x in numbers if isinstance(x, float)):
-                raise SettingsError(f"{type(self).__name__.lower()}.{name} = {value}: allowed are finite numbers")
+        bounds.check(self, self.prefix)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a field's name on the command line and in messages."""
+        return f"{type(self).__name__.lower()}."
 
     def check(self, task: str, condition: bool):
         """Raises SettingsError, one line, for a task, with or without sight of the damaged image, that these settings
@@ -70,8 +70,16 @@ class Method:
         """Called after each training step with the players' modules."""
 
 
+def same_shape(prediction: Tensor, target: Tensor) -> Tensor:
+    """The prediction, whose shape has to be the target's: broadcasting would train one channel on colour images."""
+    assert prediction.shape == target.shape, f"the network predicts {[*prediction.shape]} for {[*target.shape]}"
+    return prediction
+
+
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """error (B, C, H, W), mask (B, 1, H, W) -> (B,), each image's mean over the pixels to be made (to_make 1)."""
+    (B, _, H, W), shape = mask.shape, error.shape
+    assert len(shape) == 4 and (shape[0], *shape[2:]) == (B, H, W), f"an error of {[*shape]}, a mask of {[*mask.shape]}"
     return (error.mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
 
 

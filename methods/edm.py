@@ -13,56 +13,49 @@ Known pixels of inpainting hold zlo throughout, in training as in sampling: the 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
+from support.bounds import above, between, require
 
 
 @dataclass(frozen=True)
 class EDM(Method):
     # standard deviation of the clean images' values, which are in [-1, 1]
-    sigma_data: float = 0.5
-    # training: mean of ln sigma; sigma is the noise's standard deviation, in the images' units
-    P_mean: float = -1.2
-    # training: standard deviation of ln sigma
-    P_std: float = 1.2
-    # sampling: the last noise level before 0
-    sigma_min: float = 0.002
-    # sampling: the first noise level
-    sigma_max: float = 80.0
-    # sampling: how much the steps shorten towards sigma_min; 1: all alike
-    rho: float = 7.0
-    # second order, two network evaluations a step but for the last one (heun), or first order (euler)
+    sigma_data: Annotated[float, between(1e-6, 10**6)] = 0.5
+    # mean of ln sigma in training; sigma is the noise's standard deviation, in the images' units
+    P_mean: Annotated[float, between(-100, 100)] = -1.2
+    # standard deviation of ln sigma in training
+    P_std: Annotated[float, above(0, 100)] = 1.2
+    # last noise level of the sampler before 0
+    sigma_min: Annotated[float, between(1e-9, 10**6)] = 0.002
+    # first noise level of the sampler
+    sigma_max: Annotated[float, between(1e-9, 10**6)] = 80.0
+    # shortening of the sampler's steps towards sigma_min; 1: all alike
+    rho: Annotated[float, between(0.1, 1000)] = 7.0
+    # sampler: of second order, two network evaluations per step but for the last one (heun), or of first (euler)
     sampler: Literal["heun", "euler"] = "heun"
     # noise put back while sampling, shared out over the steps (paper, table 5: 30 to 80); 0: deterministic
-    S_churn: float = 0.0
+    S_churn: Annotated[float, between(0, 10**6)] = 0.0
     # least noise level at which noise is put back (0.01 to 0.05)
-    S_min: float = 0.0
+    S_min: Annotated[float, between(0, 10**6)] = 0.0
     # largest noise level at which noise is put back (1 to 50); the default, above every noise level, stands for
     # the paper's infinity, which config.json can't hold
-    S_max: float = 1e6
+    S_max: Annotated[float, between(0, 10**6)] = 1e6
     # standard deviation of the noise put back, 1 being what theory asks for (1.003 to 1.007)
-    S_noise: float = 1.0
+    S_noise: Annotated[float, between(0, 10**6)] = 1.0
 
     has_ode = True
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("sigma_data", "P_std", "sigma_min", "rho"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"edm.{name} = {getattr(self, name)}: allowed is a number above 0")
-        for name in ("S_churn", "S_min", "S_max", "S_noise"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"edm.{name} = {getattr(self, name)}: allowed is 0 or more")
-        if self.sigma_max <= self.sigma_min:
-            raise SettingsError(f"edm.sigma_max = {self.sigma_max}: allowed is above edm.sigma_min = {self.sigma_min}")
-        if self.sampler not in ("heun", "euler"):
-            raise SettingsError(f"edm.sampler = {self.sampler!r}: allowed are heun, euler")
+        above_min = f"a number above edm.sigma_min = {self.sigma_min}"
+        require(self, "sigma_max", self.sigma_max > self.sigma_min, above_min, self.prefix)
 
     def D(self, net, x, sigma, y, cond) -> Tensor:
         """E[z1 | x], eq. 7 and table 1: x (B, C, H, W), sigma () or (B,). Affine in the network's output."""
@@ -70,7 +63,8 @@ class EDM(Method):
         s = sigma[:, None, None, None]
         total = s**2 + sd**2
         c_skip, c_out, c_in = sd**2 / total, s * sd / total.sqrt(), 1 / total.sqrt()
-        return c_skip * x + c_out * net(c_in * x, sigma.log() / 4, y, cond)
+        F = same_shape(net(c_in * x, sigma.log() / 4, y, cond), x)
+        return c_skip * x + c_out * F
 
     def loss(self, net, batch: Batch) -> Tensor:
         """Eq. 2 under the weight and the sigmas of table 1 -> (B,), the mean over the pixels to be made."""

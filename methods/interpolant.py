@@ -15,7 +15,7 @@ The path, its velocity and its ODE are
 The ODE carries the distribution of z0 at t = 0 to that of z1 at t = 1.
 """
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -23,37 +23,25 @@ from torch import Tensor
 import ode_int
 from images import SettingsError
 from images.corruptions import Batch, task_names
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
+from support.bounds import above, between, from_to_below
 
 
 @dataclass(frozen=True)
 class Interpolant(Method):
     """Path, coupling and sampler of the interpolant."""
 
-    # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
+    # path from z0 to z1. linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
     path: Literal["linear", "trigonometric"] = "linear"
-    # dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
+    # coupling of z0 and z1. dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
     coupling: Literal["dependent", "independent"] = "dependent"
-    # standard deviation of the noise in z0, in units of the [-1, 1] range; positive
-    sigma: float = 1.0
-    # train and sample on t_min <= t <= 1 - t_min; in (0, 0.5)
-    t_min: float = 1e-3
+    # standard deviation of the noise in z0, in units of the [-1, 1] range
+    sigma: Annotated[float, above(0, 10**6)] = 1.0
+    # end of the times: training and sampling stay on t_min <= t <= 1 - t_min
+    t_min: Annotated[float, from_to_below(1e-9, 0.5)] = 1e-3
     # strength of the stochastic sampler, eps(t) = eps0 alpha(t); 0 integrates the ODE. It needs a network that sees zlo
-    eps0: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.path not in ("linear", "trigonometric"):
-            raise SettingsError(f"interpolant.path = {self.path!r}: allowed are linear, trigonometric")
-        if self.coupling not in ("dependent", "independent"):
-            raise SettingsError(f"interpolant.coupling = {self.coupling!r}: allowed are dependent, independent")
-        if self.sigma <= 0:
-            raise SettingsError(f"interpolant.sigma = {self.sigma}: allowed is a number above 0")
-        if not 0 < self.t_min < 0.5:
-            raise SettingsError(f"interpolant.t_min = {self.t_min}: allowed is a number between 0 and 0.5")
-        if self.eps0 < 0:
-            raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 (the ODE) or more")
+    eps0: Annotated[float, between(0, 10**6)] = 0.0
 
     def check(self, task: str, condition: bool):
         """Raises SettingsError, one line, where the score can't be computed from the network's output.
@@ -95,7 +83,8 @@ class Interpolant(Method):
         alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
         zt = keep_known(alpha * z0 + beta * z1, batch)
         v = d_alpha * z0 + d_beta * z1
-        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.to_make)
+        error = same_shape(net(zt, t, batch.y, batch.cond), v) - v
+        return masked_mean(error.square(), batch.to_make)
 
     def ends(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """E[z0 | zt], E[z1 | zt] from the velocity at the scalar t: zt and v are two linear equations in them."""

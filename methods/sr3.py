@@ -13,52 +13,42 @@ Known pixels of inpainting hold zlo throughout, in training as in sampling: the 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
+from support.bounds import above, between, require
 
 
 @dataclass(frozen=True)
 class SR3(Method):
     # steps of the noise schedule; the sampler takes as many unless it is given another number
-    T: int = 2000
-    # how beta = 1 - alpha grows from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
+    T: Annotated[int, between(1, 10**6)] = 2000
+    # growth of beta = 1 - alpha from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
     # not at all: beta_end (constant), linearly over the first warmup * T steps and no further (warmup)
     schedule: Literal["quadratic", "linear", "constant", "warmup"] = "quadratic"
-    # 1 - alpha_1: variance of the noise that the first step adds
-    beta_start: float = 1e-6
-    # 1 - alpha_T: variance of the noise that the last step adds
-    beta_end: float = 7e-3
+    # variance of the noise that the first step adds, 1 - alpha_1
+    beta_start: Annotated[float, above(0, 0.999)] = 1e-6
+    # variance of the noise that the last step adds, 1 - alpha_T
+    beta_end: Annotated[float, above(0, 0.999)] = 7e-3
     # share of the T steps over which schedule warmup rises
-    warmup: float = 0.1
+    warmup: Annotated[float, above(0, 1)] = 0.1
     # error of the predicted noise: absolute (l1) or squared (l2); section 2.2's p
     norm: Literal["l1", "l2"] = "l1"
-    # whether each step of the sampler clamps its clean estimate to [-1, 1]
+    # clamping of the sampler's clean estimates to [-1, 1]
     clamp: bool = True
 
     has_ode = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.T < 1:
-            raise SettingsError(f"sr3.T = {self.T}: allowed is 1 or more")
-        if self.schedule not in ("quadratic", "linear", "constant", "warmup"):
-            raise SettingsError(f"sr3.schedule = {self.schedule!r}: allowed are quadratic, linear, constant, warmup")
-        if not 0 < self.beta_end < 1:
-            raise SettingsError(f"sr3.beta_end = {self.beta_end}: allowed is a number between 0 and 1")
-        if not 0 < self.beta_start <= self.beta_end:
-            bounds = f"above 0, at most beta_end = {self.beta_end}"
-            raise SettingsError(f"sr3.beta_start = {self.beta_start}: allowed is a number {bounds}")
-        if not 0 < self.warmup <= 1:
-            raise SettingsError(f"sr3.warmup = {self.warmup}: allowed is a number above 0, at most 1")
-        if self.norm not in ("l1", "l2"):
-            raise SettingsError(f"sr3.norm = {self.norm!r}: allowed are l1, l2")
+        at_most = f"a number above 0, at most sr3.beta_end = {self.beta_end}"
+        require(self, "beta_start", self.beta_start <= self.beta_end, at_most, self.prefix)
 
     @property
     def picture_steps(self) -> int:
@@ -89,7 +79,7 @@ class SR3(Method):
         a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
         eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)
-        error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
+        error = same_shape(net(x, gamma.to(z1.dtype), batch.y, batch.cond), eps) - eps
         return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.to_make)
 
     def predict(self, net, batch: Batch, x, a, b) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import hypot, prod
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -23,57 +24,50 @@ from torch import Tensor, nn
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known
+from methods import Method, keep_known, same_shape
+from support.bounds import NotNegative, between, from_to_below, length, multiple_of, require
 from unet import ResBlock
 
 PAPER_LPIPS = (4.0, 4.0, 0.0)  # the paper's lpips_weight
+Levels = Annotated[tuple[float, ...], between(1e-6, 10**6), length(1, 8)]
+Weights = Annotated[tuple[float, ...], between(0, 10**6)]
 
 
 @dataclass(frozen=True)
 class UDPM(Method):
     # factor of each level on the image's values, finest level first, as in every tuple here: one number a level
-    alphas: tuple[float, ...] = (0.5, 0.2, 1e-3)
+    alphas: Levels = (0.5, 0.2, 1e-3)
     # standard deviation of the noise that each level adds
-    sigmas: tuple[float, ...] = (0.1, 0.2, 0.3)
+    sigmas: Levels = (0.1, 0.2, 0.3)
     # weight of the mean absolute error by level
-    l1_weight: tuple[float, ...] = (1.0, 1.0, 0.0)
+    l1_weight: Weights = (1.0, 1.0, 0.0)
     # weight by level of LPIPS with VGG-16, whose weights are a download; all 0 does without. None: 4 4 0, but where the
     # package or the weights are missing a run warns, does without, and keeps to that
-    lpips_weight: tuple[float, ...] | None = None
+    lpips_weight: Weights | None = None
     # file of torchvision's vgg16 weights (.pth); None downloads them
     lpips_path: str | None = None
     # weight of the adversarial term by level; all 0 trains no discriminator
-    adv_weight: tuple[float, ...] = (0.2, 0.5, 1.0)
+    adv_weight: Weights = (0.2, 0.5, 1.0)
     # weight by level of the squared gradient in the discriminator's loss
-    grad_penalty: tuple[float, ...] = (0.025, 0.1, 0.4)
+    grad_penalty: Weights = (0.025, 0.1, 0.4)
     # standard deviation of the noise on the images that the discriminator is shown, at first
-    disc_noise: float = 0.4
+    disc_noise: NotNegative = 0.4
     # factor on disc_noise every 1,000 steps
-    disc_noise_decay: float = 0.99
+    disc_noise_decay: Annotated[float, between(0, 1)] = 0.99
     # channels of the discriminator's first layer, a multiple of 8; deeper layers have twice as many
-    disc_channels: int = 192
+    disc_channels: Annotated[int, between(8, 8192), multiple_of(8)] = 192
     # share of the discriminator's activations dropped while it learns
-    disc_dropout: float = 0.4
+    disc_dropout: Annotated[float, from_to_below(0, 1)] = 0.4
 
     upscale = 2  # the network's output has twice its input's sides
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("alphas", "sigmas", "l1_weight", "lpips_weight", "adv_weight", "grad_penalty"):
-            values, positive = getattr(self, name), name in ("alphas", "sigmas")
-            if values is None:
-                values = PAPER_LPIPS
-            if len(values) != max(self.levels, 1) or any(v < 0 for v in values) or positive and 0 in values:
-                allowed = "finite numbers " + ("above 0" if positive else "from 0") + ", as many as udpm.alphas"
-                raise SettingsError(f"udpm.{name} = {values}: allowed are {allowed}")
-        if self.disc_noise < 0:
-            raise SettingsError(f"udpm.disc_noise = {self.disc_noise}: allowed are numbers from 0")
-        if not 0 <= self.disc_noise_decay <= 1:
-            raise SettingsError(f"udpm.disc_noise_decay = {self.disc_noise_decay}: allowed are numbers from 0 to 1")
-        if not 0 <= self.disc_dropout < 1:
-            raise SettingsError(f"udpm.disc_dropout = {self.disc_dropout}: allowed are numbers from 0 to below 1")
-        if self.disc_channels < 8 or self.disc_channels % 8:
-            raise SettingsError(f"udpm.disc_channels = {self.disc_channels}: allowed are multiples of 8")
+        for name in ("sigmas", "l1_weight", "lpips_weight", "adv_weight", "grad_penalty"):
+            values = getattr(self, name)
+            number = len(PAPER_LPIPS if values is None else values)
+            allowed = f"{self.levels} numbers, as many as udpm.alphas has"
+            require(self, name, number == self.levels, allowed, self.prefix)
 
     def check(self, task: str, condition: bool):
         """Raises SettingsError, one line, where LPIPS was asked for but its package or weights are missing."""
@@ -179,7 +173,8 @@ class UDPM(Method):
         level = batch.draws.one(1, self.levels + 1)
         mean = self.A[level] * 2**level * average(batch.z1, level)
         x = mean + self.S[level] * batch.randn_like(mean)
-        return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
+        truth = average(batch.z1, level - 1)
+        return level, same_shape(self.estimate(net, x, level, batch), truth) / 2 ** (level - 1), truth
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
         """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too.

@@ -1,6 +1,9 @@
 """The network of a run, its sampler, and Model: a trained run that restores and makes images."""
+import copy
+import itertools
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -87,27 +90,44 @@ def zero_net(c):
     return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
 
 
-def run_sampler(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
-    """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from.
+def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:
+    """Samples (B, C, H, W) by the sampler that the settings name.
 
     `trace`, a list if given, receives (t, state, clean estimate) at each step.
     """
-    method = c.chosen
     if c.sampler == "own":
-        frames = FirstFrame() if trace is None else trace
-        sample = method.sample(net, batch, c.sample_steps, frames)
-        return sample, frames[0][1]
-    ode = method.velocity(net, batch)
-    sample = ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
-    return sample, ode.view(torch.tensor(ode.t0), ode.z)
+        return c.chosen.sample(net, batch, c.sample_steps, trace)
+    ode = c.chosen.velocity(net, batch)
+    return ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
+
+
+class StartShown(Exception):
+    """Ends a sampler that was asked for nothing but its start."""
+
+
+class Start(list):
+    """A trace of the first state alone."""
+
+    def append(self, frame):
+        super().append(frame)
+        raise StartShown
+
+
+def start_states(c, net, batch: Batch) -> Tensor:
+    """The states (B, C, H, W) that run_sampler would start from next, as a trace shows them. Uses no noise up."""
+    trace, device = Start(), batch.zlo.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(StartShown):
+        run_sampler(c, net, batch, trace)
+    return trace[0][1]
 
 
 def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
-    counted, trace, start = Counted(net), [], time.perf_counter()
+    z0, trace = start_states(c, Guided(net, c.guidance), batch), []
+    counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
-    sample, z0 = run_sampler(c, guided, batch)
-    numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
+    sample = run_sampler(c, guided, batch)
+    numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - began)
     run_sampler(c, guided, batch[:4], trace)
     columns = {"start": z0, "samples": sample, "truth": batch.z1}
     if not c.generates:
@@ -115,14 +135,6 @@ def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
         columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])
     return numbers, dict(step=grids, trace=strip(trace))
-
-
-class FirstFrame(list):
-    """A trace that keeps where the path starts, and nothing else."""
-
-    def append(self, frame):
-        if not self:
-            super().append(frame)
 
 
 def batched(items: list, size: int) -> list[list]:
@@ -133,26 +145,44 @@ def batched(items: list, size: int) -> list[list]:
 class NoisePerImage(Draws):
     """Noise whose rows come from random streams of their own, so that no image depends on its batch.
 
-    rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises. A weight
-    may be a function of the draw's number, from 0.
+    rows[i] lists (weight, key of a stream), the key a tuple that begins with the seed: the noise of image i is the
+    weighted sum of its streams' noises. A weight may be a function of the draw's number, from 0. Uniform and whole
+    numbers come from such a noise too, so they go from one seed's to another's like it.
     """
 
     def __init__(self, rows: list[list[tuple]], device):
-        def stream(key):
+        def stream(key, device=device):
             return torch.Generator(device).manual_seed(hashed(key))
 
-        self.number = 0  # of the next draw
-        self.streams = [[(weight, stream(key)) for weight, key in row] for row in rows]
+        self.images = [(itertools.count(), [(weight, stream(key)) for weight, key in row]) for row in rows]
+        first_key = rows[0][0][1]
+        self.host = stream(first_key[:1], "cpu")  # what is one for all images knows of none of them
 
     def randn_like(self, x: Tensor) -> Tensor:
-        number, self.number = self.number, self.number + 1
+        def noise(numbers, streams):
+            number = next(numbers)  # of this draw among the image's
+            weights = [weight(number) if callable(weight) else weight for weight, _ in streams]
+            drawn = [torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
+                     for _, generator in streams]
+            return sum(weight * each for weight, each in zip(weights, drawn))
 
-        def noise(weight, generator):
-            drawn = torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
-            return (weight(number) if callable(weight) else weight) * drawn
+        assert len(x) == len(self.images), f"noise for {len(self.images)} images is asked for {len(x)}: index the Batch"
+        return torch.stack([noise(*image) for image in self.images])
 
-        assert len(x) == len(self.streams), (len(x), len(self.streams))
-        return torch.stack([sum(noise(*each) for each in row) for row in self.streams])
+    def rand(self, x: Tensor, *shape: int) -> Tensor:
+        return self.uniform(x, shape).float().clamp(max=1 - 2**-24)  # below 1 in float32 too
+
+    def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
+        return low + (self.uniform(x, shape) * (high - low)).long().clamp(max=high - low - 1)
+
+    def uniform(self, x: Tensor, shape: tuple) -> Tensor:
+        """(B, *shape) float64 on [0, 1]: the normal distribution function of a noise."""
+        return torch.special.ndtr(self.randn_like(x.new_empty(len(x), *shape, dtype=torch.float64)))
+
+    def narrow(self, rows: slice | Tensor, count: int) -> "NoisePerImage":
+        part, places = copy.copy(self), torch.arange(count)[rows.cpu() if torch.is_tensor(rows) else rows]
+        part.images = [self.images[place] for place in places.tolist()]
+        return part
 
 
 class Model:
@@ -305,7 +335,7 @@ class Model:
         guidance = self.guidance if any(label is not None for label in labels) else 1
         precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
         with autocast(self.device, precision):
-            made, _ = run_sampler(c, Guided(counted, guidance), batch, trace)
+            made = run_sampler(c, Guided(counted, guidance), batch, trace)
         if not made.isfinite().all():  # a method's own sampler does not look
             raise ode_int.SolverError(ode_int.NOT_FINITE)
         self.images, self.rows = self.images + len(made), self.rows + counted.rows

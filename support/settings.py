@@ -1,18 +1,15 @@
 """PRESETS, whole recipes on this project's UNet; settings from plain dicts, and what is allowed of them."""
-import math
 import warnings
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Literal, get_args, get_origin, get_type_hints
 
-import ode_int
 from images import SettingsError
 from images.corruptions import Damage, task_names
-from images.data import MAX_BATCH, MAX_SIDE
 from methods.edm import EDM
 from methods.i2sb import I2SB
 from methods.sr3 import SR3
 from methods.udpm import PAPER_LPIPS, UDPM
+from support import bounds
 
 # two CPU cores, a few minutes
 SMALL = dict(unet_channels=32, unet_blocks=1, batch_size=16, base_lr=1e-3, max_steps=600,
@@ -90,19 +87,13 @@ INCIDENTAL = (
     "wandb_entity", "device", "compile", "micro_batch")
 
 
-def require(options, name: str, good, allowed: str):
-    """Raises SettingsError, one line with the field's name, its value and what is allowed, unless `good`."""
-    if not good:
-        raise SettingsError(f"{name} = {getattr(options, name)!r}: allowed is {allowed}")
-
-
 def from_plain(kind, plain: dict):
     """A dataclass from the plain dict that asdict made. Keys of another version are dropped, with a warning.
 
-    Raises SettingsError for a value of another type.
+    Raises SettingsError for what is no dict, and for what a method or Damage does not take; `check` looks at the rest.
     """
     if not isinstance(plain, dict):
-        raise SettingsError(f"{plain!r} is given for {kind.__name__}: allowed is its fields by name")
+        raise SettingsError(f"{bounds.shown(plain)} is given for {kind.__name__}: allowed is its fields by name")
     known = {f.name: f for f in fields(kind)}
     if unknown := set(plain) - set(known):
         warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
@@ -111,60 +102,19 @@ def from_plain(kind, plain: dict):
         value, default = plain[name], known[name].default_factory
         if is_dataclass(default):
             value = from_plain(default, value)
-        else:
-            value = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
-            hint = get_type_hints(kind)[name]
-            if not fits(value, hint):
-                raise SettingsError(f"{name} = {value!r}: allowed is {getattr(hint, '__name__', hint)}")
-        values[name] = value
+        values[name] = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
     return kind(**values)
-
-
-def fits(value, hint) -> bool:
-    """Whether a value has the type that a field is annotated with."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return value in arguments
-    if kind is tuple:  # tuple[X, ...], or one type an entry
-        if not isinstance(value, tuple):
-            return False
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return len(kinds) == len(value) and all(map(fits, value, kinds))
-    if arguments:  # a union
-        return any(fits(value, each) for each in arguments)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
 
 
 def check(c):
     """Raises SettingsError, one line that names the field of a trainer.Config, its value and what is allowed."""
-    need = partial(require, c)
+    bounds.check(c)
+    need = partial(bounds.require, c)
     need("preset", c.preset in PRESETS or c.preset == "auto", "auto, " + ", ".join(PRESETS))
-    largest = dict(image_size=MAX_SIDE, batch_size=MAX_BATCH, sample_count=MAX_BATCH, unet_channels=8192,
-                   unet_blocks=100, sample_every=10**12, print_loss_every=10**12, checkpoint_every=10**12)
-    for name, most in largest.items():
-        need(name, 1 <= getattr(c, name) <= most, f"1 to {most:,}")
-    for name in ("max_steps", "sample_steps", "keep_every", "micro_batch"):
-        need(name, getattr(c, name) is None or 1 <= getattr(c, name) <= 10**12, "1 or more, or None")
-    for name in ("base_lr", "lr_decay", "grad_clip", "integration_atol", "integration_rtol"):
-        need(name, 0 < getattr(c, name) < math.inf, "a number above 0")
-    for name in ("ema_decay", "unet_dropout"):
-        need(name, 0 <= getattr(c, name) < 1, "from 0 to below 1")
-    need("label_drop", 0 <= c.label_drop <= 1, "from 0 to 1")
-    need("weight_decay", 0 <= c.weight_decay < math.inf, "0 or more")
-    for name in ("warmup_steps", "seed"):
-        need(name, 0 <= getattr(c, name) < 2**63, "0 or more")
-    need("guidance", math.isfinite(c.guidance), "a finite number")
-    need("channels", c.channels in (1, 3), "1 or 3")
-    need("unet_channels", c.unet_channels % 8 == 0, "a multiple of 8, for the group norms")
-    mults = c.unet_dim_mults
-    need("unet_dim_mults", mults and min(mults) >= 1, "one or more whole numbers from 1")
     tasks = task_names(c.task)
     paired = c.paired_path is not None
     need("paired_path", ("paired" in tasks) == paired, "a folder for the task paired, None for the others")
     c.damage.check(c.task, c.image_size)
-    need("solver", c.solver == "auto" or c.solver in ode_int.SOLVERS, "auto, " + ", ".join(ode_int.SOLVERS))
     if c.solver != "auto" and not c.chosen.has_ode:
         raise SettingsError(f"solver = {c.solver!r}: {c.method} {c.chosen.no_ode}; allowed is auto")
     if c.sampler == "dopri5" and c.sample_steps is not None:

@@ -1,8 +1,10 @@
 """What tests share: one thread, runs of a tiny network to look at, and what evaluate.py measured of two."""
+import fcntl
 import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,23 @@ from measured import FLAGS, LOCAL, SIDE, TEST
 from runs import FINISHED, SERVER, child, start
 from trainer import Config
 
-os.environ["WANDB_MODE"] = "offline"  # no test talks to a server
+os.environ |= dict(WANDB_MODE="offline", OMP_NUM_THREADS="1")  # no test talks to a server; for processes of their own
+torch.set_num_threads(1)  # the fastest for so small networks
 torch.manual_seed(0)
+
+
+def once(tmp_path_factory, name: str, make) -> Path:
+    """The folder that make(folder) has filled, once for all processes of pytest-xdist. Nobody writes to it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,31 +49,31 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_found():
-    """One thread, which is fastest for so small a network, and the signal handlers of before."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
+    """The number of threads and the signal handlers are those of before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
+    torch.set_num_threads(1)
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures in the folders of two classes; of these names 4 are held out, 2 of each class."""
-    root = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(data.load("shapes", 16, limit=40).train):
-        (root / "ab"[i % 2]).mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
-    return root
+    """40 pictures in the folders of two classes, not to be written to; of these names 4 are held out, 2 of each class."""
+    def make(root):
+        for i, image in enumerate(data.load("shapes", 16, limit=40).train):
+            (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
+
+    return once(tmp_path_factory, "pictures", make)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A run of 4 steps, not to be written to."""
-    torch.set_num_threads(1)
-    return start(tmp_path_factory.mktemp("finished"), FINISHED)
+    return next(once(tmp_path_factory, "finished", lambda out: start(out, FINISHED)).iterdir())
 
 
 @pytest.fixture
@@ -88,14 +105,15 @@ def process(tmp_path):
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
     """Two classes, dark and bright drawings, with grey levels 20 .. 220, in train/ and test/."""
-    root = tmp_path_factory.mktemp("data") / "drawings"
-    for i, drawing in enumerate(data.load("shapes", SIDE, limit=TEST + 64).train):
-        label, split = ("dark", "bright")[i % 2], "test" if i < TEST else "train"
-        level = 20 + (drawing.float() * 100 / 255).round() + 100 * (i % 2)
-        path = root / split / label / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(level.to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
-    return root
+    def make(root):
+        for i, drawing in enumerate(data.load("shapes", SIDE, limit=TEST + 64).train):
+            label, split = ("dark", "bright")[i % 2], "test" if i < TEST else "train"
+            level = 20 + (drawing.float() * 100 / 255).round() + 100 * (i % 2)
+            path = root / split / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(level.to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+
+    return once(tmp_path_factory, "drawings", make)
 
 
 @pytest.fixture(scope="session")
@@ -111,28 +129,29 @@ def judge(config):
 @pytest.fixture(scope="session")
 def runs(drawings, tmp_path_factory):
     """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
-    out = tmp_path_factory.mktemp("runs")
-    common = [
-        "--dataset", str(drawings),
-        *"--preset small --task sr --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 --unet-blocks 1".split(),
-        *"--no-overfit --batch-size 4 --no-use-wandb --device cpu --precision fp32 --sample-count 2".split(),
-    ]
     own = {
-        "interpolant": ["--solver", "euler", "--sample-steps", "1"],
-        "udpm": ["--udpm.lpips-weight", "0", "0", "0", "--udpm.disc-channels", "8"],
+        "interpolant": "--solver euler --sample-steps 1",
+        "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
     }
-    found = []
-    for method, flags in own.items():
-        assert (
-            trainer.main([*common, "--method", method, "--max-steps", "2", "--out-dir", str(out / method), *flags]) == 0
-        )
-        found += [str(path) for path in (out / method).iterdir()]
-    return found
+
+    def make(out):
+        for method, flags in own.items():
+            common = (
+                f"--preset small --dataset {drawings} --task sr --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 "
+                "--unet-blocks 1 --no-overfit --batch-size 4 --no-use-wandb --device cpu --precision fp32 "
+                f"--sample-count 2 --max-steps 2 --method {method} --out-dir {out / method}"
+            )
+            assert trainer.main(f"{common} {flags}".split()) == 0
+
+    out = once(tmp_path_factory, "runs", make)
+    return [str(path) for method in own for path in (out / method).iterdir()]
 
 
 @pytest.fixture(scope="session")
 def results(runs, tmp_path_factory):
     """What evaluate.py wrote of the two: the folder, and the content of its JSON files."""
-    output = tmp_path_factory.mktemp("output")
-    assert evaluate.main([*runs, *FLAGS, "--metrics", *LOCAL, "--output", str(output)]) == 0
+    def make(output):
+        assert evaluate.main([*runs, *FLAGS, "--metrics", *LOCAL, "--output", str(output)]) == 0
+
+    output = once(tmp_path_factory, "results", make)
     return output, [json.loads((output / (run.split("/")[-1] + ".json")).read_text()) for run in runs]

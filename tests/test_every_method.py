@@ -164,6 +164,7 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
         dataset=str(pictures / "clean"),
         paired_path=str(pictures / "damaged") if task == "paired" else None,
         use_wandb=False,
+        compile="off",
         out_dir=str(tmp_path),
         udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8),
     )

@@ -8,8 +8,14 @@ import pytest
 from faults import attempt
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """What the faults share: the pictures, and runs that were never interrupted."""
+    return tmp_path_factory.mktemp("faults")
+
+
 @pytest.mark.parametrize("name", ["kill", "damaged_checkpoint", "damaged_metrics", "few_bad_gradients", "two_trainers"])
-def test_nothing_is_lost(tmp_path, monkeypatch, name):
+def test_nothing_is_lost(place, monkeypatch, name):
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here), *sys.path[:1]]))
-    assert attempt(name, 0, "the suite", tmp_path) is None
+    assert attempt(name, 0, "the suite", place) is None

@@ -3,6 +3,7 @@ answer."""
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -262,8 +263,8 @@ def test_every_sampler_draws_from_the_posterior(path, coupling, sampler):
     """Given zlo, samples are N(E[z1 | zlo], Var[z1 | zlo]): for the ODE and, thanks to the score, for the SDE of any
     strength."""
     size, sigma, eps0 = 80, 0.7, 0.8
-    batch = gaussian_batch(2, size, condition=True)
-    batch.zlo = batch.cond = torch.tensor([-0.6, 0.9])[:, None, None, None].expand(2, 3, size, size).contiguous()
+    zlo = torch.tensor([-0.6, 0.9])[:, None, None, None].expand(2, 3, size, size).contiguous()
+    batch = replace(gaussian_batch(2, size, condition=True), zlo=zlo, cond=zlo)
     method, trace = Interpolant(path, coupling, sigma, eps0=eps0 if sampler == "sde" else 0.0), []
     mean1, var1 = posterior()
     torch.manual_seed(6)
@@ -290,8 +291,8 @@ def test_sde_of_a_network_that_does_not_see_zlo(path, task):
     """It draws from the distribution of z1 where E[zlo | zt] is known: by the independent coupling, and in holes."""
     batch = gaussian_batch(4, 64, condition=False)
     if task == "inpaint":
-        batch.to_make = batch.unknown = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
-        batch.zlo = batch.z1 * (1 - batch.to_make)
+        hole = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
+        batch = replace(batch, to_make=hole, unknown=hole, zlo=batch.z1 * (1 - hole))
     method = Interpolant(path, "dependent" if task == "inpaint" else "independent", sigma=0.7, eps0=0.8)
     method.check(task, condition=False)
     torch.manual_seed(6)
@@ -375,8 +376,7 @@ def test_known_pixels_stay_what_they_are(sampler, coupling):
 def test_sample_never_reads_z1(sampler, coupling, task):
     samples = []
     for z1 in (make_batch(task).z1, torch.full((4, 2, 6, 6), torch.nan), None):
-        batch = make_batch(task)
-        batch.z1 = z1
+        batch = replace(make_batch(task), z1=z1)
         torch.manual_seed(10)
         samples.append(sample_by(sampler, wiggly_net, batch, coupling=coupling))
     assert samples[0].isfinite().all()
@@ -422,8 +422,8 @@ def test_network_is_told_one_time_an_image_in_fp32():
 
 
 def test_an_independent_coupling_knows_nothing_of_the_damaged_image():
-    batch, other = make_batch(), make_batch()
-    batch.cond, other.cond, other.zlo = None, None, -other.zlo
+    batch = replace(make_batch(), cond=None)
+    other = replace(batch, zlo=-batch.zlo)
     for coupling, same in (("independent", True), ("dependent", False)):
         samples = []
         for b in (batch, other):

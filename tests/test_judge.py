@@ -34,7 +34,7 @@ def test_the_classifier_tells_dark_from_bright(judge, config):
 
 def test_samples_that_are_the_truth_score_the_floor(judge, config):
     floor = judge.baselines(config)[-1]
-    assert floor["name"] == "floor" and floor["frechet"] > 0.01
+    assert floor["name"] == "truth against truth" and floor["frechet"] > 0.01
     assert judge(config, False, truth)["frechet"] == pytest.approx(floor["frechet"], rel=1e-6)
     assert judge(config, False, lambda batch: batch.zlo)["frechet"] > floor["frechet"]
 
@@ -65,7 +65,7 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
 
 def test_baselines_of_sr(judge, config):
     low, bicubic, floor = judge.baselines(replace(config, damage=Damage(up="bicubic")))
-    assert [low["name"], bicubic["name"], floor["name"]] == ["input", "bicubic", "floor"]
+    assert [low["name"], bicubic["name"], floor["name"]] == ["input", "bicubic", "truth against truth"]
     assert low["consistency"] == 0 < bicubic["consistency"] and low["psnr"] != bicubic["psnr"]
     z1 = judge.images.test[torch.cat(judge.batches)]
     small = [
@@ -78,9 +78,16 @@ def test_baselines_of_sr(judge, config):
         assert row["psnr"] == pytest.approx(psnr(to_float(images), to_float(z1)), rel=1e-5)
 
 
+def test_the_truth_is_no_row_where_nothing_of_it_is_measured(config):
+    judge = judging.Judge(config, torch.device("cpu"), ("psnr", "consistency"), count=8)
+    assert [row["name"] for row in judge.baselines(config)] == ["input", "bicubic"]
+
+
 @pytest.mark.parametrize("task, names, without", [
-    ("inpaint", ["input", "smooth fill", "floor"], set()), ("jpeg", ["input", "floor"], set()),
-    ("generate", ["floor"], {"psnr", "consistency"}), ("sr,inpaint", ["input", "floor"], set())])
+    ("inpaint", ["input", "smooth fill", "truth against truth"], set()),
+    ("jpeg", ["input", "truth against truth"], set()),
+    ("generate", ["truth against truth"], {"psnr", "consistency"}),
+    ("sr,inpaint", ["input", "truth against truth"], set())])
 def test_other_tasks(judge, config, task, names, without):
     c = replace(config, task=task)
     rows = judge.baselines(c)

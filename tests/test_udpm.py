@@ -200,7 +200,7 @@ def test_all_noise_is_the_batchs(task):
 def test_wrong_fields_are_named(field, value):
     with pytest.raises(ValueError, match=rf"udpm\.{field} = .*allowed"):
         UDPM(**{field: value})
-    with pytest.raises(ValueError, match=r"udpm\.lpips_weight = .*as many as udpm.alphas"):
+    with pytest.raises(ValueError, match=r"udpm\.lpips_weight = .*as many as udpm.alphas has"):
         UDPM((0.9, 0.6), (0.3, 0.05), (1, 1), adv_weight=(1, 1), grad_penalty=(1, 1))  # of None, the paper's is meant
 
 

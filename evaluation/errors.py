@@ -1,0 +1,116 @@
+"""How sure a figure is: the mean over seeds, its error, and the error of a difference of two rows.
+
+Runs that differ in nothing but their seed are one row and one curve, the mean over seeds. Of each figure there are
+
+    spread    over seeds: their standard deviation; of a single seed the standard error over the test images
+    error     the standard error of the mean, sqrt(spread^2 / seeds + (standard error over the test images)^2). All
+              seeds are measured on the same images, so that error of theirs does not average out
+
+The error of a difference of two rows is smaller: both see the same images. It is sqrt(spread^2 / seeds of the one + the
+same of the other + (standard error of the difference over the test images)^2), the last by a jackknife.
+"""
+import json
+import math
+import statistics
+
+from evaluation.judge import jackknife
+from support.settings import INCIDENTAL
+
+COLUMNS = {  # of a row: title, format
+    "nfe": ("NFE", "{:.4g}"),
+    "psnr": ("PSNR, dB ↑", "{:.2f}"),
+    "ssim": ("SSIM ↑", "{:.3f}"),
+    "lpips": ("LPIPS ↓", "{:.3f}"),
+    "fid": ("FID ↓", "{:.2f}"),
+    "consistency": ("consistency, 1e-5 ↓", "{:.2f}"),
+    "bias": ("bias by channel", "{:+.1f}"),
+    "accuracy": ("accuracy, % ↑", "{:.1f}"),
+    "frechet": ("FD ↓", "{:.2f}"),
+    "seconds": ("s/image", "{:.2g}"),
+}
+SURE = 2  # errors by which a figure has to be worse than the best one to count as worse
+
+
+def mean_over_seeds(results: list[dict]) -> list[dict]:
+    """One result for all runs of other seeds and the same settings, with `seeds`, the list of theirs.
+
+    Its rows have the means, and beside them `spread` and `errors`, by metric, as this file's docstring defines them;
+    `measured`: of how many seeds. A seed given twice is no other seed: it stays a run of its own.
+    """
+    found = {}
+    for result in results:
+        settings = {k: v for k, v in result.get("config", {}).items() if k not in (*INCIDENTAL, "seed")}
+        same = json.dumps([result[k] for k in ("method", "problem", "training")] + [settings], sort_keys=True)
+        seed, copy = result.get("config", {}).get("seed"), 0
+        while seed in found.setdefault((same, copy), {}):
+            copy += 1
+        found[same, copy][seed] = result
+    means = []
+    for seeds in found.values():
+        runs = list(seeds.values())
+        rows = {}  # of one sampler
+        for row in (row for run in runs for row in run["rows"]):
+            rows.setdefault((row["sampler"], row.get("steps"), row["default"]), []).append(row)
+        means.append(runs[0] | dict(seeds=list(seeds), rows=[mean_row(alike) for alike in rows.values()]))
+    return means
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """What one sampler made with the networks of several seeds. A seed where it failed does not count.
+
+    "seed_errors": metric -> the part of its error that another training would change; "without": metric -> the mean
+    without each group of images, where all runs have it.
+    """
+    good = [row for row in rows if "failed" not in row]
+    if not good:
+        return rows[0]
+    mean = dict(good[0], spread={}, errors={}, seed_errors={}, without={}, measured=len(good))
+    for column in COLUMNS:
+        values = [row[column] for row in good if row.get(column) is not None]
+        if not values:
+            continue
+        if isinstance(values[0], list):  # the bias, by channel
+            mean[column] = [statistics.fmean(channel) for channel in zip(*values)]
+            if len(values) > 1:
+                mean["spread"][column] = [statistics.stdev(channel) for channel in zip(*values)]
+            elif column in good[0].get("errors", {}):
+                mean["spread"][column] = good[0]["errors"][column]
+            continue
+        mean[column] = statistics.fmean(values)
+        if column in ("nfe", "seconds"):
+            continue
+        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
+        image_error = statistics.fmean(over_images) if over_images else None
+        spread = statistics.stdev(values) if len(values) > 1 else image_error
+        if spread is not None:
+            seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
+            mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
+            mean["seed_errors"][column] = seed_error
+        without = [row.get("without", {}).get(column) for row in good]
+        if all(without):
+            mean["without"][column] = [statistics.fmean(figures) for figures in zip(*without)]
+    return mean
+
+
+def best(rows: list[dict], column: str) -> list[dict]:
+    """The best row, and those that are not worse by more than SURE errors of the difference. Empty where a column has
+    no better and worse, or fewer than two rows."""
+    sign = {"↑": 1, "↓": -1}.get(COLUMNS[column][0][-1])
+    there = [row for row in rows if row.get(column) is not None]
+    if sign is None or len(there) < 2:
+        return []
+    first = max(there, key=lambda row: sign * row[column])
+    return [row for row in there
+            if sign * (first[column] - row[column]) <= SURE * error_of_difference(first, row, column)]
+
+
+def error_of_difference(one: dict, other: dict, column: str) -> float:
+    """Of two rows of `mean_over_seeds`, as this file's docstring defines it.
+
+    Where a row lacks its figures without each group of images, which older results do, the two count as independent.
+    """
+    both = [row.get("without", {}).get(column, []) for row in (one, other)]
+    if not all(both) or len(both[0]) != len(both[1]):
+        return math.hypot(*(row.get("errors", {}).get(column) or 0 for row in (one, other)))
+    seeds = (row["seed_errors"].get(column, 0) for row in (one, other))
+    return math.hypot(*seeds, jackknife([a - b for a, b in zip(*both)]))

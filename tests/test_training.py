@@ -1,0 +1,170 @@
+"""What a run does with its settings, seen from outside: its checkpoints, figures and pictures, held against plain torch
+and closed forms."""
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import trainer
+from images import data
+from images.corruptions import Damage
+from images.pictures import psnr, to_float
+from pixels import photo
+from runs import TINY, checkpoint, metrics, ranks, resume, start
+from support import model
+from support.model import make_unet
+from support.settings import from_plain
+from trainer import Config
+
+# Regression draws neither time nor noise, so its loss can be written out here; on one batch there are no flips either.
+# Groups of two channels: in groups of one, a bias before a norm has no gradient but rounding.
+PLAIN = "--method regression --solver auto --sample-steps 1 --precision fp32 --unet-channels 16 --sample-every 1000"
+STILL = "--base-lr 1e-30"  # moves no weight: a checkpoint holds those that the run began with
+EACH = "--checkpoint-every 1 --keep-every 1 --print-loss-every 1"
+RATE, DECAY, CLIP, AVERAGE = 3e-3, 0.1, 0.05, 0.3
+
+
+def states(run) -> list[dict]:
+    """The checkpoints that stay, by step."""
+    return [torch.load(file, weights_only=True) for file in sorted((run / "checkpoints").glob("step_*.pt"))]
+
+
+def losses(run) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def network(state, weights):
+    """The run's network with these weights."""
+    net = make_unet(from_plain(Config, state["config"]), state["num_classes"])
+    net.load_state_dict(weights)
+    return net
+
+
+def the_batch():
+    """What those runs overfit: clean images, damaged ones, labels."""
+    images = data.load("shapes", 16, limit=4)
+    z1 = to_float(images.train)
+    return z1, Damage()("sr", z1).zlo, images.train_y
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory) -> dict:
+    """The checkpoint of a run that moved no weight, and its folder as `run`."""
+    run = start(tmp_path_factory.mktemp("still"), f"{PLAIN} {STILL} --max-steps 1")
+    return checkpoint(run) | dict(run=run)
+
+
+@pytest.fixture(scope="module")
+def trained(beginning, tmp_path_factory):
+    """Three steps from there."""
+    return start(tmp_path_factory.mktemp("trained"), f"{PLAIN} {EACH} --init {beginning['run']} --base-lr {RATE} "
+                 f"--weight-decay {DECAY} --warmup-steps 4 --grad-clip {CLIP} --ema-decay {AVERAGE} --max-steps 3 "
+                 "--sample-count 4")
+
+
+def test_steps_are_those_of_plain_torch(beginning, trained):
+    """The mean squared error's gradient, clipped, the rate rising over four steps, AdamW with decay of the weights, and
+    the average of the weights with its warm-up."""
+    z1, zlo, y = the_batch()
+    net = network(beginning, beginning["players"][0]).train()
+    weights = dict(net.named_parameters())
+    average = {name: weight.detach().clone() for name, weight in weights.items()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+    for step, (state, logged) in enumerate(zip(states(trained), losses(trained), strict=True), 1):
+        loss = (zlo + net(zlo, torch.zeros(4), y, zlo) - z1).square().mean()
+        assert logged == pytest.approx(loss.item(), rel=1e-4)
+        net.zero_grad()
+        loss.backward()
+        norm = torch.cat([weight.grad.flatten() for weight in weights.values()]).norm()
+        assert norm > 2 * CLIP
+        rate, decay = RATE * step / 4, min(AVERAGE, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                gradient = weight.grad * CLIP / norm
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient.square()
+                mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+                weight *= 1 - rate * DECAY
+                weight -= rate * mean / (square.sqrt() + 1e-8)
+                average[name] = decay * average[name] + (1 - decay) * weight
+        for expected, found in ((weights, state["players"][0]), (average, state["ema"])):
+            for name in expected:
+                assert (found[name] - expected[name]).abs().max() < 2e-5, (step, name)
+
+
+def test_the_rate_falls_every_thousand_steps(beginning, tmp_path):
+    run = shutil.copytree(beginning["run"], tmp_path / "run")
+    torch.save(checkpoint(run) | dict(step=998, sampled=998), run / "checkpoints" / "last.pt")
+    resume(run, f"{EACH} --max-steps 1001 --base-lr 1e-3 --lr-decay 0.5")
+    assert [state["optimizers"][0]["param_groups"][0]["lr"] for state in states(run)] == [1e-3, 1e-3, 5e-4]
+
+
+def test_pictures_are_of_the_averaged_weights(trained):
+    z1, zlo, y = the_batch()
+    state = checkpoint(trained)
+    with torch.no_grad():
+        averaged, raw = (psnr(zlo + network(state, weights).eval()(zlo, torch.zeros(4), y, zlo), z1)
+                         for weights in (state["ema"], state["players"][0]))
+    assert metrics(trained)[-1]["psnr"] == pytest.approx(averaged, abs=0.02) and abs(averaged - raw) > 0.2
+
+
+def test_each_sampling_shows_the_same_images_damage_and_noise(tmp_path):
+    run = start(tmp_path, f"{STILL} --no-overfit --task inpaint --damage.mask freeform-10-20 --sample-every 1 "
+                          "--max-steps 2")
+    for name in ("step", "trace"):
+        first, second = ((run / "samples" / f"{name}_00000{step}.png").read_bytes() for step in (1, 2))
+        assert first == second
+
+
+def test_a_logged_loss_is_the_mean_since_the_last_one(tmp_path):
+    each, second = (start(tmp_path / str(every), f"--max-steps 6 --sample-every 1000 --print-loss-every {every}")
+                    for every in (1, 2))
+    pairs = torch.tensor(losses(each)).view(3, 2)
+    assert losses(second) == pytest.approx(pairs.mean(1).tolist(), rel=1e-5) and pairs.mean(1).diff().abs().min() > 1e-3
+
+
+def test_the_lowest_loss_is_not_the_last(tmp_path):
+    run = start(tmp_path, f"{PLAIN} {EACH} --base-lr 0.02 --max-steps 4")
+    assert min(losses(run)) < losses(run)[-1] / 2
+    assert checkpoint(run)["lowest_loss"] == pytest.approx(min(losses(run)))
+
+
+def test_the_speed_does_not_count_samplings(tmp_path, monkeypatch):
+    original, slept = model.sample_for_pictures, []
+
+    def slow(*arguments):
+        if not slept:  # after step 3, between the losses of step 2 and 4
+            slept.append(time.sleep(1.5))
+        return original(*arguments)
+
+    monkeypatch.setattr(model, "sample_for_pictures", slow)
+    run = start(tmp_path, "--max-steps 4 --print-loss-every 2 --sample-every 3")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "loss" in line]
+    assert slept and len(speeds) == 2 and speeds[1] > 2 * 4 / 1.5
+
+
+def test_udpm_draws_another_level_at_each_step(tmp_path):
+    """The loss of level 1 alone counts, so it is 0 in the steps of the other levels."""
+    weights = "--udpm.l1-weight 1 0 0 --udpm.lpips-weight 0 0 0 --udpm.adv-weight 0 0 0"
+    run = start(tmp_path, f"--method udpm --solver auto --sample-steps 3 --sample-every 1000 {weights} {STILL} {EACH} "
+                          "--max-steps 12")
+    assert 1 < losses(run).count(0) < 11
+
+
+def test_each_process_drops_activations_of_its_own(tmp_path, process):
+    """Both have the same image: with the same activations dropped, the mean of their gradients would be that of one."""
+    (tmp_path / "data").mkdir()
+    Image.fromarray(photo(16, 16)).save(tmp_path / "data" / "only.png")
+    flags = f"{TINY} {PLAIN} {STILL} --unet-dropout 0.5 --dataset {tmp_path}/data --max-steps 1 --out-dir {tmp_path}"
+    both = [process(trainer.main, f"{flags}/both --batch-size 2".split(), env=env) for env in ranks(2)]
+    assert trainer.main(f"{flags}/one --batch-size 1".split()) == 0
+    for each in both:
+        each.join(100)
+        assert each.exitcode == 0, each.log.read_text()
+    one, mean = (torch.cat([moments["exp_avg"].flatten() for moments in state["optimizers"][0]["state"].values()])
+                 for state in (checkpoint(next((tmp_path / name).iterdir())) for name in ("one", "both")))
+    assert (mean - one).norm() > 0.1 * one.norm()
