@@ -80,7 +80,7 @@ class Options:
     factor: int | None = None
     # picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
-    # folder of inpaint's masks, named as the images, or one mask for all; white is filled in, black and transparent kept
+    # folder of masks for inpaint, named as the images, or one mask for all; white is filled in, transparent is kept
     masks: str | None = None
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: Annotated[int, between(1, 10**6)] = 1

@@ -61,7 +61,7 @@ def as_found():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures in the folders of two classes, not to be written to; of these names 4 are held out, 2 of each class."""
+    """40 pictures in the folders of two classes, not to be written to; 4 of these names are held out, 2 a class."""
     def make(root):
         for i, image in enumerate(data.load("shapes", 16, limit=40).train):
             (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
