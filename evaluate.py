@@ -39,7 +39,7 @@ from support import bounds, machine
 from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
-from support.disk import write_atomically
+from support.disk import read_json, write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
 from support.model import load_network, make_players, run_sampler
 from support.output import reason, unbreakable_output
@@ -170,7 +170,7 @@ def task(config: Config) -> str:
     """The task, and the fields of Damage that make it what it is."""
     described = []
     for name in dict.fromkeys(task_names(config.task)):
-        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name].knobs)
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
 
@@ -189,7 +189,7 @@ def code_version() -> str:
 def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
     try:
-        result = json.loads(Path(path).read_text()) | dict(name=Path(path).stem)
+        result = read_json(Path(path)) | dict(name=Path(path).stem)
         check_result(result)
         table([result])
         return result

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import ode_int
 from evaluation.classifier import Classifier, digest, kept, pieces
 from images import SettingsError, data, one_line
-from images.corruptions import task_names
+from images.corruptions import TASKS, task_names
 from images.pictures import psnr_of_each, to_float, to_uint8
 from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
 from trainer import Config
@@ -142,8 +142,9 @@ class Judge:
             why |= dict.fromkeys(("psnr", "ssim", "lpips", "consistency"), "generation has no truth to be near to")
             if not labels:
                 why["accuracy"] = "generation without labels has no right class"
-        if "paired" in task_names(config.task):
-            why["consistency"] = "the damage of pairs can't be done again"
+        for name in task_names(config.task):
+            if not TASKS[name].repeatable:
+                why["consistency"] = f"the damage of task {name} can't be done to a sample again"
         return {metric: reason for metric, reason in why.items() if metric in self.metrics}
 
     @torch.no_grad()

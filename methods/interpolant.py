@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ode_int
 from images import SettingsError
-from images.corruptions import Batch, task_names
+from images.corruptions import TASKS, Batch, task_names
 from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, from_to_below
@@ -49,8 +49,8 @@ class Interpolant(Method):
         The score is -(E[z0 | zt] - m) / (alpha sigma^2), with m = E[zlo | zt]. That is zlo where the network sees it,
         and 0 in holes and by the independent coupling; elsewhere v does not determine it.
         """
-        known = condition or set(task_names(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
-        if self.eps0 and not known:
+        holes_alone = all(TASKS[name].leaves_unknown for name in task_names(task))
+        if self.eps0 and not (condition or holes_alone or self.coupling == "independent"):
             raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 where the network does not see the "
                                 "damaged image (--no-condition), unless interpolant.coupling = 'independent'")
 

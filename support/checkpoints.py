@@ -8,13 +8,16 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from images import SettingsError, data, one_line
 from images.files import user_path
-from support.disk import write_atomically
+from support import bounds
+from support.bounds import between
+from support.disk import parse_json, write_atomically
 from support.output import reason
 from support.settings import from_plain
 
@@ -32,10 +35,11 @@ class Run:
     path: str  # as the user named it
     config: object  # trainer.Config: every setting
     classes: list[str]  # names of the data's classes
-    num_classes: int  # that the network knows; 0: it sees no labels
-    pair_factor: int  # task paired: how many times larger the clean images were than the damaged ones
-    step: int  # training steps done
-    images_seen: int
+    num_classes: Annotated[int, between(0, 10**6)]  # that the network knows; 0: it sees no labels
+    # task paired: how many times larger the clean images were than the damaged ones
+    pair_factor: Annotated[int, between(1, 64)]
+    step: Annotated[int, between(0, 10**12)]  # training steps done
+    images_seen: Annotated[int, between(0, 10**24)]
     # "ema": the averaged network, "raw": the trained one; an exported file holds one of them
     weights: dict[str, dict[str, Tensor]]
     checkpoint: dict | None = None  # all that a resumed run needs; None of an exported file
@@ -100,11 +104,12 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
         why = one_line(failure)[:100]
         raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({why})") from None
     config = read_config(name, c["config"], config_class)
-    there = {field: path for field, path in c.get("absolute_paths", {}).items() if Path(path).exists()}
+    there = {field: path for field, path in c.get("absolute_paths", {}).items()
+             if field in ("dataset", "data_path", "paired_path") and os.path.exists(path)}
     config = replace(config, **there)  # the folder one stands in may be another today
     seen, weights = c.get("images_seen", c["step"] * config.batch_size), dict(ema=c["ema"], raw=c["players"][0])
     about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
-    return Run(name, config, *about, weights, c)
+    return checked(Run(name, config, *about, weights, c))
 
 
 def of_another_kind(c: dict) -> list[str]:
@@ -115,6 +120,17 @@ def of_another_kind(c: dict) -> list[str]:
     if not wrong and not all(isinstance(path, str) for path in c.get("absolute_paths", {}).values()):
         wrong.append("absolute_paths")
     return wrong
+
+
+def checked(run: Run) -> Run:
+    """The run, if it is one by types and bounds: a file may hold anything. Raises SettingsError."""
+    try:
+        bounds.check(run)
+        few = f"0 or {len(run.classes)}, the number of its classes"
+        bounds.require(run, "num_classes", run.num_classes in (0, len(run.classes)), few)
+    except SettingsError as failure:
+        raise SettingsError(f"run = {run.path!r}: {failure}") from None
+    return run
 
 
 def read_config(name: str, plain: dict, config_class):
@@ -131,14 +147,14 @@ def open_exported(path: str, config_class) -> Run:
     safetensors = import_safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["run"])
+            about = parse_json(file.metadata()["run"])
         weights = safetensors.torch.load_file(path)
         kind, plain = "ema" if about["ema"] else "raw", about["config"]
         rest = (about["classes"], about["num_classes"], about.get("pair_factor", 1), about.get("step", 0),
                 about.get("images_seen", 0))
-    except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError, safetensors.SafetensorError) as failure:
+    except (OSError, TypeError, KeyError, AttributeError, ValueError, safetensors.SafetensorError) as failure:
         raise SettingsError(f"run = {path!r}: not a file that --export wrote ({one_line(failure)[:100]})") from None
-    return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
+    return checked(Run(path, read_config(path, plain, config_class), *rest, {kind: weights}))
 
 
 def portable(path: str | None) -> str | None:

@@ -1,8 +1,16 @@
-"""Files that are never half written, and how much memory is left."""
+"""Files that are never half written, JSON of unknown origin, and how much memory is left.
+
+A leaf module, as support/bounds.py is.
+"""
+import json
+import math
 import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+LARGEST_JSON = 64 * 2**20  # bytes: a hundred times what our own files take
+DEEPEST_JSON = 20  # lists and dicts within one another
 
 
 def write_atomically(path: Path, write):
@@ -32,6 +40,46 @@ def flush_folder(folder: Path):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_json(path: Path):
+    """What a JSON file holds. Raises OSError, and ValueError as `parse_json`."""
+    with open(path, "rb") as f:
+        return parse_json(f.read(LARGEST_JSON + 1))
+
+
+def parse_json(text: str | bytes):
+    """JSON that anyone may have written -> plain values; their types are checked by whoever asked for them.
+
+    Raises ValueError for what is no JSON, and for what could harm the reader: a text of more than LARGEST_JSON, what
+    is nested too deeply, and numbers that are not finite or have too many digits.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    inner = [value]
+    for _ in range(DEEPEST_JSON):
+        inner = [each for outer in inner if isinstance(outer, list | dict)
+                 for each in (outer.values() if isinstance(outer, dict) else outer)]
+    if inner:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 30:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is not finite")
+    return value
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

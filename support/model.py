@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ode_int
 from images import SettingsError, one_line
-from images.corruptions import Batch, Draws, as_tuple, cond_channels, from_damaged, task_names, to_full_size
+from images.corruptions import Batch, Draws, cond_channels, from_damaged, task_names, to_full_size
 from images.files import alpha, flatten, mask_of, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.checkpoints import Run
@@ -211,8 +211,7 @@ class Model:
         self.factor = self.choose_factor(factor)
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
-        blocks = {"sr": max(as_tuple(c.damage.factor)), "jpeg": 16}
-        self.align = max([2**c.chosen.levels, *(blocks.get(name, 1) for name in self.tasks)])
+        self.align = max(2**c.chosen.levels, c.damage.block(c.task))
         tile = c.image_size if tile is None else tile
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
 
@@ -223,11 +222,9 @@ class Model:
 
     def choose_factor(self, factor: int | None) -> int:
         """How many times larger a restored image becomes. Raises SettingsError."""
-        known = {"sr": as_tuple(self.config.damage.factor), "paired": (self.run.pair_factor,)}
-        each = [known.get(name, (1,)) for name in self.tasks]
-        allowed = sorted({factor for factors in each for factor in factors})
+        allowed = self.config.damage.factors(self.config.task, self.run.pair_factor)
         if factor is None:
-            factor = allowed[0]  # of a mixture 1: who enlarges says so
+            factor = allowed[0]  # a mixture defaults to the same size; --factor enlarges
             if len(allowed) > 1 and factor > 1:
                 raise SettingsError(f"factor = None: the run knows {', '.join(map(str, allowed))}; name one")
         if factor not in allowed:

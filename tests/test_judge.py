@@ -108,6 +108,11 @@ def test_pairs_can_not_be_damaged_again(config, drawings):
     assert judge.left_out(c, False).keys() == {"consistency"}
 
 
+def test_nor_can_damage_that_adds_noise(judge, config):
+    c = replace(config, task="sr,noise")
+    assert "consistency" not in judge(c, False, truth) and "noise" in judge.left_out(c, False)["consistency"]
+
+
 def test_data_without_classes_and_too_few_images(drawings, config):
     c = replace(config, dataset=str(drawings / "test" / "dark"))
     judge = judging.Judge(c, torch.device("cpu"), LOCAL, count=40)

@@ -1,4 +1,4 @@
-"""A trained run in a user's own Python, as the README shows it; and runs made before the files moved."""
+"""A trained run in a user's own Python, as docs/sampling.md shows it; and runs made before the files moved."""
 import lzma
 import re
 import shutil
@@ -25,11 +25,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_the_readmes_example(tmp_path, monkeypatch):
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
     make_run(tmp_path / "runs/NAME", identity=True)
     put(tmp_path / "photo.png", photo(9, 14))
     monkeypatch.chdir(tmp_path)
-    code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
+    code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs/sampling.md").read_text(), re.S)
     exec(code, {})
     np.testing.assert_array_equal(get(tmp_path / "restored.png"), photo(9, 14).repeat(2, 0).repeat(2, 1))
 
