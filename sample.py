@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
-from images import DatasetError, SettingsError, files
+from images import DatasetError, SettingsError, files, one_line
 from images.data import MAX_BATCH
 from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
 from images.pictures import grid, row_titles, titled, to_float, to_uint8
@@ -43,7 +43,6 @@ from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
 from support.machine import partition
 from support.model import Model, batched
-from support.output import reason as why
 from support.output import unbreakable_output
 from support.trace import Frames, save_trace
 from trainer import Config
@@ -320,7 +319,7 @@ class Restorer:
                     if len(self.made[name]) == o.draws:
                         self.save_statistics(name, torch.stack(self.made.pop(name)).float())
             except OSError as failure:  # a full disk, say
-                self.failures[name] = f"{self.root / name}: {why(failure)}"
+                self.failures[name] = f"{self.root / name}: {one_line(failure)}"
 
     def save_before_after(self, path: str, before: Tensor, after: Tensor):
         """Both (C, H, W) uint8, side by side: the image as the network got it, and what became of it."""
@@ -410,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as failure:
         reason, status = failure, 2
     except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk
-        reason, status = why(failure), 1
+        reason, status = one_line(failure), 1
     except torch.OutOfMemoryError:
         reason, status = "out of GPU memory; lower --batch-size", 1
     except KeyboardInterrupt:
