@@ -1,4 +1,5 @@
 """A trained run in a user's own Python, as docs/sampling.md shows it; and runs made before the files moved."""
+import json
 import lzma
 import re
 import shutil
@@ -119,6 +120,8 @@ def before(tmp_path) -> Path:
     folder = tmp_path / "before"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.pt").write_bytes(lzma.decompress((HERE / "before/last.pt.xz").read_bytes()))
+    config = torch.load(folder / "checkpoints/last.pt", weights_only=True)["config"]
+    (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(HERE / "before/exported.safetensors", folder)
     return folder
 
