@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from images import SettingsError, data, one_line
+from images.files import user_path
 from support import bounds
 from support.bounds import between
 from support.disk import flush_folder, parse_json, write_atomically
@@ -270,7 +271,7 @@ def absolute_paths(c) -> dict[str, str]:
     named = dict(data_path=c.data_path, paired_path=c.paired_path)
     if c.dataset not in (*data.DOWNLOADS, *data.WITH_THE_CLONE):
         named["dataset"] = c.dataset
-    return {name: str(Path(path).expanduser().resolve()) for name, path in named.items() if path}
+    return {name: str(user_path(path).resolve()) for name, path in named.items() if path}
 
 
 def run_folder(run: str | Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ode_int
 from images import SettingsError, one_line
 from images.corruptions import Batch, Draws, cond_channels, from_damaged, task_names, to_full_size
-from images.files import alpha, flatten, to_image, to_tensor
+from images.files import alpha, flatten, mask_of, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
 from support.bounds import Count, Positive, between, fits, shown, words
 from support.checkpoints import Run
@@ -277,7 +277,7 @@ class Model:
         else:
             zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
             if "inpaint" in self.tasks:
-                hole = to_tensor(alpha(image)) < 255 if mask is None else to_tensor(flatten(mask, 1)) >= 128
+                hole = to_tensor(alpha(image)) < 255 if mask is None else mask_of(mask)
                 hole = hole[None]
         if hole is not None and hole.shape[2:] != zlo.shape[2:]:
             sides = tuple(hole.shape[2:]), tuple(zlo.shape[2:])
