@@ -27,7 +27,7 @@ def train(out, flags, status=0):
 
 def test_an_exported_file_is_refused_with_the_word_init(tmp_path, capsys):
     for more in ("", f"--name new --out-dir {tmp_path}"):
-        resume(tmp_path / "my model.safetensors".replace(" ", "_"), more, status=2)
+        resume(tmp_path / "model.safetensors", more, status=2)
         assert "--init" in one_line(capsys)
     assert not list(tmp_path.iterdir())
 
@@ -118,7 +118,8 @@ RECORDED = {
     "data_path": "elsewhere", "lr_decay": 0.5, "unet_checkpointing": True, "integration_atol": 1e-3,
     "integration_rtol": 1e-3, "checkpoint_every": 3, "wandb_project": "other", "wandb_entity": "me", "device": "cpu",
     "compile": "off", "use_tensorboard": False, "use_wandb": False}
-ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "regression"}  # tested above, or of others
+# tested above, or of another task, data set or method
+ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "regression"}
 
 
 def flag(name, value) -> str:
