@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data
+from images import SettingsError, data, one_line
 from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
@@ -233,6 +233,8 @@ class Trainer:
         self.config = config
         self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
                               config.overfit)
+        if self.world > 1:
+            self.agree()
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
@@ -252,12 +254,21 @@ class Trainer:
         self.folder = checkpoints.run_folder(config.resume) if checkpoint else None
         if checkpoint:
             self.load(checkpoint)
+        if self.world > 1:
+            machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
         if self.rank == 0:
             self.open_folder(checkpoint)
         if config.compiles:
             if self.rank == 0:
                 print("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
+
+    def agree(self):
+        """Raises SettingsError, one line, where another process has other settings or images than this one."""
+        images, index = self.images, torch.linspace(0, len(self.images.train) - 1, 64).long()
+        some = machine.digest(x for x in images.batch(index, self.device, "train") if x is not None)
+        counts = len(images.train), len(images.test), images.classes
+        machine.agree(**asdict(self.config), images=(counts, some))
 
     def open_folder(self, checkpoint: dict | None):
         """The run's folder, its settings and its log; tells what is about to be trained."""
@@ -549,6 +560,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except torch.OutOfMemoryError:
         print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+        return 1
+    except RuntimeError as failure:
+        if not machine.lost_another(failure):
+            raise
+        why = one_line(failure)[:100]
+        print(f"trainer.py: another process has ended, and so does this one ({why})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0
