@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -42,7 +41,7 @@ from support.command_line import parse
 from support.disk import read_json, write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
 from support.model import load_network, make_players, run_sampler
-from support.output import reason, unbreakable_output
+from support.output import unbreakable_output
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -123,7 +122,7 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         without="the figures without each of some groups of these images, for the errors of differences",
         quantised="uint8, clamped", processes=machine.processes()[1],
         dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
-        device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__)
+        device=chip(device), code=machine.code_version(), python=platform.python_version(), torch=torch.__version__)
     result = dict(
         name=run.name, run=run.path, method=c.method, problem=problem, training=training, costs=costs, record=record,
         rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
@@ -173,15 +172,6 @@ def task(config: Config) -> str:
         settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name].knobs)
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
-
-
-def code_version() -> str:
-    here = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -288,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         print0("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
         return 1
     except (OSError, ProcessLost) as failure:  # a full disk; the first process tells
-        print0(f"evaluate.py: {reason(failure)}", sys.stderr)
+        print0(f"evaluate.py: {one_line(failure)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         print0("evaluate.py: interrupted", sys.stderr)

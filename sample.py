@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
-from images import DatasetError, SettingsError
+from images import DatasetError, SettingsError, files, one_line
 from images.data import MAX_BATCH
-from images.files import ENDINGS, list_images, read_alpha, read_image, refuse_outputs, save_png, to_image
+from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
 from images.pictures import grid, row_titles, titled, to_float, to_uint8
 from support import bounds
 from support.bounds import Count, Positive, Seed, between
@@ -43,7 +43,6 @@ from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
 from support.machine import partition
 from support.model import Model, batched
-from support.output import reason as why
 from support.output import unbreakable_output
 from support.trace import Frames, save_trace
 from trainer import Config
@@ -80,7 +79,8 @@ class Options:
     factor: int | None = None
     # picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
-    masks: str | None = None  # folder of inpaint's masks, named as the images, or one mask for all; white is filled in
+    # folder of masks for inpaint, named as the images, or one mask for all; white is filled in, transparent is kept
+    masks: str | None = None
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: Annotated[int, between(1, 10**6)] = 1
     # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network:
@@ -188,7 +188,7 @@ def stem(name: str) -> str:
 
 def output_folder(o: Options, kind: str) -> Path:
     if o.output is not None:
-        return Path(o.output).expanduser()
+        return user_path(o.output)
     if partition(o.partition)[1] > 1:  # whose clocks differ
         raise SettingsError("output = None: allowed is a folder, where several processes share the images")
     run = Path(o.run).resolve()
@@ -212,7 +212,7 @@ class Restorer:
             raise SettingsError(f"label = {o.label!r}: allowed is one, for all images")
         if o.masks is not None and "inpaint" not in model.tasks:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
-        path, self.folder = Path(o.input).expanduser(), output_folder(o, "restored")
+        path, self.folder = user_path(o.input), output_folder(o, "restored")
         self.before_after = o.before_after == "on" or (o.before_after == "auto" and path.is_file())
         self.root, names = (path.parent, [path.name]) if path.is_file() else (path, list_images(path))
         folder = Path(os.path.realpath(self.folder))
@@ -222,7 +222,7 @@ class Restorer:
         inputs = [name for name in names if folder not in Path(os.path.realpath(self.root / name)).parents]
         self.names = inputs[number::count]
         if o.masks is not None:
-            masks = Path(o.masks).expanduser()
+            masks = user_path(o.masks)
             if masks.is_file():  # one for all
                 self.masks = dict.fromkeys(map(stem, names), masks)
             else:
@@ -280,9 +280,9 @@ class Restorer:
     def read_hole(self, name: str, image: Tensor) -> Tensor | None:
         path = self.root / name
         if self.options.masks is None:
-            hole = read_alpha(path) < 255
+            hole = files.read_alpha(path) < 255
         elif stem(name) in self.masks:
-            hole = read_image(self.masks[stem(name)], 1) >= 128
+            hole = files.read_mask(self.masks[stem(name)])
         else:
             raise DatasetError(f"{path}: no mask of this name is in {self.options.masks}")
         if hole.shape[1:] != image.shape[1:]:
@@ -319,7 +319,7 @@ class Restorer:
                     if len(self.made[name]) == o.draws:
                         self.save_statistics(name, torch.stack(self.made.pop(name)).float())
             except OSError as failure:  # a full disk, say
-                self.failures[name] = f"{self.root / name}: {why(failure)}"
+                self.failures[name] = f"{self.root / name}: {one_line(failure)}"
 
     def save_before_after(self, path: str, before: Tensor, after: Tensor):
         """Both (C, H, W) uint8, side by side: the image as the network got it, and what became of it."""
@@ -409,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as failure:
         reason, status = failure, 2
     except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk
-        reason, status = why(failure), 1
+        reason, status = one_line(failure), 1
     except torch.OutOfMemoryError:
         reason, status = "out of GPU memory; lower --batch-size", 1
     except KeyboardInterrupt:

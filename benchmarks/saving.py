@@ -48,7 +48,7 @@ def a_trainer(o: Options, folder: str) -> Trainer:
                      sample_steps=None, use_wandb=False, compile="off", device=o.device, out_dir=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(config)
-    for optimizer in trainer.optimizers:
+    for optimizer in (player.optimizer for player in trainer.players):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -69,13 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
                 start = time.perf_counter()
                 trainer.save()
                 held.append(time.perf_counter() - start)
-                trainer.saver.wait()
+                trainer.folder.wait()
                 written.append(time.perf_counter() - start)
-            size = (trainer.folder / "checkpoints" / "last.pt").stat().st_size
+            size = (trainer.folder.path / "checkpoints" / "last.pt").stat().st_size
     except SettingsError as failure:
         print(f"saving.py: {failure}", file=sys.stderr)
         return 2
-    parameters = sum(p.numel() for module, _ in trainer.players for p in module.parameters())
+    parameters = sum(p.numel() for player in trainer.players for p in player.module.parameters())
     head = ["preset", "parameters", "checkpoint, GB", "training waits, s (min-max)", "on the disk after, s (min-max)"]
     times = [f"{statistics.median(t):.3g} ({min(t):.3g}-{max(t):.3g})" for t in (held, written)]
     print(markdown("", head, [[o.preset, f"{parameters / 1e6:.1f}M", f"{size / 1e9:.2f}", *times]]))

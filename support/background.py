@@ -5,7 +5,8 @@ import threading
 import time
 from contextlib import suppress
 
-from support.output import reason, warn
+from images import one_line
+from support.output import warn
 
 PATIENCE = 10  # seconds that the run waits for a logger, when it starts and when it ends
 QUEUE = 256  # entries that may wait to be logged
@@ -44,7 +45,7 @@ class Background:
                 sink.log(*entry)
             sink.close()
         except (Exception, SystemExit) as failure:
-            self.give_up(f"failed ({reason(failure)}); the run goes on without it")
+            self.give_up(f"failed ({one_line(failure)}); the run goes on without it")
         finally:
             self.let_go()
             self.ready.set()

@@ -6,11 +6,13 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images import SettingsError, one_line
+from support.output import in_main_thread
 
 
 def reseed(*key):
@@ -107,6 +110,16 @@ def chip(device: torch.device) -> str:
     amx = " with AMX" if found.get("amx_bf16") else ""
     threads = torch.get_num_threads()
     return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def code_version() -> str:
+    """The program's git commit, with -dirty behind it where files were changed since; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -323,6 +336,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.before = {}
+        if not in_main_thread():  # whose handlers they are
+            return self
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows knows no SIGHUP
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored

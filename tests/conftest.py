@@ -61,11 +61,11 @@ def as_found():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures, of which 4 are held out, in the folders of two classes; not to be written to."""
+    """40 pictures in the folders of two classes, not to be written to; 4 of these names are held out, 2 a class."""
     def make(root):
         for i, image in enumerate(data.load("shapes", 16, limit=40).train):
             (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"{i:02d}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
 
     return once(tmp_path_factory, "pictures", make)
 

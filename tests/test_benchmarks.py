@@ -278,10 +278,10 @@ def test_solvers_on_a_run(tmp_path, capsys):
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     trainer = Trainer(replace(TINY, dataset=str(tmp_path / "pictures"), out_dir=str(tmp_path)))
     trainer.save()
-    trainer.saver.wait()
+    trainer.folder.wait()
     out = tmp_path / "solvers.json"
     arguments = "--device cpu --count 8 --batch-size 4 --steps 8 16 --tolerances 1e-2 --precisions fp32".split()
-    assert solvers.main([str(trainer.folder), *arguments, "--out", str(out)]) == 0
+    assert solvers.main([str(trainer.folder.path), *arguments, "--out", str(out)]) == 0
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     table = {row["name"]: row for row in report["table"]}
     reference, loose = table["dopri5, 1e-05"], table["dopri5, 0.01"]

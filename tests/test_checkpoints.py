@@ -16,7 +16,7 @@ import trainer
 from images import SettingsError
 from runs import FINISHED, TINY, at_step, checkpoint, finite, metrics, one_line, resume, same, start, until
 from support import checkpoints
-from support.watch import Watch
+from support.health import Health
 from trainer import Config, Trainer
 
 
@@ -51,7 +51,7 @@ def test_nan_in_the_optimizers_averages_is_not_saved(tmp_path, monkeypatch, caps
     def train_step(self):
         original(self)
         if self.step == 3:  # the next steps have finite gradients and go on
-            next(iter(self.optimizers[0].state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
+            next(iter(self.players[0].optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 2 --sample-every 1000", status=1)
@@ -63,12 +63,12 @@ def test_a_checkpoint_that_was_put_off_is_caught_up_on(tmp_path, monkeypatch, ca
     saved, original = [], trainer.checkpoints.save_checkpoint
     monkeypatch.setattr(trainer.checkpoints, "save_checkpoint",
                         lambda folder, state, keep: saved.append(state["step"]) or original(folder, state, keep))
-    unfit = Watch.unfit
+    unfit = Health.unfit
 
     def says_so(self, state):
         return "a test says so" if state["step"] == 2 else unfit(self, state)
 
-    monkeypatch.setattr(Watch, "unfit", says_so)
+    monkeypatch.setattr(Health, "unfit", says_so)
     start(tmp_path, "--max-steps 5 --checkpoint-every 2 --print-loss-every 1 --sample-every 1000")
     assert saved == [3, 4, 5] and capsys.readouterr().err.count("is not saved") == 1
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_was_put_off_is_caught_up_on(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("recent, lowest, fit", [(0.5, 0.4, True), (39.0, 0.4, True), (41.0, 0.4, False),
                                                  (math.inf, 0.4, False), (7.0, None, True)])
 def test_what_counts_as_diverged(recent, lowest, fit):
-    watch = Watch(torch.device("cpu"))
+    watch = Health(torch.device("cpu"))
     watch.recent, watch.lowest = recent, lowest
     assert (watch.unfit(dict(weights=[torch.ones(2)])) is None) == fit
 

@@ -2,7 +2,6 @@
 bit for bit."""
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +16,7 @@ import trainer
 from images import data
 from images.corruptions import TASKS
 from methods.udpm import UDPM
-from runs import checkpoint, finite, metrics, resume, same
+from runs import checkpoint, copied_at, finite, metrics, resume, same
 from trainer import Trainer
 
 METHODS = {  # few network evaluations, and no download
@@ -53,16 +52,9 @@ def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[P
     )
     if task == "paired":
         flags += f" --paired-path {pictures / 'damaged'}"
-    original, half = Trainer.save, tmp_path / "half"
-
-    def save(self):
-        original(self)
-        self.saver.wait()
-        if self.step == 1:
-            shutil.copytree(self.folder, half)
-
+    half = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", save)
+        copied_at(patch, 1, half)
         assert trainer.main(flags.split()) == 0
     return next((tmp_path / "runs").iterdir()), half
 
@@ -174,7 +166,7 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
     run.train_step()  # makes tables that stay on the device
     with Copies() as copies:
         run.train_step()
-    assert run.watch.loss.is_meta and not copies.found
+    assert run.health.loss.is_meta and not copies.found
     with Copies() as copies:
         torch.tensor([0]).to(run.device)
     assert len(copies.found) == 1

@@ -119,15 +119,15 @@ def poison(monkeypatch, steps):
     original = Trainer.train_step
 
     def train_step(self):
-        (net, loss), *others = players = self.players
+        player, weight = self.players[0], self.net.out.bias
+        loss = player.loss
         if self.step + 1 in steps:
-            weight = net.out.bias
             bad = dict(
                 nan=lambda *a: loss(*a) * math.nan, one=lambda *a: loss(*a) + (weight[0] - weight[0].detach()).sqrt()
             )
-            self.players = [(net, bad["nan" if self.step % 2 else "one"]), *others]
+            player.loss = bad["nan" if self.step % 2 else "one"]
         value = original(self)
-        self.players = players
+        player.loss = loss
         return value
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -139,8 +139,8 @@ def test_a_gradient_that_is_not_finite_skips_its_step(tmp_path, monkeypatch):
 
     def train_step(self):
         original(self)
-        state = dict(players=[net.state_dict() for net, _ in self.players], ema=self.ema.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        state = dict(players=[each.module.state_dict() for each in self.players], ema=self.ema.state_dict(),
+                     optimizers=[each.optimizer.state_dict() for each in self.players])
         states[self.step] = copy.deepcopy(state)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -367,7 +367,7 @@ def test_config_json_is_the_runs_config(finished):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_allowed_and_make_a_network(monkeypatch, name):
-    monkeypatch.setattr(methods.udpm, "load_lpips", lambda path: None)  # a download
+    monkeypatch.setattr(methods.udpm, "load_lpips", lambda net, path: None)  # a download
     config = replace(Config(**PRESETS[name]), preset=name)
     config.check()
     assert from_plain(Config, json.loads(json.dumps(asdict(config)))) == config

@@ -308,7 +308,7 @@ def poison(what: str, value: float, first: int, last: int):
         while hooks:
             hooks.pop().remove()
         if what == "moments":
-            trainer.optimizers[0].state[weights]["exp_avg_sq"].view(-1)[0] = value
+            trainer.players[0].optimizer.state[weights]["exp_avg_sq"].view(-1)[0] = value
         if what == "weights":
             weights.data.view(-1)[0] = value
 
