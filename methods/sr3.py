@@ -8,6 +8,9 @@
     gamma_t         gammas[t] = alpha_1 ... alpha_t, with gammas[0] = 1; the paper's t counts from clean to noise
     alpha_t         gammas[t] / gammas[t - 1]
 
+The network is this project's: its embedding of t scales and shifts between convolutions, where the code that SR3's seed
+names takes an instance norm whose gain and shift come from gamma itself.
+
 Known pixels of inpainting hold zlo throughout, in training as in sampling: the network meets the same states in both.
 """
 import math

@@ -3,7 +3,7 @@ import json
 import os
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -239,14 +239,13 @@ def link(file: Path, other: Path):
         new.unlink(missing_ok=True)
 
 
-# what a run keeps for ever: what its network is, and where it began
-FIXED = ("method", "channels", "condition", "unet_channels", "unet_dim_mults", "unet_blocks", "unet_use_classes",
-         "init", "preset")
+FREE = ("unet_dropout", "unet_checkpointing")  # of the network's fields, which may change in the course of a run
 
 
 def refuse_fixed(trained, config):
-    """A run goes on with the method and the network that it began with. Raises SettingsError."""
-    for name in FIXED:
+    """A run keeps for ever what its network is, and where it began. Raises SettingsError."""
+    network = [field.name for field in fields(config) if field.name.startswith("unet_") and field.name not in FREE]
+    for name in ("method", "channels", "condition", *network, "init", "preset"):
         before, now = getattr(trained, name), getattr(config, name)
         if before != now:
             raise SettingsError(f"{name} = {now!r}: the run was trained with {before!r}, and goes on with it")

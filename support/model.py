@@ -5,6 +5,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from images import SettingsError, one_line
 from images.corruptions import Batch, Draws, cond_channels, from_damaged, task_names, to_full_size
 from images.files import alpha, flatten, mask_of, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
+from support.bounds import Count, Positive, between, fits, shown, words
 from support.checkpoints import Run
 from support.disk import free_memory
 from support.machine import autocast, hashed, pick_device, processes, set_up
@@ -28,6 +30,12 @@ BYTES_A_PIXEL = 260
 BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
 LONGEST = 1000  # times as long as wide
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
+
+
+ARGUMENTS = dict(  # of Model
+    solver=Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None, steps=Count | None,
+    tolerance=Positive | None, guidance=float | None, factor=Count | None,
+    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count, precision=Literal["auto", "bf16", "fp32"] | None)
 
 
 # c is a trainer.Config in all of these
@@ -203,6 +211,11 @@ class Model:
     def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
                  tolerance: float | None = None, guidance: float | None = None, factor: int | None = None,
                  tile: int | None = None, batch_size: int = 64, device: str = "auto", precision: str | None = None):
+        given = dict(solver=solver, steps=steps, tolerance=tolerance, guidance=guidance, factor=factor, tile=tile,
+                     batch_size=batch_size, precision=precision)
+        for name, value in given.items():
+            if not fits(value, ARGUMENTS[name]):
+                raise SettingsError(f"{name} = {shown(value)}: allowed is {words(ARGUMENTS[name])}")
         self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
         self.tasks, self.batch_size = task_names(c.task), batch_size
@@ -259,7 +272,9 @@ class Model:
         if isinstance(image, list):
             return [self.restore(each, mask=mask, label=label, seed=seed) for each in image]
         zlo, hole = image, mask
-        if isinstance(image, Image.Image):
+        if not isinstance(image, Image.Image):
+            self.check_tensor(image, mask)
+        else:
             zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
             if "inpaint" in self.tasks:
                 hole = to_tensor(alpha(image)) < 255 if mask is None else mask_of(mask)
@@ -269,7 +284,21 @@ class Model:
             raise SettingsError(f"mask: its sides, {sides[0]}, are not the image's, {sides[1]}")
         labels = [None if label is None else self.label_number(label)] * len(zlo)
         made = self.sample(self.full_size(zlo), hole, labels, [[(1.0, (seed, "", i))] for i in range(len(zlo))])
-        return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made
+        return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made.clamp(-1, 1)
+
+    def check_tensor(self, zlo, mask):
+        """Raises SettingsError, one line, for what `restore` can't take as tensors."""
+        if not torch.is_tensor(zlo):
+            raise SettingsError(f"image is a {type(zlo).__name__}: allowed is a PIL image, a list of them, or a tensor")
+        shape, channels = [*zlo.shape], self.config.channels
+        if len(shape) != 4 or shape[1] != channels or 0 in shape:
+            raise SettingsError(f"image: its shape is {shape}: allowed is (B, {channels}, height, width)")
+        if not zlo.is_floating_point():
+            raise SettingsError(f"image: its type is {zlo.dtype}: allowed are floating-point numbers in [-1, 1]")
+        if not zlo.abs().max() <= 1:  # NaN too
+            raise SettingsError(f"image: its values are from {zlo.min():.4g} to {zlo.max():.4g}: allowed is [-1, 1]")
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 4 and mask.shape[:2] == (len(zlo), 1)):
+            raise SettingsError(f"mask: beside a tensor allowed is a tensor ({len(zlo)}, 1, height, width)")
 
     def generate(self, count: int = 1, *, label: str | int | None = None, seed: int = 0) -> list[Image.Image]:
         """`count` new images, of a class or of none. Raises SettingsError."""

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from images.corruptions import Batch
+from measured import SMALL
 from methods.interpolant import Interpolant
 from ode_int import FIXED_STEP, solve
+from support.model import run_sampler
+from trainer import Config
 from unet import Counted
 
 PATHS = pytest.mark.parametrize("path", ["linear", "trigonometric"])
@@ -457,3 +460,23 @@ def test_no_warning_on_the_way():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample_by("dopri5", wiggly_net, make_batch())
+
+
+def test_fixed_steps_shorten_towards_the_data():
+    """(1 - t)^(1/3) falls evenly; the clean estimate asks once more at the end."""
+    times, config = [], Config(solver="euler", sample_steps=4, **SMALL)
+    run_sampler(config, lambda x, t, y, cond: times.append(t[0].item()) or 0 * x, make_batch())
+    np.testing.assert_allclose(times, 1 - np.linspace(0.999 ** (1 / 3), 0.001 ** (1 / 3), 5) ** 3, atol=1e-6)
+
+
+def test_dopri5_keeps_to_both_tolerances():
+    """dz/dt = 30,000 cos 30 t: the absolute tolerance is in units of z, the relative one is a share of it."""
+    batch, method = make_batch("generate"), Interpolant(sigma=1e-6)  # which starts near 0
+
+    def net(x, t, y, cond):
+        return (3e4 * torch.cos(30 * t)).view(-1, 1, 1, 1).expand_as(x)
+
+    exact = 1000 * (math.sin(29.97) - math.sin(0.03)) + 30 * math.cos(29.97)
+    for absolute, relative, least, most in ((1.0, 1e-9, 0, 10), (1e-9, 1.0, 50, math.inf)):
+        config = Config(integration_atol=absolute, integration_rtol=relative, interpolant=method, **SMALL)
+        assert least <= (run_sampler(config, net, batch) - exact).abs().max() < most

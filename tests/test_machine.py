@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.machine import chip
+from support.machine import chip, set_up, stream
 
 # fifty tensors of 4 MiB, made and freed as a training step does; printed: the pages that each further turn waits for
 TURNS = """
@@ -42,6 +42,20 @@ def test_help_does_not_wait_for_packages_that_only_a_run_needs():
                           text=True, check=True)
     slow = {"scipy", "torchdiffeq", "torchvision", "wandb", "matplotlib", "torch._inductor"}
     assert not slow & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("helps, chosen", [(True, "bf16"), (False, "fp32")])
+def test_the_precision_is_bf16_only_where_the_chip_computes_in_it(monkeypatch, helps, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: helps)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert set_up(torch.device("cpu")) == chosen
+    assert [set_up(torch.device("cpu"), named) for named in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_neighbouring_seeds_and_steps_have_streams_of_their_own():
+    first = {torch.rand(2, generator=stream("cpu", "train", seed, step)).tolist()[1]
+             for seed in range(50) for step in range(50)}
+    assert len(first) > 2490  # of 2,500 values out of 2**24; seeds of 16 bits would give 2,450
 
 
 @pytest.mark.parametrize("found, name", [

@@ -354,7 +354,7 @@ def test_config_json_is_the_runs_config(finished):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_allowed_and_make_a_network(monkeypatch, name):
-    monkeypatch.setattr(methods.udpm, "load_lpips", lambda path: None)  # a download
+    monkeypatch.setattr(methods.udpm, "load_lpips", lambda net, path: None)  # a download
     config = replace(Config(**PRESETS[name]), preset=name)
     config.check()
     assert from_plain(Config, json.loads(json.dumps(asdict(config)))) == config
