@@ -70,6 +70,8 @@ class Config:
     # part of an image that is used. center: its middle square, resized; random, for folders of photographs: squares of
     # image_size from anywhere in them, at their own resolution (test images: from the middle)
     crop: Literal["center", "random"] = "center"
+    # mirroring of half the training images, left to right; not for what has a side, as digits and letters
+    flip: bool = True
 
     # ---- training
 
@@ -332,7 +334,7 @@ class Trainer:
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
         draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
                       rows, c.batch_size)
-        if not c.overfit:
+        if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)
             zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
