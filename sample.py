@@ -47,6 +47,8 @@ from support.output import unbreakable_output
 from support.trace import Frames, save_trace
 from trainer import Config
 
+GRID = 1024  # images that grid.png shows
+
 
 @dataclass
 class Options:
@@ -129,6 +131,8 @@ def parse_labels(text: str | None, model: Model) -> list[int | None]:
         return [None]
     if text == "all" and model.classes:
         return list(range(len(model.classes)))
+    if text in model.classes:  # it may hold a comma
+        return [model.label_number(text)]
     return list(dict.fromkeys(model.label_number(name.strip()) for name in text.split(",")))
 
 
@@ -339,13 +343,16 @@ class Restorer:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 def generate(o: Options, model: Model) -> int:
-    """`count` images of each label, as files and as grid.png, a row a label. The i-th of each share their noise."""
+    """`count` images of each label, as files and, the first GRID of them, as grid.png, a row a label.
+
+    The i-th images of all labels share their noise.
+    """
     labels, count = parse_labels(o.label, model), o.count
     if "generate" not in model.tasks:
         raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}), "
                             "which --input FOLDER names")
-    folder, made = output_folder(o, "generated"), []
-    titles = ["image" if label is None else model.classes[label] for label in labels]
+    folder, done, shown = output_folder(o, "generated"), 0, []
+    titles = ["image" if label is None else " ".join(model.classes[label].split()) for label in labels]
     kinds = [re.sub(r"[^\w-]+", "-", title) for title in titles]
     if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
         kinds = [f"{kind}-{label}" for kind, label in zip(kinds, labels)]
@@ -357,19 +364,22 @@ def generate(o: Options, model: Model) -> int:
     every, mine, side = every[number::of], paths[number::of], model.config.image_size
     refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
     progress = Progress(model, len(mine), o.trace)
+    of_each = min(count, max(1, GRID // len(labels)))  # images that the grid shows; all would fill the memory
     for some in batched(every, model.at_a_time(side, side)):
         frames = Frames((side, side)) if o.trace and of == 1 else None
         sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
-        if frames is not None and not made:
+        if frames is not None and not done:
             save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
         for picture in to_uint8(sample):
-            save_png(mine[len(made)], to_image(picture))
-            made.append(picture)
+            save_png(mine[done], to_image(picture))
+            if of == 1 and done % count < of_each:
+                shown.append(picture)
+            done += 1
         progress.bar.update(len(some))
     print(f"{len(mine)} images in {folder}: {progress.cost()}")
     if of > 1:
         return 0
-    picture = grid(to_float(torch.stack(made)), count if len(labels) > 1 or o.interpolate else None)
+    picture = grid(to_float(torch.stack(shown)), of_each if len(labels) > 1 or o.interpolate else None)
     if len(labels) > 1:
         picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
     else:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data
+from images import SettingsError, data, one_line
 from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
@@ -70,6 +70,8 @@ class Config:
     # part of an image that is used. center: its middle square, resized; random, for folders of photographs: squares of
     # image_size from anywhere in them, at their own resolution (test images: from the middle)
     crop: Literal["center", "random"] = "center"
+    # mirroring of half the training images, left to right; not for what has a side, as digits and letters
+    flip: bool = True
 
     # ---- training
 
@@ -246,6 +248,8 @@ class Trainer:
         self.config = config
         self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
                               config.overfit)
+        if self.world > 1:
+            self.agree()
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
@@ -263,10 +267,19 @@ class Trainer:
         self.health = Health(self.device)
         if begun:
             self.load(begun)
+        if self.world > 1:
+            machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
         self.open_folder(folder)
         if config.compiles:
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
+
+    def agree(self):
+        """Raises SettingsError, one line, where another process has other settings or images than this one."""
+        images, index = self.images, torch.linspace(0, len(self.images.train) - 1, 64).long()
+        some = machine.digest(x for x in images.batch(index, self.device, "train") if x is not None)
+        counts = len(images.train), len(images.test), images.classes
+        machine.agree(**asdict(self.config), images=(counts, some))
 
     def player(self, module: nn.Module, loss: Callable) -> Player:
         c, shared = self.config, machine.data_parallel(module)
@@ -323,7 +336,7 @@ class Trainer:
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
         draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
                       rows, c.batch_size)
-        if not c.overfit:
+        if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)
             zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
@@ -545,6 +558,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not machine.is_out_of_memory(failure):
             raise
         print("trainer.py: out of memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+        return 1
+    except RuntimeError as failure:
+        if not machine.lost_another(failure):
+            raise
+        why = one_line(failure)[:100]
+        print(f"trainer.py: another process has ended, and so does this one ({why})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0

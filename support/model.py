@@ -283,7 +283,7 @@ class Model:
             return self.classes.index(label)
         if str(label).isdecimal() and int(label) < len(self.classes):
             return int(label)
-        names = ", ".join(self.classes)
+        names = ", ".join(" ".join(name.split()) for name in self.classes)
         raise SettingsError(f"label = {label!r}: allowed is all, or from {names}, 0 to {len(self.classes) - 1}")
 
     def at_a_time(self, height: int, width: int) -> int:

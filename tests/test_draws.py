@@ -110,6 +110,27 @@ def test_generation_by_label(tmp_path, capsys):
     assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
 
 
+def test_a_class_of_a_comma_and_a_new_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrained, "CLASSES", ["salt, pepper", "two\nlines", "c"])
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    for name, label in (("comma", "salt, pepper"), ("all", "all")):
+        assert run(path, "--count", 1, "--output", tmp_path / name, "--label", label) == 0
+    assert sorted(p.name for p in (tmp_path / "comma").iterdir()) == ["grid.png", "salt-pepper_0001.png"]
+    assert (tmp_path / "all" / "two-lines_0001.png").exists()
+
+
+def test_the_grid_shows_the_first_images_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "GRID", 4)
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    assert run(path, "--count", 5, "--output", tmp_path / "out", "--label", "cat,dog") == 0
+    assert len(list((tmp_path / "out").glob("*_*.png"))) == 10
+    grid = get(tmp_path / "out" / "grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]
+    for row, name in enumerate(("cat", "dog")):
+        for column in (0, 1):
+            np.testing.assert_array_equal(grid[4 + 66 * row, 4 + 66 * column],
+                                          get(tmp_path / "out" / f"{name}_000{column + 1}.png")[0, 0])
+
+
 def test_classes_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(untrained, "CLASSES", ["a b", "a/b", "c"])
     path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")

@@ -15,7 +15,8 @@ import torchvision
 from PIL import Image
 
 from benchmarks import data as benchmark
-from images import SettingsError, data, packs
+from images import DatasetError, SettingsError, data, packs
+from images import photos as photos_module
 from images.data import Feed, Images, crop_corners, load
 from images.files import fit, list_images, open_image, to_tensor
 from images.photos import gather_rows, map_file
@@ -175,6 +176,90 @@ def test_a_stale_pack_is_made_anew(photos, decoded, change, monkeypatch):
     assert len(list(Path("data/packs").iterdir())) == 1
     decoded.clear()
     assert everything(load(str(photos), 12)) == everything(after) and not decoded
+
+
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in ("clean.u8", "sizes.i32") for damage in ("bit", "longer", "shorter", "gone", "empty")),
+    ("damaged.u8", "bit"), ("index.json", "bit"), ("index.json", "longer"), ("index.json", "empty")])
+def test_a_damaged_pack_is_packed_again(photos, decoded, damage, name):
+    """Never are other images taken, and it ends in neither a traceback nor the system's SIGBUS."""
+    crop = "random" if name == "sizes.i32" else "center"
+    before = load(str(photos), 12, paired_path=str(photos), crop=crop)
+    every = torch.arange(len(before.train))
+    decoded.clear()
+    file = the_pack() / name
+    content = file.read_bytes()
+    file.unlink()
+    middle = len(content) // 2
+    if damage != "gone":
+        file.write_bytes(dict(bit=content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1:],
+                              longer=content + b"x", shorter=content[:-1], empty=b"")[damage])
+    with pytest.warns(UserWarning, match=f"{name} is damaged, so the images are packed again"):
+        after = load(str(photos), 12, paired_path=str(photos), crop=crop)
+    assert len(decoded) == 40
+    for one, other in zip(before.rows(every), after.rows(every)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_large_pack_is_checked_block_by_block(photos, monkeypatch, crop):
+    for module in (packs, photos_module):
+        monkeypatch.setattr(module, "BLOCK", 256, raising=False)
+    monkeypatch.setattr(packs, "CHECK_AT_ONCE", 100)
+    load(str(photos), 12, crop=crop)
+    with open(the_pack() / "clean.u8", "r+b") as f:
+        f.seek(7)
+        first = f.read(1)[0]
+        f.seek(7)
+        f.write(bytes([first ^ 1]))
+    images = load(str(photos), 12, crop=crop)
+    last, every = torch.tensor([len(images.train) - 1]), torch.arange(len(images.train))
+    assert images.rows(last)[0].shape == (1, 3, 12, 12)  # lies elsewhere
+    with pytest.raises(DatasetError, match="clean.u8: is damaged; start again, and the images are packed again"):
+        images.rows(every, crop_corners=torch.zeros(len(every), 2, dtype=torch.float64))
+    again = load(str(photos), 12, crop=crop)
+    assert again.rows(every)[0].shape == (len(every), 3, 12, 12)
+
+
+def test_what_is_written_to_the_images_stays_here(photos):
+    """It ended Python before, for the file was mapped to be read only."""
+    images = load(str(photos), 12)
+    before = everything(images)
+    images.train[0] += 1
+    assert everything(images) != before and everything(load(str(photos), 12)) == before
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_failure_of_the_moment_is_tried_again_and_never_stored(photos, monkeypatch, times):
+    monkeypatch.setattr(packs, "PAUSES", (0, 0))
+    whole, left = Image.open, [times]
+
+    def fails(path, **how):
+        if str(path).endswith("r04.png") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path, **how)
+
+    monkeypatch.setattr(Image, "open", fails)
+    if times == 3:
+        with pytest.raises(SettingsError, match="r04.png: can't be read at the moment .Input/output error.; start"):
+            load(str(photos), 12)
+    images = load(str(photos), 12)
+    assert len(images.train) + len(images.test) == 20 and not images.left_out
+
+
+def test_a_strip_is_left_out_by_name(photos):
+    Image.new("RGB", (301, 3)).save(photos / "a/strip.png")
+    with pytest.warns(UserWarning, match="strip.png: its sides are 301x3, more than 100 times as long as wide; crop"):
+        assert len(load(str(photos), 12).left_out) == 1
+
+
+def test_photographs_that_are_too_small_for_the_crops_are_counted(photos):
+    """Of sides from 16 to 30 pixels."""
+    small = sum(min(Image.open(path).size) < 24 for path in photos.rglob("*.png"))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"{small} of 20 images have a side below image_size = 24 and"):
+            load(str(photos), 24, crop="random")
 
 
 # ------------------------------------------------------------------------------------------------- killed, in parallel
