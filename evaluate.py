@@ -263,8 +263,8 @@ def run(o: Options):
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
     unbreakable_output()
-    machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
     try:
+        machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
         run(o)

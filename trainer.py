@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data
+from images import SettingsError, data, one_line
 from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
@@ -248,25 +248,38 @@ class Trainer:
         self.config = config
         self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
                               config.overfit)
+        if self.world > 1:
+            self.agree()
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
         self.try_sampler()
 
         begun = folder and folder.begun
+        # weights, their average, gradient, and the optimizer's two
+        model.check_fits(config, self.num_classes, self.device, copies=5)
         machine.reseed("weights", config.seed)
         self.net = model.make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
         if config.init is not None and not begun:
-            model.start_from(self.net, checkpoints.open_run(config.init, Config))
+            model.start_from(self.net, checkpoints.open_run(config.init, Config), self.images.classes)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
         self.health = Health(self.device)
         if begun:
             self.load(begun)
+        if self.world > 1:
+            machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
         self.open_folder(folder)
         if config.compiles:
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
+
+    def agree(self):
+        """Raises SettingsError, one line, where another process has other settings or images than this one."""
+        images, index = self.images, torch.linspace(0, len(self.images.train) - 1, 64).long()
+        some = machine.digest(x for x in images.batch(index, self.device, "train") if x is not None)
+        counts = len(images.train), len(images.test), images.classes
+        machine.agree(**asdict(self.config), images=(counts, some))
 
     def player(self, module: nn.Module, loss: Callable) -> Player:
         c, shared = self.config, machine.data_parallel(module)
@@ -465,8 +478,10 @@ class Trainer:
                 numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
-        except torch.OutOfMemoryError:
-            output.warn(f"no samples at step {self.step:,}: out of GPU memory; lower sample_count")
+        except (MemoryError, RuntimeError) as failure:
+            if not machine.is_out_of_memory(failure):
+                raise
+            output.warn(f"no samples at step {self.step:,}: out of memory; lower sample_count")
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
             return time.perf_counter() - began
@@ -539,8 +554,16 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as failure:
         machine.print0(f"trainer.py: {failure}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+    except (MemoryError, RuntimeError) as failure:
+        if not machine.is_out_of_memory(failure):
+            raise
+        print("trainer.py: out of memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+        return 1
+    except RuntimeError as failure:
+        if not machine.lost_another(failure):
+            raise
+        why = one_line(failure)[:100]
+        print(f"trainer.py: another process has ended, and so does this one ({why})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0

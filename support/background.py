@@ -28,7 +28,10 @@ class Background:
         self.queue, self.ready = queue.Queue(QUEUE), threading.Event()
         self.given_up, self.lock = False, threading.Lock()
         self.thread = threading.Thread(target=self.work, name=name, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as failure:  # no more threads can be had
+            return self.give_up(f"failed ({one_line(failure)}); the run goes on without it")
         try:
             if not self.ready.wait(PATIENCE):
                 print(f"{name}: no answer in {PATIENCE} seconds; training begins, and it joins when it can")

@@ -13,7 +13,7 @@ import tyro
 from images import SettingsError
 from support import run_folder
 from support.checkpoints import EXPORTED, open_run, refuse_fixed
-from support.machine import processes
+from support.machine import check_environment, processes
 from support.settings import PRESETS
 
 
@@ -60,6 +60,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def parse(kind, arguments: list[str], description: str, default=None):
     """The dataclass `kind` from the command line, by tyro. Raises SettingsError, in one line; exits after --help."""
+    check_environment()
     with redirect_stderr(io.StringIO()) as errors:
         try:
             how = {} if default is None else dict(default=default)

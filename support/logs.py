@@ -6,6 +6,7 @@ another program is wrapped in a Background.
 import json
 import os
 import secrets
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -136,7 +137,7 @@ class TensorBoard:
         except ImportError:
             raise ImportError("it needs one more package: pip install tensorboard") from None
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
-        print(f"tensorboard: `tensorboard --logdir {folder / 'tensorboard'}` shows the run")
+        print(f"tensorboard: `tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}` shows the run")
 
     def log(self, numbers: dict, pictures: dict):
         step = numbers["step"]
@@ -173,7 +174,7 @@ class Wandb:
                 leave_wandb()  # its service believes that a run of this id goes on
         self.run = self.run or wandb.init(mode="offline", **how)
         if self.run.offline:
-            print(f"wandb: offline; `wandb sync {self.run.settings.sync_dir}` uploads the run later")
+            print(f"wandb: offline; `wandb sync {shlex.quote(str(self.run.settings.sync_dir))}` uploads the run later")
         else:
             print(f"wandb: {self.run.url}")
         # an axis of our own: wandb drops points behind its internal one after a resume

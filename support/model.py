@@ -1,6 +1,7 @@
 """The network of a run, its sampler, and Model: a trained run that restores and makes images."""
 import copy
 import itertools
+import math
 import time
 import warnings
 from contextlib import suppress
@@ -28,6 +29,7 @@ QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
 # of memory: 180 to 260 a pixel of the result were measured, and twice as many by dopri5 or with a trace
 BYTES_A_PIXEL = 260
 BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
+EMBEDDING = "embed_class.0.weight"  # of Unet: a row per class, and the null label's
 LONGEST = 1000  # times as long as wide
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
 
@@ -54,8 +56,24 @@ def make_players(c, net: nn.Module, num_classes: int) -> list:
     return [(module.to(next(net.parameters()).device), loss) for module, loss in players]
 
 
+def check_fits(c, num_classes: int, device: torch.device, copies: int):
+    """Raises SettingsError where so many copies of the network's weights are more than the memory that is free."""
+    try:
+        with torch.device("meta"):  # where tensors have a shape, and no memory
+            weights = sum(p.numel() for p in make_unet(c, num_classes).parameters())
+    except RuntimeError:  # there are more numbers than can be counted
+        weights = math.inf
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    need = 4 * copies * weights
+    if free is not None and need > free:
+        raise SettingsError(f"unet_channels = {c.unet_channels}, unet_dim_mults = {c.unet_dim_mults}: the network has "
+                            f"{weights / 1e6:,.0f} million weights, which take {need / 1e9:,.1f} GB of memory, and "
+                            f"{free / 1e9:,.1f} GB are free; lower them")
+
+
 def load_network(run: Run, ema: bool = True) -> Unet:
     """The run's network with its weights, ready to sample, on the CPU. Raises SettingsError."""
+    check_fits(run.config, run.num_classes, torch.device("cpu"), copies=1)
     net = make_unet(run.config, run.num_classes)
     try:
         net.load_state_dict(run.network(ema))
@@ -78,15 +96,28 @@ def compile_network(net: nn.Module, rehearse):
     net.zero_grad()
 
 
-def start_from(net: nn.Module, run: Run):
+def start_from(net: nn.Module, run: Run, classes: list[str]):
     """Gives `net` the run's averaged weights (or raw ones, where it holds no others) by name and shape.
+
+    The embedding of each of net's `classes` becomes that of the run's class of the same name.
 
     What does not fit, as after a change of channels or classes, is named and stays as it is.
     """
     trained, own = run.weights.get("ema") or run.weights["raw"], net.state_dict()
+    trained = dict(trained)
+    if EMBEDDING in trained and EMBEDDING in own:
+        before, now = trained[EMBEDDING], own[EMBEDDING].clone()
+        if before.shape[1] == now.shape[1]:
+            now[-1] = before[-1]  # the null label
+            for number, name in enumerate(classes):
+                if name in run.classes:
+                    now[number] = before[run.classes.index(name)]
+            trained[EMBEDDING] = now
     fitting = {name: weight for name, weight in trained.items() if name in own and own[name].shape == weight.shape}
     net.load_state_dict(own | fitting)
     fresh = sorted(own.keys() - fitting.keys())
+    if EMBEDDING in own:
+        fresh += [f"class {name}" for name in classes if name not in run.classes]
     left = f"; fresh are {', '.join(fresh[:8])}" + (f" and {len(fresh) - 8} more" if len(fresh) > 8 else "")
     if processes()[0] == 0:
         print(f"{len(fitting)} of {len(own)} tensors are those of {run.path}{left if fresh else ''}")

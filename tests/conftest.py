@@ -49,8 +49,9 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_found():
-    """The number of threads and the signal handlers are those of before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Signals do what they do in a new Python, even under nohup; after the test, threads and signals are as before."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    handlers = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     torch.set_num_threads(1)
     if "torch._dynamo" in sys.modules:  # which takes seconds to import

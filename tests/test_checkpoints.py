@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -14,8 +15,8 @@ import torch
 
 import trainer
 from images import SettingsError
-from runs import FINISHED, TINY, at_step, checkpoint, finite, metrics, one_line, resume, same, start, until
-from support import checkpoints
+from runs import FINISHED, TINY, at_step, checkpoint, finite, linux, metrics, one_line, resume, same, start, until
+from support import checkpoints, run_folder
 from support.health import Health
 from trainer import Config, Trainer
 
@@ -120,6 +121,97 @@ def test_a_run_that_breaks_off_leaves_when_its_checkpoint_is_written(tmp_path, m
     at_step(monkeypatch, 3, breaks)
     run = start(tmp_path, FINISHED, status=1)
     assert checkpoint(run)["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------- shortages of the moment
+
+def allocator(*_):
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+
+def no_thread(self, original=threading.Thread.start):
+    if self.name in ("checkpoint", "wandb"):
+        raise RuntimeError("can't start new thread")
+    original(self)
+
+
+@pytest.mark.parametrize("where, what, more", [
+    (run_folder, ("copied", allocator), ""), (threading.Thread, ("start", no_thread), "--use-wandb")])
+def test_without_memory_for_a_copy_or_a_thread_training_waits_for_the_disk(
+        tmp_path, monkeypatch, finished, capsys, where, what, more):
+    monkeypatch.setattr(where, *what)
+    run = start(tmp_path, f"{FINISHED} {more}")
+    same(checkpoint(run), checkpoint(finished))
+    assert capsys.readouterr().err.count("warning: ") == bool(more)  # wandb's
+
+
+def test_pictures_for_which_there_is_no_memory_come_the_next_time(tmp_path, monkeypatch, finished, capsys):
+    original, calls = trainer.model.sample_for_pictures, []
+
+    def sample(*arguments):
+        calls.append(arguments)
+        return allocator() if len(calls) == 1 else original(*arguments)
+
+    monkeypatch.setattr(trainer.model, "sample_for_pictures", sample)
+    run = start(tmp_path, FINISHED)
+    same(checkpoint(run), checkpoint(finished))
+    assert [path.name for path in (run / "samples").glob("step*")] == ["step_000004.png"]
+    assert "no samples at step 2: out of memory; lower sample_count" in capsys.readouterr().err
+
+
+def test_no_memory_for_a_step_is_one_line(tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 3, allocator)
+    run = start(tmp_path, FINISHED, status=1)
+    assert "out of memory; lower batch_size" in one_line(capsys) and checkpoint(run)["step"] == 2
+
+
+def test_a_working_directory_that_is_gone_costs_nothing(tmp_path, monkeypatch, folder, finished):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "here"))
+    run = start(tmp_path / "out", f"{FINISHED} --data-path relative")
+    same(checkpoint(run), checkpoint(finished))
+    assert checkpoint(run)["absolute_paths"]["data_path"] == str(tmp_path / "here" / "relative")
+
+
+def test_a_network_is_measured_before_it_takes_memory(tmp_path, capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert start(tmp_path / "out", "--unet-channels 8192 --unet-dim-mults 64 64", status=2) is None
+    error = one_line(capsys)
+    assert "unet_channels = " in error and "GB are free" in error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_a_run_may_be_started_in_another_thread(tmp_path):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(trainer.main(
+        f"{TINY} --out-dir {tmp_path} --max-steps 1".split())))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and checkpoint(next(tmp_path.iterdir()))["step"] == 1
+
+
+@linux
+def test_what_a_checkpoint_says_survives_a_loss_of_power(tmp_path, monkeypatch):
+    """The lines of metrics.jsonl are flushed before the checkpoint that vouches for them takes its place, and every
+    folder after the last name in it has changed."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def flushed(handle):
+        done.append(("flush", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def renamed(source, target):
+        done.append(("rename", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    run = start(tmp_path / "out", "--max-steps 2")
+    saved = done.index(("rename", "last.pt"))
+    assert ("flush", "metrics.jsonl") in done[:saved] and ("flush", "checkpoints") in done[saved:]
+    assert done.index(("flush", run.name)) > done.index(("rename", "config.json"))
+    assert ("flush", "out") in done and ("flush", "samples") in done
 
 
 # ------------------------------------------------------------------------------------------------------ what there is
@@ -265,11 +357,8 @@ def test_hangup_saves_like_the_others_unless_it_is_ignored(tmp_path, monkeypatch
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
     run = start(tmp_path / "a", "--max-steps 4", status=128 + signal.SIGHUP)
     assert checkpoint(run)["step"] == 2
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        assert checkpoint(start(tmp_path / "b", "--max-steps 4"))["step"] == 4
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert checkpoint(start(tmp_path / "b", "--max-steps 4"))["step"] == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance

@@ -14,6 +14,7 @@ from images.corruptions import Damage, to_full_size
 from images.pictures import to_float, to_uint8
 from ode_int import SolverError
 from pixels import doubled, get, photo, put
+from runs import ranks
 from support import model
 from untrained import METHODS, make_run, run
 
@@ -369,9 +370,11 @@ def test_the_parts_make_what_one_process_makes(tmp_path, capsys, monkeypatch):
         for part in ("0/3", "1/3", "2/3"):
             assert run(path, *flags, "--output", parts, "--partition", part) == 0
         for rank in range(2):
-            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+            for name, value in ranks(2)[rank].items():
+                monkeypatch.setenv(name, value)
             assert run(path, *flags, "--output", torchrun) == 0
-        monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+        for name in ranks(1)[0]:
+            monkeypatch.delenv(name)
         expected = {p.name: get(p).astype(int) for p in whole.iterdir() if p.name != "grid.png"}
         for made in (parts, torchrun):
             assert {p.name for p in made.iterdir()} - {"grid.png"} == expected.keys()

@@ -18,7 +18,21 @@ from images import data
 from images.corruptions import Damage
 from images.pictures import to_uint8
 from methods.interpolant import Interpolant
-from runs import FINISHED, TINY, at_step, checkpoint, finite, leaves, make, metrics, one_line, resume, same, start
+from runs import (
+    FINISHED,
+    TINY,
+    at_step,
+    checkpoint,
+    finite,
+    leaves,
+    make,
+    metrics,
+    one_line,
+    ranks,
+    resume,
+    same,
+    start,
+)
 from support.machine import pick_device
 from support.model import make_unet
 from support.settings import PRESETS, from_plain
@@ -255,12 +269,12 @@ def test_no_test_image_is_trained_on(tmp_path, folder):
     ],
 )
 def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch, "empty", lambda size, device: None)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert str(pick_device(named)) == expected
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")  # left over by a parent: without the others it says nothing
+    assert str(pick_device(named)) == expected.replace("2", "0")
+    for name, value in ranks(4)[2].items():
+        monkeypatch.setenv(name, value)
     if ":" in named:
         with pytest.raises(ValueError, match="each on a GPU of its own"):
             pick_device(named)
@@ -271,7 +285,8 @@ def test_each_process_has_its_own_gpu(monkeypatch, there, named, expected):
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: as if this process were one too many
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "99")
+    for name, value in (ranks(4)[2] | dict(LOCAL_RANK="99")).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="device = 'auto': .* 2 GPUs"):
         pick_device("auto")
 
