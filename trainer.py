@@ -256,7 +256,7 @@ class Trainer:
         self.try_sampler()
 
         begun = folder and folder.begun
-        # weights, their average, gradient, and the optimizer's two
+        # the weights, their average and gradient, and the optimizer's two averages
         model.check_fits(config, self.num_classes, self.device, copies=5)
         machine.reseed("weights", config.seed)
         self.net = model.make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
@@ -555,15 +555,13 @@ def main(arguments: list[str] | None = None) -> int:
         machine.print0(f"trainer.py: {failure}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as failure:
-        if not machine.is_out_of_memory(failure):
+        if machine.is_out_of_memory(failure):
+            why = "out of memory; lower batch_size, sample_count or unet_channels"
+        elif machine.lost_another(failure):
+            why = f"another process has ended, and so does this one ({one_line(failure)[:100]})"
+        else:
             raise
-        print("trainer.py: out of memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
-        return 1
-    except RuntimeError as failure:
-        if not machine.lost_another(failure):
-            raise
-        why = one_line(failure)[:100]
-        print(f"trainer.py: another process has ended, and so does this one ({why})", file=sys.stderr)
+        print(f"trainer.py: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0
