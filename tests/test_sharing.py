@@ -134,7 +134,7 @@ def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
     """One of two is killed: torchrun starts both again, and by its name the run goes on from its checkpoint."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
                "--master-port", ranks(1)[0]["MASTER_PORT"], str(TRAINER)]
-    flags = f"{TINY} --max-steps 400 --checkpoint-every 10 --print-loss-every 10 --sample-every 1000 --name lost"
+    flags = f"{TINY} --max-steps 120 --checkpoint-every 5 --print-loss-every 10 --sample-every 1000 --name lost"
     with open(tmp_path / "log", "wb") as log:
         run = subprocess.Popen([*command, *flags.split(), "--out-dir", str(tmp_path)], stdout=log, stderr=log,
                                env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
@@ -150,8 +150,8 @@ def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-    first, second = re.findall(r"steps ([\d,]+) to 400", said)
-    assert first == "0" and int(second) >= 10 and checkpoint(tmp_path / "lost")["step"] == 400
+    first, second = re.findall(r"steps ([\d,]+) to 120", said)
+    assert first == "0" and int(second) >= 5 and checkpoint(tmp_path / "lost")["step"] == 120
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "lost") if "loss" in line)
 
 
