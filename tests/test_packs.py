@@ -63,16 +63,6 @@ def own_folder(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- whole
 
-def test_a_pack_of_an_older_layout_is_made_again(photos, decoded, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(packs, "VERSION", packs.VERSION - 1)
-        load(str(photos), 12)
-    for count in (20, 0):
-        decoded.clear()
-        load(str(photos), 12)
-        assert len(decoded) == count
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_pack_holds_the_pixels_of_the_files(photos, decoded, channels):
     images = load(str(photos), 12, channels)
