@@ -400,9 +400,7 @@ def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
     assert torch.equal(fed(images, [8], overfit=True)[0][0], to_float(first))  # the overfitted batch too
 
 
-@pytest.mark.parametrize("height, width, kept", [
-    (8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50)),
-])
+@pytest.mark.parametrize("height, width, kept", [(8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50))])
 def test_small_photographs_are_enlarged_until_a_crop_fits(tmp_path, height, width, kept):
     (tmp_path / "small").mkdir()
     for i in range(2):
