@@ -15,7 +15,7 @@ import torch
 
 import trainer
 from images import SettingsError
-from runs import FINISHED, TINY, at_step, checkpoint, finite, linux, metrics, one_line, resume, same, start, until
+from runs import FINISHED, TINY, at_step, checkpoint, finite, linux, metrics, one_line, resume, same, start
 from support import checkpoints, run_folder
 from support.health import Health
 from trainer import Config, Trainer
@@ -28,13 +28,12 @@ def named(out: Path, flags: str = "", status=0, name="mine") -> Path:
 
 # ------------------------------------------------------------------------------------------- bad does not replace good
 
-@pytest.mark.parametrize("rate", ["10", "1e6", "1e38"])
-def test_a_run_that_diverges_keeps_its_good_checkpoint_and_its_advice_works(tmp_path, capsys, rate):
+def test_a_run_that_diverges_keeps_its_good_checkpoint_and_its_advice_works(tmp_path, capsys):
     often = "--print-loss-every 2 --checkpoint-every 2 --sample-every 1000"
     run = start(tmp_path, f"--max-steps 6 {often}")
     good = checkpoint(run)
     capsys.readouterr()
-    status = trainer.main(f"--resume {run} --max-steps 60 {often} --base-lr {rate} --grad-clip 1e9".split())
+    status = trainer.main(f"--resume {run} --max-steps 60 {often} --base-lr 1e6 --grad-clip 1e9".split())
     said = capsys.readouterr().err
     state = checkpoint(run)
     assert status == 1 and finite(state), said
@@ -236,14 +235,6 @@ def test_where_files_can_have_one_name_only_the_one_before_is_a_copy(tmp_path, m
     assert steps == {"last.pt": 4, "previous.pt": 2, "step_000004.pt": 4}
 
 
-def test_what_a_killed_writer_left_is_cleared_away(copy):
-    leftovers = [copy / "checkpoints" / ".next.pt", copy / ".config.json.123.tmp"]
-    for path in leftovers:
-        path.write_bytes(b"half")
-    resume(copy, "--max-steps 5")
-    assert not any(path.exists() for path in leftovers) and checkpoint(copy)["step"] == 5
-
-
 def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
     (tmp_path / "here").mkdir()
     shutil.copytree(folder, tmp_path / "here" / "pictures")
@@ -287,20 +278,6 @@ def test_a_checkpoint_that_may_not_be_read_is_one_line(copy, monkeypatch, capsys
 
 # ---------------------------------------------------------------------------------------------- one trainer a folder
 
-def test_a_second_trainer_in_a_folder_is_refused(tmp_path, process, capsys):
-    run = start(tmp_path, "--max-steps 2")
-    other = process(trainer.main, f"--resume {run} --max-steps 100000 --checkpoint-every 50".split())
-    until(lambda: other.log.exists() and "steps 2 to" in other.log.read_text(), other)
-    capsys.readouterr()
-    resume(run, "--max-steps 3", status=2)
-    assert "another trainer is at work in this folder" in one_line(capsys)
-    os.kill(other.pid, signal.SIGKILL)  # its lock dies with it
-    other.join()
-    step = checkpoint(run)["step"]
-    resume(run, f"--max-steps {step + 1}")
-    assert checkpoint(run)["step"] == step + 1
-
-
 def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
     import fcntl
 
@@ -335,7 +312,6 @@ def test_a_finished_command_says_so_and_succeeds(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     ("--name mine --method sr3", ["method = 'sr3'", "trained with 'interpolant'"]),
-    ("--name mine --unet-channels 16", ["unet_channels = 16"]),
     ("--name a/b", ["name = 'a/b'", "without slashes"]),
     ("--name ..", ["name = '..'"]),
 ])
