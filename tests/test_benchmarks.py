@@ -112,11 +112,8 @@ def test_the_plain_recipe_makes_the_same_pairs(knobs):
 
 def test_all_variants_train_the_same_network():
     batch = step.one_batch(TINY, CPU)
-    todo = [
-        step.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False),
-        step.Variant("fp32", bf16=False),
-        step.Variant("bf16"),
-    ]
+    todo = [step.Variant("fp32, NCHW (plain)", bf16=False, channels_last=False), step.Variant("fp32", bf16=False),
+            step.Variant("bf16")]
     assert step.variants(CPU, False)[0] == todo[0] and step.eager(step.variants(CPU, True)).compile == ""
     curves = []
     for variant, steps in zip(todo, (300, 30, 300)):

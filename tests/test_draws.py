@@ -75,25 +75,13 @@ def test_draws_have_a_mean_and_a_standard_deviation(tmp_path):
 def test_generation_by_label(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
     made = {}
-    for name, more in dict(
-        all=("--label", "all"),
-        two=("--label", "T-shirt/top, 0"),
-        one=("--label", 2),
-        none=(),
-        half=("--label", 2, "--guidance", 0),
-        strong=("--label", 2, "--guidance", 3),
-    ).items():
+    for name, more in dict(all=("--label", "all"), two=("--label", "T-shirt/top, 0"), one=("--label", 2), none=(),
+                           half=("--label", 2, "--guidance", 0), strong=("--label", 2, "--guidance", 3)).items():
         assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
         assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
         made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
-    assert list(made["all"]) == [
-        "T-shirt-top_0001.png",
-        "T-shirt-top_0002.png",
-        "cat_0001.png",
-        "cat_0002.png",
-        "dog_0001.png",
-        "dog_0002.png",
-    ]
+    assert list(made["all"]) == ["T-shirt-top_0001.png", "T-shirt-top_0002.png", "cat_0001.png", "cat_0002.png",
+                                 "dog_0001.png", "dog_0002.png"]
     assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
     shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
     for name in ("all", "two"):
@@ -168,18 +156,8 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
     counts = []
     for tolerance in (1e-2, 1e-4):
         assert (
-            run(
-                path,
-                "--input",
-                tmp_path / "in.png",
-                "--output",
-                tmp_path / "out",
-                "--overwrite",
-                "--solver",
-                "auto",
-                "--tolerance",
-                tolerance,
-            )
+            run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto",
+                "--tolerance", tolerance)
             == 0
         )
         counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
@@ -243,19 +221,8 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
         "--unet-blocks 1 --no-use-wandb"
     )
     assert (
-        trainer.main(
-            [
-                *arguments.split(),
-                "--precision",
-                "fp32",
-                "--solver",
-                "heun",
-                "--sample-steps",
-                "1",
-                "--out-dir",
-                str(tmp_path / "runs"),
-            ]
-        )
+        trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir",
+                     str(tmp_path / "runs")])
         == 0
     )
     folder, = (tmp_path / "runs").iterdir()

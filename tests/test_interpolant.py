@@ -202,12 +202,8 @@ def posterior():
 def given_cond(path, coupling, sigma):
     """The exact network where it sees cond = zlo: z0 and z1 are independent given it."""
     mean1, var1 = posterior()
-    return gaussian_net(
-        path,
-        (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(),
-        mean1,
-        np.diag([sigma**2, var1]),
-    )
+    return gaussian_net(path, (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(), mean1,
+                        np.diag([sigma**2, var1]))
 
 
 def blind(path, coupling, sigma):

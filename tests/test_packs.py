@@ -63,16 +63,6 @@ def own_folder(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- whole
 
-def test_a_pack_of_an_older_layout_is_made_again(photos, decoded, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(packs, "VERSION", packs.VERSION - 1)
-        load(str(photos), 12)
-    for count in (20, 0):
-        decoded.clear()
-        load(str(photos), 12)
-        assert len(decoded) == count
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_pack_holds_the_pixels_of_the_files(photos, decoded, channels):
     images = load(str(photos), 12, channels)
@@ -410,9 +400,7 @@ def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
     assert torch.equal(fed(images, [8], overfit=True)[0][0], to_float(first))  # the overfitted batch too
 
 
-@pytest.mark.parametrize("height, width, kept", [
-    (8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50)),
-])
+@pytest.mark.parametrize("height, width, kept", [(8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50))])
 def test_small_photographs_are_enlarged_until_a_crop_fits(tmp_path, height, width, kept):
     (tmp_path / "small").mkdir()
     for i in range(2):

@@ -77,11 +77,8 @@ from trainer import Config, Trainer
         ("--dataset nowhere", "dataset nowhere cifar10 shapes"),
         ("--device frob", "device frob cpu"),
         ("--precision fp16", "precision fp16 auto bf16 fp32"),
-        pytest.param(
-            "--device cuda",
-            "device cuda cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
-        ),
+        pytest.param("--device cuda", "device cuda cpu",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(tmp_path, capsys, flags, words):
