@@ -55,21 +55,21 @@ class Options:
 
     # names of the methods; None: all, of the task generate all but regression
     methods: Annotated[tuple[Literal[METHODS], ...], length(1)] | None = None
-    only: tuple[Literal[METHODS], ...] = ()  # train and measure only these now; the table has all runs that are there
-    seeds: tuple[Seed, ...] = (0,)  # a run each; the table has mean and spread
-    task: str = "sr"  # as trainer.py's
-    dataset: str | None = None  # as trainer.py's; None: cifar10
+    only: tuple[Literal[METHODS], ...] = ()  # methods to train and measure now; the table has all runs
+    seeds: tuple[Seed, ...] = (0,)  # seeds of a run each; the table has mean and spread
+    task: str = "sr"  # task, as trainer.py's
+    dataset: str | None = None  # data set, as trainer.py's; None: cifar10
     data_path: str = "data"  # folder where downloaded data sets are kept
     images: Count = 38_400  # training images that each method sees, counted again in each epoch
-    flops: Positive | None = None  # in place of images: floating-point operations of training that each method takes
-    preset: str = "small"  # trainer.py's recipe, of which the network is the same for all
+    flops: Positive | None = None  # floating-point operations of training that each method takes, in place of images
+    preset: str = "small"  # recipe of trainer.py, of which the network is the same for all
     batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per step
     # network evaluations per image at which each is measured
     nfe: Annotated[tuple[int, ...], between(1, 10_000), length(1)] = (1, 3, 5, 9, 19, 49)
-    default: bool = False  # also the papers' own samplers: SR3 takes 2,000 evaluations, I2SB 1,000
+    default: bool = False  # rows of the papers' own samplers too: SR3 takes 2,000 evaluations, I2SB 1,000
     count: Annotated[int, between(1, 10**9)] = 400  # test images compared, at most
-    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # the columns
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
     output: str | None = None  # folder of it all; None: runs/compare-TASK
 
     def check(self):

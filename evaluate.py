@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -39,10 +38,10 @@ from support import bounds, machine
 from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
-from support.disk import write_atomically
+from support.disk import read_json, write_atomically
 from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
 from support.model import load_network, make_players, run_sampler
-from support.output import reason, unbreakable_output
+from support.output import unbreakable_output
 from trainer import Config
 from unet import Counted, Guided, Unet
 
@@ -53,29 +52,29 @@ class Options:
 
     # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], length(1)]]
-    # network evaluations an image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
+    # network evaluations per image, guidance counts two; those that a sampler can't do exactly are left out: EDM's Heun
     # takes odd ones only
     nfe: Annotated[tuple[int, ...], between(1, 10_000)] = (1, 3, 5, 9, 19, 49, 99)
-    default: bool = True  # also the method's own sampler with its own count
-    # the sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
+    default: bool = True  # a row of the method's own sampler with its own count too
+    # sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
     # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
     solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
-    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # the columns
+    metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
     classifier_epochs: Annotated[int, between(1, 10**9)] = 8
-    ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    # where the data set is now, if it moved: the folder itself, or that of a downloaded set
+    ema: bool = True  # averaged weights; --no-ema: the raw ones
+    # place of the data set now, if it moved: the folder itself, or that of a downloaded set
     data_path: str | None = None
-    paired_path: str | None = None  # task paired: where the damaged images are now, if they moved
+    paired_path: str | None = None  # place of the damaged images now, if they moved (task paired)
     output: str | None = None  # folder of the results; None: a new one in runs/
     cache: str = "runs/cache"  # folder where the classifier and its features of the truth are kept for the next time
     # images at a time; dopri5's steps depend on it a little
     batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 200
-    seed: Seed = 0  # of damage and noise
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    # of the network's activations; auto: bf16 where the chip computes in it
+    seed: Seed = 0  # seed of the damage and the noise
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    # precision of the network's activations; auto: bf16 where the chip computes in it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
     def check(self):
@@ -123,7 +122,7 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         without="the figures without each of some groups of these images, for the errors of differences",
         quantised="uint8, clamped", processes=machine.processes()[1],
         dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
-        device=chip(device), code=code_version(), python=platform.python_version(), torch=torch.__version__)
+        device=chip(device), code=machine.code_version(), python=platform.python_version(), torch=torch.__version__)
     result = dict(
         name=run.name, run=run.path, method=c.method, problem=problem, training=training, costs=costs, record=record,
         rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
@@ -139,7 +138,7 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
 
         def make(batch):
             with autocast(judge.device, o.precision):
-                return run_sampler(setting, Guided(counted, c.guidance), batch)[0]
+                return run_sampler(setting, Guided(counted, c.guidance), batch)
 
         sampler = setting.sampler
         if sampler == "own":
@@ -170,18 +169,9 @@ def task(config: Config) -> str:
     """The task, and the fields of Damage that make it what it is."""
     described = []
     for name in dict.fromkeys(task_names(config.task)):
-        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name])
+        settings = ", ".join(f"{knob} {getattr(config.damage, knob)}" for knob in TASKS[name].knobs)
         described.append(f"{name} ({settings})" if settings else name)
     return " or ".join(described)
-
-
-def code_version() -> str:
-    here = Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -189,7 +179,7 @@ def code_version() -> str:
 def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
     try:
-        result = json.loads(Path(path).read_text()) | dict(name=Path(path).stem)
+        result = read_json(Path(path)) | dict(name=Path(path).stem)
         check_result(result)
         table([result])
         return result
@@ -273,8 +263,8 @@ def run(o: Options):
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 130 interrupted; what was measured until then is kept."""
     unbreakable_output()
-    machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
     try:
+        machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
         o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
         o.check()
         run(o)
@@ -288,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         print0("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
         return 1
     except (OSError, ProcessLost) as failure:  # a full disk; the first process tells
-        print0(f"evaluate.py: {reason(failure)}", sys.stderr)
+        print0(f"evaluate.py: {one_line(failure)}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         print0("evaluate.py: interrupted", sys.stderr)

@@ -127,14 +127,11 @@ def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1
           trace: list | None = None) -> Tensor:
     """The clean image (B, C, H, W) at the end of `ode`: E[z1 | zt] at t1.
 
-    `trace` receives (t, state, clean estimate) at a few times.
+    `trace` receives (t, state, clean estimate) at a few times, the first one before the first step. It costs up to two
+    network evaluations a frame.
     """
-    times = None
-    if trace is not None:  # on the solver's own grid where it has one
-        n = steps or DEFAULT_STEPS
-        frames = min(TRACE_FRAMES, n) + 1
-        times = time_grid(ode.t0, ode.t1, n, ode.rho)[torch.linspace(0, n, frames).round().long()]
-    z = integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times, ode.rho)
+    def integrated(times=None):
+        return integrate(ode.velocity, ode.z, ode.t0, ode.t1, solver, steps, atol, rtol, times, ode.rho)
 
     def clean(t, z):
         t = torch.tensor(t, dtype=z.dtype, device=z.device)
@@ -143,9 +140,14 @@ def solve(ode: ODE, solver="dopri5", steps: int | None = None, atol=1e-5, rtol=1
         with full_precision(z.device.type):
             return ode.clean(t, z)
 
+    def show(t, z):
+        trace.append((t, ode.view(torch.tensor(t, dtype=z.dtype, device=z.device), z), clean(t, z)))
+
     if trace is None:
-        return clean(ode.t1, z)
-    for t, zt in zip(times.tolist(), z):
-        tensor_t = torch.tensor(t, dtype=zt.dtype, device=zt.device)
-        trace.append((t, ode.view(tensor_t, zt), clean(t, zt)))
+        return clean(ode.t1, integrated())
+    n = steps or DEFAULT_STEPS  # on the solver's own grid where it has one
+    times = time_grid(ode.t0, ode.t1, n, ode.rho)[torch.linspace(0, n, min(TRACE_FRAMES, n) + 1).round().long()]
+    show(times[0].item(), ode.z.float())
+    for t, z in zip(times[1:].tolist(), integrated(times)[1:]):
+        show(t, z)
     return trace[-1][2]

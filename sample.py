@@ -33,9 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
-from images import DatasetError, SettingsError
+from images import DatasetError, SettingsError, files, one_line
 from images.data import MAX_BATCH
-from images.files import ENDINGS, list_images, read_alpha, read_image, refuse_outputs, save_png, to_image
+from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
 from images.pictures import grid, row_titles, titled, to_float, to_uint8
 from support import bounds
 from support.bounds import Count, Positive, Seed, between
@@ -43,10 +43,11 @@ from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
 from support.machine import partition
 from support.model import Model, batched
-from support.output import reason as why
 from support.output import unbreakable_output
 from support.trace import Frames, save_trace
 from trainer import Config
+
+GRID = 1024  # images that grid.png shows
 
 
 @dataclass
@@ -55,31 +56,33 @@ class Options:
 
     run: tyro.conf.Positional[str]  # a run's folder, a checkpoint, or an exported .safetensors file
     input: str | None = None  # damaged images: a folder, searched with the folders in it, or a file
-    count: Annotated[int, between(1, 10**7)] | None = None  # how many images to make, of each label
-    export: str | None = None  # the .safetensors file to write
+    count: Annotated[int, between(1, 10**7)] | None = None  # number of images to make, of each label
+    export: str | None = None  # file to write, with the ending .safetensors
     half: bool = False  # --export: weights in bf16, a file of half the size
-    output: str | None = None  # folder for the pictures; None: a new one in the run's, of an exported file in runs
-    overwrite: bool = False  # replace files that exist; else they are left as they are
+    output: str | None = None  # folder of the pictures; None: a new one in the run's, of an exported file in runs
+    overwrite: bool = False  # replacement of files that exist; else they are left as they are
 
     label: str | None = None  # class name or number, several joined by commas, or all; None: the network sees no label
-    guidance: float | None = None  # 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
-    seed: Seed = 0  # of the noise
+    # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
+    guidance: float | None = None
+    seed: Seed = 0  # seed of the noise
     # solver of the method's ODE; auto: the method's own sampler; None: as the run, but for an interpolant midpoint in 5
     # steps, which ends within one grey level of dopri5 at a tenth of the evaluations (benchmarks/README.md)
     solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None = None
-    steps: Count | None = None  # of the sampler; None: as the run
-    tolerance: Positive | None = None  # of dopri5, absolute and relative; None: as the run
-    ema: bool = True  # the averaged weights; --no-ema: the raw ones
-    trace: bool = False  # also write the iterative process, as a strip (states above clean estimates) and a GIF
-    interpolate: tuple[int, int] | None = None  # the images, or draws, go from one seed's noise to the other's
+    steps: Count | None = None  # steps of the sampler; None: as the run
+    tolerance: Positive | None = None  # tolerance of dopri5, absolute and relative; None: as the run
+    ema: bool = True  # averaged weights; --no-ema: the raw ones
+    trace: bool = False  # pictures of the iterative process too: a strip (states above clean estimates) and a GIF
+    interpolate: tuple[int, int] | None = None  # two seeds: images, or draws, go from the noise of one to the other's
     swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
     perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
-    # how many times larger the result is, where the run knows several: 4 or 2; 1 restores at the image's own size
+    # factor by which the result is larger, where the run knows several: 4 or 2; 1 restores at the image's own size
     factor: int | None = None
-    # a picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
+    # picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
-    masks: str | None = None  # inpaint: folder of masks named as the images, or one for all; white is filled in
+    # folder of masks for inpaint, named as the images, or one mask for all; white is filled in, transparent is kept
+    masks: str | None = None
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: Annotated[int, between(1, 10**6)] = 1
     # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network:
@@ -88,9 +91,9 @@ class Options:
 
     # images at a time; those larger than trained on count as several
     batch_size: Annotated[int, between(1, MAX_BATCH)] = 64
-    partition: str | None = None  # 2/4: the third of four processes that share the images; None: as torchrun says
-    device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    precision: Literal["auto", "bf16", "fp32"] | None = None  # of the activations; None: as the run
+    partition: str | None = None  # share of the images: 2/4 is that of the third of four processes; None: torchrun's
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    precision: Literal["auto", "bf16", "fp32"] | None = None  # precision of the activations; None: as the run
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
@@ -128,6 +131,8 @@ def parse_labels(text: str | None, model: Model) -> list[int | None]:
         return [None]
     if text == "all" and model.classes:
         return list(range(len(model.classes)))
+    if text in model.classes:  # it may hold a comma
+        return [model.label_number(text)]
     return list(dict.fromkeys(model.label_number(name.strip()) for name in text.split(",")))
 
 
@@ -187,7 +192,7 @@ def stem(name: str) -> str:
 
 def output_folder(o: Options, kind: str) -> Path:
     if o.output is not None:
-        return Path(o.output).expanduser()
+        return user_path(o.output)
     if partition(o.partition)[1] > 1:  # whose clocks differ
         raise SettingsError("output = None: allowed is a folder, where several processes share the images")
     run = Path(o.run).resolve()
@@ -211,7 +216,7 @@ class Restorer:
             raise SettingsError(f"label = {o.label!r}: allowed is one, for all images")
         if o.masks is not None and "inpaint" not in model.tasks:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
-        path, self.folder = Path(o.input).expanduser(), output_folder(o, "restored")
+        path, self.folder = user_path(o.input), output_folder(o, "restored")
         self.before_after = o.before_after == "on" or (o.before_after == "auto" and path.is_file())
         self.root, names = (path.parent, [path.name]) if path.is_file() else (path, list_images(path))
         folder = Path(os.path.realpath(self.folder))
@@ -221,7 +226,7 @@ class Restorer:
         inputs = [name for name in names if folder not in Path(os.path.realpath(self.root / name)).parents]
         self.names = inputs[number::count]
         if o.masks is not None:
-            masks = Path(o.masks).expanduser()
+            masks = user_path(o.masks)
             if masks.is_file():  # one for all
                 self.masks = dict.fromkeys(map(stem, names), masks)
             else:
@@ -279,9 +284,9 @@ class Restorer:
     def read_hole(self, name: str, image: Tensor) -> Tensor | None:
         path = self.root / name
         if self.options.masks is None:
-            hole = read_alpha(path) < 255
+            hole = files.read_alpha(path) < 255
         elif stem(name) in self.masks:
-            hole = read_image(self.masks[stem(name)], 1) >= 128
+            hole = files.read_mask(self.masks[stem(name)])
         else:
             raise DatasetError(f"{path}: no mask of this name is in {self.options.masks}")
         if hole.shape[1:] != image.shape[1:]:
@@ -318,7 +323,7 @@ class Restorer:
                     if len(self.made[name]) == o.draws:
                         self.save_statistics(name, torch.stack(self.made.pop(name)).float())
             except OSError as failure:  # a full disk, say
-                self.failures[name] = f"{self.root / name}: {why(failure)}"
+                self.failures[name] = f"{self.root / name}: {one_line(failure)}"
 
     def save_before_after(self, path: str, before: Tensor, after: Tensor):
         """Both (C, H, W) uint8, side by side: the image as the network got it, and what became of it."""
@@ -338,13 +343,16 @@ class Restorer:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 def generate(o: Options, model: Model) -> int:
-    """`count` images of each label, as files and as grid.png, a row a label. The i-th of each share their noise."""
+    """`count` images of each label, as files and, the first GRID of them, as grid.png, a row a label.
+
+    The i-th images of all labels share their noise.
+    """
     labels, count = parse_labels(o.label, model), o.count
     if "generate" not in model.tasks:
         raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}), "
                             "which --input FOLDER names")
-    folder, made = output_folder(o, "generated"), []
-    titles = ["image" if label is None else model.classes[label] for label in labels]
+    folder, done, shown = output_folder(o, "generated"), 0, []
+    titles = ["image" if label is None else " ".join(model.classes[label].split()) for label in labels]
     kinds = [re.sub(r"[^\w-]+", "-", title) for title in titles]
     if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
         kinds = [f"{kind}-{label}" for kind, label in zip(kinds, labels)]
@@ -356,19 +364,22 @@ def generate(o: Options, model: Model) -> int:
     every, mine, side = every[number::of], paths[number::of], model.config.image_size
     refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
     progress = Progress(model, len(mine), o.trace)
+    of_each = min(count, max(1, GRID // len(labels)))  # images that the grid shows; all would fill the memory
     for some in batched(every, model.at_a_time(side, side)):
         frames = Frames((side, side)) if o.trace and of == 1 else None
         sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
-        if frames is not None and not made:
+        if frames is not None and not done:
             save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
         for picture in to_uint8(sample):
-            save_png(mine[len(made)], to_image(picture))
-            made.append(picture)
+            save_png(mine[done], to_image(picture))
+            if of == 1 and done % count < of_each:
+                shown.append(picture)
+            done += 1
         progress.bar.update(len(some))
     print(f"{len(mine)} images in {folder}: {progress.cost()}")
     if of > 1:
         return 0
-    picture = grid(to_float(torch.stack(made)), count if len(labels) > 1 or o.interpolate else None)
+    picture = grid(to_float(torch.stack(shown)), of_each if len(labels) > 1 or o.interpolate else None)
     if len(labels) > 1:
         picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
     else:
@@ -408,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as failure:
         reason, status = failure, 2
     except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk
-        reason, status = why(failure), 1
+        reason, status = one_line(failure), 1
     except torch.OutOfMemoryError:
         reason, status = "out of GPU memory; lower --batch-size", 1
     except KeyboardInterrupt:

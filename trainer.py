@@ -9,14 +9,13 @@ if __name__ == "__main__":
     quiet_interrupt()
 
 import copy
-import json
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data
+from images import SettingsError, data, one_line
 from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
@@ -33,11 +32,11 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from support import checkpoints, command_line, machine, model, output
+from support import checkpoints, command_line, machine, model, output, run_folder
 from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
-from support.logs import Log
+from support.health import Health
+from support.run_folder import NoFolder, RunFolder
 from support.settings import check
-from support.watch import Watch
 
 COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
 COMPILE_UP_TO = 64  # channels, on a CPU: there the compiler takes too long over wider networks, and gains little
@@ -47,78 +46,91 @@ MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives 
 @dataclass
 class Config:
     """Everything a run depends on. Sides are pixels, batch sizes are images over all GPUs."""
+    # The comment beside or right above a field is its help; a title stands apart, with an empty line below it.
 
-    # WHAT IS TRAINED. Whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
+    # ---- what is trained
+
+    # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
-    # how clean images are made; regression: the baseline
+    # way to make clean images; regression: the baseline
     method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
-    task: str = "sr"  # sr, inpaint, blur, jpeg, generate, paired, or a mixture: sr,jpeg
-    overfit: bool = True  # train on one batch and sample that batch: a quick demo; --no-overfit is the full run
-    condition: bool = True  # whether the network sees the damaged image
+    task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, generate, paired, or a mixture: sr,jpeg
+    overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
+    condition: bool = True  # sight of the damaged image, for the network
 
-    # THE DATA. cifar10, fashion-mnist, celeba, demo (16 photographs), shapes, or the path of a folder. None: cifar10;
+    # ---- the data
+
+    # images: cifar10, fashion-mnist, celeba, demo (16 photographs), shapes, or the path of a folder. None: cifar10;
     # where that can't be downloaded, demo if overfit
     dataset: str | None = None
     data_path: str = "data"  # folder where downloaded data sets are kept
     paired_path: str | None = None  # task paired: the folder of damaged images with the names of the clean ones
     image_size: Annotated[int, between(1, data.MAX_SIDE)] = 32  # side of the clean images, pixels
-    channels: Literal[1, 3] = 3  # 3 colour, 1 grey
-    # center: each image's middle square, resized; random, for folders of photographs: squares of image_size from
-    # anywhere in them, at their own resolution (test images: from the middle)
+    channels: Literal[1, 3] = 3  # channels of the images: 3 colour, 1 grey
+    # part of an image that is used. center: its middle square, resized; random, for folders of photographs: squares of
+    # image_size from anywhere in them, at their own resolution (test images: from the middle)
     crop: Literal["center", "random"] = "center"
+    # mirroring of half the training images, left to right; not for what has a side, as digits and letters
+    flip: bool = True
 
-    # TRAINING. Training steps; None: 1,000 when overfitting, else 100,000
-    max_steps: Count | None = None
-    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 128  # images a step, of all GPUs together
+    # ---- training
+
+    max_steps: Count | None = None  # training steps; None: 1,000 when overfitting, else 100,000
+    batch_size: Annotated[int, between(1, data.MAX_BATCH)] = 128  # images per step, of all GPUs together
     # images that pass the network at once; a GPU adds up the gradients of its pieces. None: its whole share
     micro_batch: Count | None = None
-    base_lr: Positive = 2e-4  # AdamW's learning rate
-    weight_decay: NotNegative = 0.0  # AdamW's: a step shrinks the weights by the rate times this
+    base_lr: Positive = 2e-4  # learning rate of AdamW
+    weight_decay: NotNegative = 0.0  # weight decay of AdamW: a step shrinks the weights by the rate times this
     warmup_steps: Annotated[int, between(0, 10**12)] = 0  # steps over which the rate rises from 0
     lr_decay: Annotated[float, above(0, 1)] = 1.0  # factor on the rate every 1,000 steps
     grad_clip: Positive = 1.0  # largest norm of the gradient
-    # of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
+    # decay of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
     ema_decay: Annotated[float, from_to_below(0, 1)] = 0.9999
     # share of labels replaced by the null label, for guidance; 0 when overfitting, unless guidance is asked for
     label_drop: Annotated[float, between(0, 1)] = 0.1
-    seed: Seed = 0  # of weights, data order and noise
+    seed: Seed = 0  # seed of the weights, the data order and the noise
 
-    # THE NETWORK. Channels of its first level, a multiple of 8
-    unet_channels: Annotated[int, between(8, 8192), multiple_of(8)] = 128
+    # ---- the network
+
+    unet_channels: Annotated[int, between(8, 8192), multiple_of(8)] = 128  # channels of its first level
     # channels of each level on the way up, in units of unet_channels; sides halve
     unet_dim_mults: Annotated[tuple[int, ...], between(1, 64), length(1, 8)] = (1, 2, 2, 2)
-    unet_blocks: Annotated[int, between(1, 100)] = 2  # residual blocks a level
+    unet_blocks: Annotated[int, between(1, 100)] = 2  # residual blocks per level
     unet_dropout: Annotated[float, from_to_below(0, 1)] = 0.0  # share of activations dropped in training
-    unet_use_classes: bool = True  # whether the network sees class labels, where the data has them
+    unet_use_classes: bool = True  # class labels as an input, where the data has them
     unet_checkpointing: bool = False  # activation checkpointing: less than half the memory, a third more time
 
-    # SAMPLING. Steps between samplings
-    sample_every: Count = 500
-    sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images a sampling
+    # ---- sampling
+
+    sample_every: Count = 500  # steps between samplings
+    sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per sampling
     sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
-    # auto: the method's own sampler (interpolant: dopri5); or dopri5, euler, midpoint, heun, rk4 on its ODE
+    # solver of the method's ODE; auto: the method's own sampler (interpolant: dopri5)
     solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] = "auto"
     integration_atol: Positive = 1e-5  # absolute tolerance of dopri5, in the images' units
     integration_rtol: Positive = 1e-5  # relative tolerance of dopri5
     guidance: float = 1.0  # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it
 
-    # WHAT IS KEPT. Each run makes a folder in this one
-    out_dir: str = "runs"
-    # of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
+    # ---- what is kept
+
+    out_dir: str = "runs"  # folder in which each run makes its own
+    # name of the run's folder; if it holds a checkpoint, the run goes on from there. None: method, task and time
     name: str | None = None
     init: str | None = None  # a run or an exported file whose averaged weights a new run begins with, where they fit
     resume: str | None = None  # a run's folder: go on from its checkpoint with its settings; other flags still override
     print_loss_every: Count = 50  # steps between logged losses
     checkpoint_every: Count = 500  # steps between checkpoints
     keep_every: Count | None = None  # steps between checkpoints that stay, as step_N.pt; None: the last two alone
-    use_wandb: bool = True  # log to Weights & Biases as well: online where an account is configured, else offline
-    use_tensorboard: bool = False  # log to TensorBoard as well, in the run's folder (pip install tensorboard)
-    wandb_project: str = "couplings"  # wandb's project
-    wandb_entity: str | None = None  # wandb's user or team; None: the account's default
+    use_wandb: bool = True  # logging to Weights & Biases as well: online where an account is configured, else offline
+    use_tensorboard: bool = False  # logging to TensorBoard as well, in the run's folder (pip install tensorboard)
+    wandb_project: str = "couplings"  # project of wandb
+    wandb_entity: str | None = None  # user or team of wandb; None: the account's default
 
-    # THE MACHINE. auto: cuda if there is one; or cuda, cuda:1, cpu
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 where the chip computes in it
+    # ---- the machine
+
+    device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
+    # precision of the activations; auto: bf16 where the chip computes in it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
 
@@ -170,8 +182,11 @@ class Config:
         """Whether the network learns what an image without a label is, which guidance starts from."""
         return self.unet_use_classes and self.dropped > 0
 
+    def pictures_due(self, step: int, sampled: int) -> bool:
+        """Whether a state has pictures to be made, by its step and that of the last pictures."""
+        return sampled < step and self.samples_at(step)
+
     def samples_at(self, step: int) -> bool:
-        """Whether pictures are due after that step."""
         return step % self.sample_every == 0 or step == self.steps
 
     def keeps_at(self, step: int) -> bool:
@@ -193,15 +208,26 @@ class Config:
         check(self)
 
 
+@dataclass
+class Player:
+    """A network in training: the one that samples, or another that the method trains beside it."""
+
+    module: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]  # (module or shared, batch) -> (B,)
+    shared: nn.Module  # the module as all processes train it together
+    optimizer: torch.optim.Optimizer
+
+
 class Trainer:
     """A run: data, networks, optimizers, log and checkpoints. Raises SettingsError before the first step."""
 
-    def __init__(self, config: Config, checkpoint: dict | None = None):
-        self.config, self.step, self.images_seen = config, 0, 0
-        self.sampled, self.owes = 0, False  # the step of the last sampling; whether the run begins with one
-        self.saved = True  # whether the last save found a state fit for it; after the run, whether it is on the disk
-        self.due = False  # whether a save was put off, to be caught up on
-        self.signals, (self.rank, self.world) = machine.Signals(), machine.processes()
+    def __init__(self, config: Config, folder: RunFolder | NoFolder | None = None):
+        """folder: where a run goes on, or one of a given name begins; None: a new one."""
+        self.step = self.images_seen = 0
+        self.sampled = 0  # the step of the last pictures
+        self.saved = (0, 0)  # step and sampled of the last checkpoint
+        self.signals = machine.Signals()
+        self.rank, self.world = machine.processes()
         self.device = machine.pick_device(config.device)
         self.precision = machine.set_up(self.device, config.precision)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
@@ -222,54 +248,53 @@ class Trainer:
         self.config = config
         self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
                               config.overfit)
+        if self.world > 1:
+            self.agree()
         self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
         self.try_sampler()
 
+        begun = folder and folder.begun
+        # the weights, their average and gradient, and the optimizer's two averages
+        model.check_fits(config, self.num_classes, self.device, copies=5)
         machine.reseed("weights", config.seed)
         self.net = model.make_unet(config, self.num_classes).to(self.device, memory_format=torch.channels_last)
-        if config.init is not None and not checkpoint:
-            model.start_from(self.net, checkpoints.open_run(config.init, Config))
+        if config.init is not None and not begun:
+            model.start_from(self.net, checkpoints.open_run(config.init, Config), self.images.classes)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.players = model.make_players(config, self.net, self.num_classes)
-        self.shared = [machine.data_parallel(module) for module, _ in self.players]
-        how = dict(lr=config.base_lr, weight_decay=config.weight_decay, fused=True)
-        self.optimizers = [torch.optim.AdamW(module.parameters(), **how) for module, _ in self.players]
-        self.watch = Watch(self.device)
-
-        self.folder = checkpoints.run_folder(config.resume) if checkpoint else None
-        if checkpoint:
-            self.load(checkpoint)
-        if self.rank == 0:
-            self.open_folder(checkpoint)
+        self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
+        self.health = Health(self.device)
+        if begun:
+            self.load(begun)
+        if self.world > 1:
+            machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
+        self.open_folder(folder)
         if config.compiles:
-            if self.rank == 0:
-                print("compiling the network, which takes minutes (--compile off leaves it out)")
+            machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
 
-    def open_folder(self, checkpoint: dict | None):
-        """The run's folder, its settings and its log; tells what is about to be trained."""
+    def agree(self):
+        """Raises SettingsError, one line, where another process has other settings or images than this one."""
+        images, index = self.images, torch.linspace(0, len(self.images.train) - 1, 64).long()
+        some = machine.digest(x for x in images.batch(index, self.device, "train") if x is not None)
+        counts = len(images.train), len(images.test), images.classes
+        machine.agree(**asdict(self.config), images=(counts, some))
+
+    def player(self, module: nn.Module, loss: Callable) -> Player:
+        c, shared = self.config, machine.data_parallel(module)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=c.base_lr, weight_decay=c.weight_decay, fused=True)
+        return Player(module, loss, shared, optimizer)
+
+    def open_folder(self, folder: RunFolder | NoFolder | None):
+        """Makes it where it is a new one; tells what is about to be trained; opens the log."""
         c = self.config
-        if self.folder is None and c.name:
-            self.folder = checkpoints.named_folder(c.out_dir, c.name)
-        self.folder = self.folder or checkpoints.new_folder(c.out_dir, c.method, c.task)
-        self.lock = checkpoints.lock_folder(self.folder)
-        checkpoints.remove_leftovers(self.folder)
-        if not checkpoint:  # a run of this name that died before its first checkpoint; this one writes the same lines
-            checkpoints.set_aside(self.folder / "metrics.jsonl")
-        elif "damaged" in checkpoint:  # else the next save would put it in the place of previous.pt, the good one
-            checkpoints.set_aside(Path(checkpoint["damaged"]))
-        checkpoints.write_text(self.folder / "config.json", json.dumps(asdict(c), indent=1))
-        if self.images.left_out:
-            checkpoints.write_text(self.folder / "left_out.txt", "\n".join(self.images.left_out) + "\n")
-        if self.owes:
-            checkpoints.forget_samples(self.folder / "metrics.jsonl", self.step)
-        self.announce()
-        wandb_id = checkpoint["wandb_id"] if checkpoint else None
-        wandb = dict(project=c.wandb_project, entity=c.wandb_entity, id=wandb_id, config=asdict(c))
-        self.log = Log(self.folder, self.step, wandb if c.use_wandb else None, c.use_tensorboard)
-        self.saver = checkpoints.Saver(self.folder, self.log.attempt)
+        if folder is None:
+            folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(c.out_dir, c.method, c.task))
+        self.folder = folder
+        if self.rank == 0:
+            self.announce()
+        folder.begin(c, self.images, self.step, again=c.pictures_due(self.step, self.sampled))
 
     @torch.no_grad()
     def try_sampler(self):
@@ -278,20 +303,20 @@ class Trainer:
 
     def try_loss(self):
         """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
-        net, loss = self.players[0]
+        loss = self.players[0].loss
         for step in range(max(1, 8 * self.config.chosen.levels)):
             with machine.autocast(self.device, self.precision):
-                loss(net, self.batch(step)).mean().backward()
+                loss(self.net, self.batch(step)).mean().backward()
 
     def announce(self):
         c, n = self.config, self.images
-        millions = [f"{sum(p.numel() for p in module.parameters()) / 1e6:.3g}M" for module, _ in self.players]
+        millions = [f"{sum(p.numel() for p in each.module.parameters()) / 1e6:.3g}M" for each in self.players]
         print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
         gpus = f" x {self.world}" if self.world > 1 else ""
         print(f"{' + '.join(millions)} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
         what = f"overfitting one batch of {c.batch_size}" if c.overfit else f"training on batches of {c.batch_size}"
-        print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder}")
+        print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder.path}")
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -311,7 +336,7 @@ class Trainer:
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
         draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
                       rows, c.batch_size)
-        if not c.overfit:
+        if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)
             zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
@@ -323,34 +348,36 @@ class Trainer:
 
     def train_step(self):
         """One step of every player. Its losses stay on the device."""
-        c, losses = self.config, []
+        c, losses, skips = self.config, [], []
         pieces = self.pieces(self.step, c.micro_batch or c.batch_size)
         machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
-        for (module, loss), shared, optimizer in zip(self.players, self.shared, self.optimizers):
-            optimizer.zero_grad()
-            losses.append(self.gradients(shared, loss, pieces))
-            parameters = [p for p in module.parameters() if p.grad is not None]
+        for player in self.players:
+            player.optimizer.zero_grad()
+            losses.append(self.gradients(player, pieces))
+            parameters = [p for p in player.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
             # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
-            optimizer.found_inf = (~norm.isfinite()).float()
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-        c.chosen.after_step([module for module, _ in self.players])
-        self.watch.count(losses[0], torch.stack([optimizer.found_inf for optimizer in self.optimizers]).amax())
-        self.step, self.images_seen = self.step + 1, self.images_seen + c.batch_size
+            player.optimizer.found_inf = (~norm.isfinite()).float()
+            player.optimizer.param_groups[0]["lr"] = rate
+            player.optimizer.step()
+            skips.append(player.optimizer.found_inf)
+        c.chosen.after_step([player.module for player in self.players])
+        self.health.count(losses[0], torch.stack(skips).amax())
+        self.step += 1
+        self.images_seen += c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # or the average would keep a graph of all its steps
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
 
-    def gradients(self, module: nn.Module, loss, pieces: list[Batch]) -> Tensor:
+    def gradients(self, player: Player, pieces: list[Batch]) -> Tensor:
         """Adds up the gradients of the mean loss over the pieces -> that loss, on the device."""
         total = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
-            with nullcontext() if last else machine.no_sync(module):
+            with nullcontext() if last else machine.no_sync(player.shared):
                 with machine.autocast(self.device, self.precision):
-                    value = loss(module, piece).sum() / (self.config.batch_size // self.world)
+                    value = player.loss(player.shared, piece).sum() / (self.config.batch_size // self.world)
                 value.backward()
             total += value.detach()
         return total
@@ -361,45 +388,39 @@ class Trainer:
             try:
                 stopped = self.loop()
             finally:
-                if self.rank == 0:
-                    self.saved &= self.saver.wait()
-                    self.log.close()
-                    self.lock = None
+                self.folder.close()
             machine.leave_processes()
         return stopped
 
     def loop(self) -> int:
-        c, stopped = self.config, 0
+        """Looks and saves before each step, so that what a signal prevented comes first when the run goes on."""
+        c = self.config
         quiet = True if self.rank else None  # None: tqdm shows the bar on a terminal only
         bar = tqdm(total=c.steps, initial=self.step, disable=quiet, dynamic_ncols=True, unit="step")
-        clock, counted = time.perf_counter(), self.step
-        if self.owes:
-            self.show()
+        clock, counted = time.perf_counter(), self.step  # the images since are counted, but for the time of samplings
+        while True:
             stopped = self.asked_to_stop()
-            if self.step == c.steps:
+            if c.pictures_due(self.step, self.sampled) and not stopped:
+                clock += self.show()
+                stopped = self.asked_to_stop()
+            last = self.step == c.steps
+            if last or stopped or c.keeps_at(self.step) or self.step % c.checkpoint_every == 0:
+                if self.saved[0] < self.step:
+                    self.health.share()
+                if self.saved != (self.step, self.sampled):
+                    self.save()
+            elif self.folder.refused and self.step % c.print_loss_every == 0:
                 self.save()
-        while self.step < c.steps and not stopped:
+            if last or stopped:
+                break
             self.train_step()
             bar.update()
-            last = self.step == c.steps
-            if last or self.step % c.print_loss_every == 0:
+            if self.step == c.steps or self.step % c.print_loss_every == 0:
                 self.report(bar, self.step - counted, clock)
                 clock, counted = time.perf_counter(), self.step
-            stopped = self.asked_to_stop()
-            if c.samples_at(self.step) and not stopped:  # or they come when the run goes on
-                paused = time.perf_counter()
-                self.show()
-                clock += time.perf_counter() - paused
-                stopped = self.asked_to_stop()
-            overdue = self.due and self.step % c.print_loss_every == 0
-            if stopped and self.rank == 0:
-                tqdm.write(f"{signal.Signals(stopped).name}: saving and leaving after step {self.step:,}")
-            due = last or stopped or c.keeps_at(self.step) or self.step % c.checkpoint_every == 0
-            if due:
-                self.watch.share()
-            if due or overdue:
-                self.save()
         bar.close()
+        if stopped:
+            machine.print0(f"{signal.Signals(stopped).name}: leaving after step {self.step:,}")
         return stopped
 
     def asked_to_stop(self) -> int:
@@ -412,14 +433,13 @@ class Trainer:
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
-        loss, skipped, in_a_row = self.watch.report()
+        loss, skipped, in_a_row = self.health.report()
         images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
-        if self.rank == 0:
-            self.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
-            line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
-            bar.set_postfix_str(line)
-            if bar.disable:
-                print(f"step {self.step:,}: {line}", flush=True)
+        self.folder.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
+        line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
+        bar.set_postfix_str(line)
+        if bar.disable:
+            machine.print0(f"step {self.step:,}: {line}")
         if in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(f"the last {in_a_row} gradients were not finite and their steps were skipped: "
                                      f"{self.advice()}")
@@ -427,9 +447,9 @@ class Trainer:
     def advice(self) -> str:
         """What to do about a run that diverges."""
         lower = f"lower base_lr ({self.config.base_lr})"
-        if not self.folder or not checkpoints.has_checkpoint(self.folder):
+        if not self.folder.path or not run_folder.has_checkpoint(self.folder.path):
             return f"{lower} and start again"
-        return f"go on from the last good checkpoint, --resume {self.folder}, and {lower} or add --precision fp32"
+        return f"go on from the last good checkpoint, {self.folder.command}, and {lower} or add --precision fp32"
 
     # ------------------------------------------------------------------------------------------------------ pictures
 
@@ -443,76 +463,75 @@ class Trainer:
         return c.damaged(z1, y if self.num_classes else None, zlo)
 
     @torch.no_grad()
-    def show(self):
-        """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took."""
+    def show(self) -> float:
+        """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took.
+
+        Returns the seconds that it all took. The first process makes them, the others wait in their next step.
+        """
+        began = time.perf_counter()
         if self.rank:
-            return
+            self.sampled = self.step
+            return 0.0
         try:
             with self.signals.interruption(), machine.autocast(self.device, self.precision):
                 batch = self.held_out()
                 numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
-        except torch.OutOfMemoryError:
-            output.warn(f"no samples at step {self.step:,}: out of GPU memory; lower sample_count")
+        except (MemoryError, RuntimeError) as failure:
+            if not machine.is_out_of_memory(failure):
+                raise
+            output.warn(f"no samples at step {self.step:,}: out of memory; lower sample_count")
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
-            return
+            return time.perf_counter() - began
         else:
-            self.log(self.step, pictures, **numbers)
+            self.folder.log(self.step, pictures, **numbers)
             decibels = ""
             if "psnr" in numbers:
                 decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), "
             tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for "
-                       f"{len(batch.zlo)} images, {self.folder / 'samples' / f'step_{self.step:06d}.png'}")
+                       f"{len(batch.zlo)} images, {self.folder.path / 'samples' / f'step_{self.step:06d}.png'}")
         self.sampled = self.step
+        return time.perf_counter() - began
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self):
         """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
 
-        Data order and all noise are functions of (seed, step), so the step is their whole state. It is written while
-        training goes on; `saver.wait` waits for it.
+        Data order and all noise are functions of (seed, step), so the step is their whole state. What RunFolder.save
+        adds, the settings among it, does not change.
         """
-        if self.rank:
-            return
-        c = self.config
-        checkpoint = dict(
-            step=self.step, images_seen=self.images_seen, config=asdict(c), classes=self.images.classes,
-            num_classes=self.num_classes, pair_factor=self.images.pair_factor, wandb_id=self.log.wandb_id,
-            absolute_paths=checkpoints.absolute_paths(c),
-            ema=self.ema.state_dict(), players=[module.state_dict() for module, _ in self.players],
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers], sampled=self.sampled,
-            **self.watch.state())
-        if reason := self.watch.unfit(checkpoint):
-            if not self.due:
-                tqdm.write(f"warning: step {self.step:,} is not saved: {reason}; {self.advice()}", file=sys.stderr)
-            self.saved, self.due = False, True
-            return
-        self.saved, self.due = True, False
-        self.saver(checkpoint, c.keeps_at(self.step))
+        if self.rank == 0:
+            state = dict(
+                step=self.step, images_seen=self.images_seen, sampled=self.sampled, num_classes=self.num_classes,
+                ema=self.ema.state_dict(), players=[player.module.state_dict() for player in self.players],
+                optimizers=[player.optimizer.state_dict() for player in self.players], **self.health.state())
+            if why := self.health.unfit(state):
+                if not self.folder.refused:
+                    output.warn(f"step {self.step:,} is not saved: {why}; {self.advice()}")
+                self.folder.refused = True
+                return
+            self.folder.save(state, self.config.keeps_at(self.step))
+        self.saved = (self.step, self.sampled)
 
-    def load(self, checkpoint: dict):
+    def load(self, begun: checkpoints.Run):
         """Raises SettingsError where the checkpoint is of another network, or there is nothing left to train."""
-        c = self.config
-        checkpoints.restore(checkpoint, c.resume, self.ema, [module for module, _ in self.players], self.optimizers)
-        self.watch.load(checkpoint)
-        self.step = checkpoint["step"]
-        self.images_seen = checkpoint.get("images_seen", self.step * checkpoint["config"]["batch_size"])
-        self.sampled, self.owes = checkpoint.get("sampled", self.step), owes_samples(checkpoint, c)
-        if self.step >= c.steps and not self.owes:
+        c, state = self.config, begun.checkpoint
+        if self.num_classes or begun.num_classes:
+            checkpoints.refuse_other_classes(begun, self.images)
+        checkpoints.restore(state, begun.path, self.ema, self.players)
+        self.health.load(state, anew=not checkpoints.learns_the_same(begun.config, c))
+        self.step, self.images_seen = begun.step, begun.images_seen
+        self.sampled = state.get("sampled", self.step)
+        self.saved = (self.step, self.sampled)
+        if self.step >= c.steps and not c.pictures_due(self.step, self.sampled):
             raise SettingsError(f"max_steps = {c.steps}: the run is at step {self.step} already; allowed is more")
 
 
-def owes_samples(checkpoint: dict, c: Config) -> bool:
-    """Whether a signal prevented the sampling that was due in the checkpoint's step."""
-    step = checkpoint["step"]
-    return checkpoint.get("sampled", step) < step and c.samples_at(step)
-
-
-def read_command_line(arguments: list[str]) -> tuple[Config, dict | None]:
-    """The run's settings, and the checkpoint that it goes on from. Raises SettingsError, exits after --help."""
+def read_command_line(arguments: list[str]) -> tuple[Config, RunFolder | NoFolder | None]:
+    """The run's settings, and its folder where it goes on or has a name. Raises SettingsError, exits after --help."""
     return command_line.read(arguments, Config, __doc__)
 
 
@@ -520,34 +539,42 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 broke off, 2 bad input, 129, 130 or 143 stopped by a signal."""
     output.unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    trainer = None
+    trainer = folder = None
     try:
-        config, checkpoint = read_command_line(sys.argv[1:] if arguments is None else arguments)
-        done = checkpoint and checkpoint["step"] >= config.steps and not owes_samples(checkpoint, config)
-        if config.name and done:  # a scheduler may start it once more
-            print(f"{config.out_dir}/{config.name} is done: step {checkpoint['step']:,} of {config.steps:,}")
+        config, folder = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        if folder and folder.is_done(config):  # a scheduler may start it once more
+            machine.print0(f"{folder.path} is done: step {folder.begun.step:,} of {config.steps:,}")
             return 0
-        trainer = Trainer(config, checkpoint)
+        trainer = Trainer(config, folder)
+        folder = trainer.folder
         stopped = trainer.run()
     except SettingsError as failure:
         print(f"trainer.py: {failure}", file=sys.stderr)
         return 2
     except FloatingPointError as failure:
-        if machine.processes()[0] == 0:
-            print(f"trainer.py: {failure}", file=sys.stderr)
+        machine.print0(f"trainer.py: {failure}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print("trainer.py: out of GPU memory; lower batch_size, sample_count or unet_channels", file=sys.stderr)
+    except (MemoryError, RuntimeError) as failure:
+        if machine.is_out_of_memory(failure):
+            why = "out of memory; lower batch_size, sample_count or unet_channels"
+        elif machine.lost_another(failure):
+            why = f"another process has ended, and so does this one ({one_line(failure)[:100]})"
+        else:
+            raise
+        print(f"trainer.py: {why}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0
         return 128 + (number or signal.SIGINT)
-    if trainer.rank == 0:
-        if not trainer.saved:
-            print("trainer.py: the last checkpoint could not be written", file=sys.stderr)
-            return 128 + stopped if stopped else 1
-        more = "" if stopped else f" --max-steps {2 * trainer.step}"
-        print(f"go on with: python trainer.py --resume {trainer.folder}{more}")
+    finally:
+        if folder:
+            folder.close()
+    if trainer.rank == 0 and not folder.wait():
+        print("trainer.py: the last checkpoint could not be written", file=sys.stderr)
+        return 128 + stopped if stopped else 1
+    more = "" if stopped else f" --max-steps {2 * trainer.step}"
+    if trainer.step:
+        machine.print0(f"go on with: {folder.command}{more}")
     return 128 + stopped if stopped else 0
 
 

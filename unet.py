@@ -7,6 +7,7 @@ embedding, the statistics of the norms and the output are fp32. In sampling, Cou
 """
 import math
 from itertools import product
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +224,18 @@ class Unet(nn.Module):
         if self.upscale > 1:
             x = F.pixel_shuffle(x, self.upscale)
         return x[:, :, : height * self.upscale, : width * self.upscale].float()
+
+
+class Network(Protocol):
+    """What stands in for Unet has: another network is its class, a line in support.model.make_unet, and its own fields
+    of Config, whose names begin with unet_: those keep a run from going on with another one, and are told in tables."""
+
+    num_classes: int  # of the labels; it is the null label's number, and 0 where the network sees no labels
+    upscale: int  # sides of the output in units of x's
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), any sides; t (B,) float32; y (B,) int64, None: the null label; cond (B, Cc, H, W), None: no
+        image is seen -> (B, C, H * upscale, W * upscale), float32."""
 
 
 class Counted:

@@ -88,7 +88,7 @@ def measure(o: Options, config: Config, net, judge, device: torch.device) -> lis
 
         def make(batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                samples.append(run_sampler(setting, Guided(counted, config.guidance), batch)[0])
+                samples.append(run_sampler(setting, Guided(counted, config.guidance), batch))
             return samples[-1]
 
         row = dict(name=name, solver=setting.solver, precision=precision)

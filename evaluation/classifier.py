@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from images import data, one_line
-from images.packs import Photos
+from images.photos import Photos
 from support.disk import write_atomically
 
 
@@ -25,8 +25,8 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, classes: int, side: int):
         super().__init__()
-        levels = max(1, round(math.log2(side)) - 2)  # down to 4x4
-        dims = [channels] + [32 * min(2**level, 4) for level in range(levels)]
+        halvings = max(1, round(math.log2(side)) - 2)  # down to 4x4
+        dims = [channels] + [32 * min(2**i, 4) for i in range(halvings)]
         self.features = nn.Sequential(*map(Block, dims, dims[1:]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(dims[-1], classes)
 
@@ -87,11 +87,11 @@ def pieces(images: Tensor | Photos) -> Iterator[Tensor]:
         yield images[rows]
 
 
-def kept(path: str, make):
+def cached(path: str, make):
     """make() -> tensors and plain values, from the file that kept them the last time if it is there and whole."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # it is not there, or damaged, which shows in many ways
+    except Exception:  # of torch.load alone: the file is not there, or damaged, which shows in many ways
         value = make()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

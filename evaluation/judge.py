@@ -23,7 +23,6 @@ import math
 import socket
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -35,9 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
-from evaluation.classifier import Classifier, digest, kept, pieces
+from evaluation.classifier import Classifier, cached, digest, pieces
 from images import SettingsError, data, one_line
-from images.corruptions import task_names
+from images.corruptions import TASKS, task_names
+from images.lpips import FOREIGN, load_lpips, lpips_distance
 from images.pictures import psnr_of_each, to_float, to_uint8
 from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
 from trainer import Config
@@ -80,7 +80,7 @@ class Judge:
         form = str(config.image_size) if config.crop == "center" else f"{config.image_size}-{config.crop}"
 
         def shared(kind: str, key: str, make: Callable):
-            return broadcast(partial(kept, f"{cache}/{kind}-{images.name}-{form}-{key}.pt", make))
+            return broadcast(partial(cached, f"{cache}/{kind}-{images.name}-{form}-{key}.pt", make))
 
         if not images.classes:
             self.why |= dict.fromkeys(("accuracy", "frechet"), "the data has no classes to train a classifier on")
@@ -118,9 +118,9 @@ class Judge:
         socket.setdefaulttimeout(data.TIMEOUT)
         try:
             return load()
-        except Exception as failure:  # no package, no network, a damaged file
+        except (SettingsError, *FOREIGN) as failure:  # no package, no network, a damaged file
             self.why[metric] = one_line(getattr(failure, "reason", failure))[:150]
-            if weights and not isinstance(failure, ImportError):
+            if weights and not isinstance(failure.__cause__ or failure, ImportError):
                 self.why[metric] += f"; {weights} may be put into {torch.hub.get_dir()}/checkpoints"
         finally:
             socket.setdefaulttimeout(before)
@@ -142,8 +142,9 @@ class Judge:
             why |= dict.fromkeys(("psnr", "ssim", "lpips", "consistency"), "generation has no truth to be near to")
             if not labels:
                 why["accuracy"] = "generation without labels has no right class"
-        if "paired" in task_names(config.task):
-            why["consistency"] = "the damage of pairs can't be done again"
+        for name in task_names(config.task):
+            if not TASKS[name].repeatable:
+                why["consistency"] = f"the damage of task {name} can't be done to a sample again"
         return {metric: reason for metric, reason in why.items() if metric in self.metrics}
 
     @torch.no_grad()
@@ -319,21 +320,11 @@ def load_ssim(side: int):
 
 
 def load_lpips_alex(device):
-    """LPIPS of each image with AlexNet, by its authors' package.
-
-    Sides under 32 are too small for it: their pixels are repeated.
-    """
-    import lpips
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
-        net = lpips.LPIPS(net="alex", verbose=False).to(device)
+    """LPIPS of each image with AlexNet."""
+    load_lpips("alex")
 
     def distance(x: Tensor, truth: Tensor) -> Tensor:
-        repeat = -(-32 // min(x.shape[2:]))
-        a, b = (F.interpolate(to_float(image), scale_factor=repeat) for image in (x, truth))
-        assert max(a.abs().max(), b.abs().max()) <= 1  # it takes [-1, 1]
-        return net(a, b).flatten()
+        return lpips_distance(to_float(x).to(device), to_float(truth).to(device), "alex")
 
     return distance
 

@@ -16,5 +16,13 @@ class DatasetError(SettingsError):
 
 
 def one_line(failure: BaseException) -> str:
-    """The exception's message on one line; the name of its class where it has none."""
+    """Why it failed, on one line; where a file is at fault, in the system's words: No space left on device.
+
+    Other errors may hide them: torch.save's zip writer, left half-way, raises its own while it handles that one.
+    """
+    cause = failure
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return " ".join(str(failure).split()) or type(failure).__name__

@@ -1,12 +1,13 @@
 """Clean images -> Batch: the restoration tasks, as batched tensor operations on the images' device.
 
 Every damaged pixel takes one of the 256 levels that a PNG or JPEG file can hold, so a network meets the same values
-whether the damage is made here or arrives in a user's file. Resizing follows PIL and JPEG follows libjpeg, their
-rounding included (tests/test_corruptions.py compares). Inside this file `levels` is a float tensor of values 0 to 255.
+whether the damage is made here or arrives in a user's file. Resizing follows PIL, its rounding included, and JPEG
+libjpeg to within ties (tests/test_corruptions.py compares). Inside this file `levels` is a float tensor of values 0 to
+255. A new task is an entry of TASKS, a branch of Damage._apply, and its knobs among Damage's fields.
 """
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -14,13 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from images import SettingsError
+from images.jpeg import jpeg, nearest_level
 from support import bounds
-from support.bounds import ascending, between, length, odd, one_of
+from support.bounds import above, ascending, between, length, odd, one_of
 
-# name: the fields of Damage that make the task what it is. Of sr not up, by which the network sees what is left
+
+@dataclass(frozen=True)
+class Task:
+    """What the rest of the program knows of a task."""
+
+    # fields of Damage that make the task what it is; of sr not `up`, which is how the small image is shown
+    knobs: tuple[str, ...] = ()
+    leaves_unknown: bool = False  # whether zlo knows nothing of the pixels that are to be made
+    repeatable: bool = True  # whether a sample can be damaged as the truth was; not where the damage adds noise
+    block: int = 1  # side of the blocks of pixels that are damaged together; where files are smaller, the factor is
+    # who says how many times smaller files are than what is made of them: Damage.factor, the pairs; none: as large
+    smaller_by: Literal["none", "factor", "pairs"] = "none"
+
+
 TASKS = {
-    "sr": ("factor", "down"), "inpaint": ("mask",), "blur": ("kernel", "width", "sigma"), "jpeg": ("quality",),
-    "generate": (), "paired": (),
+    "sr": Task(("factor", "down"), smaller_by="factor"),
+    "inpaint": Task(("mask",), leaves_unknown=True),
+    "blur": Task(("kernel", "width", "sigma")),
+    "noise": Task(("std",), repeatable=False),
+    "jpeg": Task(("quality",), block=16),
+    "generate": Task(leaves_unknown=True),
+    "paired": Task(repeatable=False, smaller_by="pairs"),
 }
 
 
@@ -34,32 +54,47 @@ class Draws:
 
     generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
     host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
-    rows: slice = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    rows: slice | Tensor = field(default_factory=lambda: slice(None))  # which images of the batch these are
     total: int | None = None  # how many the batch has; None: no more than these
 
     def randn_like(self, x: Tensor) -> Tensor:
-        return self.whole(torch.randn, x, *x.shape[1:], dtype=x.dtype)
+        """Standard normal noise of x's shape (B, ...), type and device."""
+        return self.of_the_whole(partial(torch.randn, dtype=x.dtype), x, *x.shape[1:])
 
     def rand(self, x: Tensor, *shape: int) -> Tensor:
         """Uniform on [0, 1), (B, *shape) for the B images of x."""
-        return self.whole(torch.rand, x, *shape)
+        return self.of_the_whole(torch.rand, x, *shape)
 
     def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
         """Whole numbers from low to high - 1, (B, *shape) int64 for the B images of x."""
-        shape = (self.total or len(x), *shape)
-        return torch.randint(low, high, shape, generator=self.generator, device=x.device)[self.rows]
+        return self.of_the_whole(partial(torch.randint, low, high), x, *shape)
 
     def one(self, low: int, high: int) -> int:
         """A whole number from low to high - 1 for the whole batch."""
         return int(torch.randint(low, high, (), generator=self.host))
 
-    def whole(self, draw, x: Tensor, *shape: int, **kind) -> Tensor:
-        return draw(self.total or len(x), *shape, generator=self.generator, device=x.device, **kind)[self.rows]
+    def of_the_whole(self, draw, x: Tensor, *shape: int) -> Tensor:
+        """(B, *shape): the rows of these images out of what `draw` gives for the whole batch."""
+        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)[self.rows]
+        assert len(drawn) == len(x), f"noise for {len(drawn)} images is asked for {len(x)}: index the Batch, not x"
+        return drawn
+
+    def narrow(self, rows: slice | Tensor, count: int) -> "Draws":
+        """Draws for the images that `rows`, a slice or an index tensor, selects of the `count` ones of these."""
+        total = self.total or count
+        if isinstance(rows, slice) and isinstance(self.rows, slice):
+            places = range(total)[self.rows][rows]
+            return replace(self, rows=slice(places.start, places.stop, places.step), total=total)
+        device = rows.device if torch.is_tensor(rows) else self.rows.device
+        return replace(self, rows=torch.arange(total, device=device)[self.rows][rows], total=total)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1]."""
+    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1].
+
+    Loss and sampler share its tensors, and `cond` may be `zlo` itself: no method changes them in place.
+    """
 
     z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
     zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
@@ -74,8 +109,9 @@ class Batch:
         return self.draws.randn_like(x)
 
     def __getitem__(self, rows) -> "Batch":
-        """The images that `rows`, a slice or an index tensor, selects."""
-        return replace(self, **{name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)})
+        """The images that `rows`, a slice or an index tensor, selects, with their rows of the noise."""
+        tensors = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **tensors, draws=self.draws.narrow(rows, len(self.zlo)))
 
 
 @dataclass(frozen=True)
@@ -86,13 +122,13 @@ class Damage:
     `mask`, blur with each `kernel`, and jpeg at quality 5 and 10.
     """
 
-    # sr: how many times smaller the low-resolution image is; of several each image draws one
+    # sr: ratio of the sides, full to low resolution: 2, 4 or 8; of several each image draws one
     factor: Annotated[int | tuple[int, ...], one_of(2, 4, 8), length(1)] = 2
     # sr: filter that makes the low-resolution image; box takes the mean of factor x factor pixels
     down: Literal["box", "bicubic"] = "box"
     # sr: filter that enlarges it again; nearest repeats each pixel
     up: Literal["nearest", "bicubic"] = "nearest"
-    # inpaint: what is missing: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
+    # inpaint: shape of the hole: the centre (half of each side), or brush strokes over 10-20% or 20-30% of the pixels
     mask: Literal["center", "freeform-10-20", "freeform-20-30"] = "center"
     # blur: shape of the kernel
     kernel: Literal["uniform", "gaussian"] = "uniform"
@@ -101,6 +137,8 @@ class Damage:
     # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps. Of two
     # numbers, each image draws one between them
     sigma: Annotated[float | tuple[float, float], between(0.01, 10**6), ascending()] = 10.0
+    # noise: standard deviation of the gaussian noise, in levels of 255; of two numbers, each image draws one between
+    std: Annotated[float | tuple[float, float], above(0, 255), ascending()] = 15.0
     # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
     quality: Annotated[int | tuple[int, int], between(1, 100), ascending()] = 10
 
@@ -149,6 +187,9 @@ class Damage:
             levels = self.shrink_and_enlarge(levels, draws)
         elif name == "blur":
             levels = blur(levels, self.weights(levels, draws))
+        elif name == "noise":
+            std = self.between(self.std, levels, draws)[..., None, None]
+            levels = nearest_level(levels + std * draws.randn_like(levels))
         elif name == "jpeg":
             low, high = as_tuple(self.quality)[0], as_tuple(self.quality)[-1]
             levels = jpeg(levels, low if low == high else draws.randint(low, high + 1, levels))
@@ -176,10 +217,24 @@ class Damage:
         """(B, width) blur kernels along one axis, or (1, width); the square kernel is the outer product with itself."""
         if self.kernel == "uniform":
             return x.new_full((1, self.width), 1 / self.width)
-        low, high = as_tuple(self.sigma)[0], as_tuple(self.sigma)[-1]
-        sigma = x.new_full((1, 1), low) if low == high else low + (high - low) * draws.rand(x, 1)
+        sigma = self.between(self.sigma, x, draws)
         bell = (-0.5 * ((torch.arange(self.width, device=x.device) - self.width // 2) / sigma) ** 2).exp()
         return bell / bell.sum(1, keepdim=True)
+
+    def between(self, knob, x: Tensor, draws: Draws) -> Tensor:
+        """(B, 1) draws between a knob's two values for the B images of x, or (1, 1) its only one."""
+        low, high = as_tuple(knob)[0], as_tuple(knob)[-1]
+        return x.new_full((1, 1), low) if low == high else low + (high - low) * draws.rand(x, 1)
+
+    def block(self, task: str) -> int:
+        """Side in pixels of the largest blocks that the task damages together: an image's tiles begin where they do."""
+        tasks = [TASKS[name] for name in task_names(task)]
+        return max(max(as_tuple(self.factor)) if each.smaller_by == "factor" else each.block for each in tasks)
+
+    def factors(self, task: str, pair_factor: int) -> list[int]:
+        """How many times smaller damaged files may be than what is made of them; `pair_factor`: of the task paired."""
+        factors = dict(none=(1,), factor=as_tuple(self.factor), pairs=(pair_factor,))
+        return sorted({factor for name in task_names(task) for factor in factors[TASKS[name].smaller_by]})
 
 
 def as_tuple(value) -> tuple:
@@ -198,7 +253,7 @@ def task_names(task: str) -> list[str]:
 
 def has_holes(task: str) -> bool:
     """Whether the task can leave pixels of which zlo knows nothing."""
-    return not {"inpaint", "generate"}.isdisjoint(task_names(task))
+    return any(TASKS[name].leaves_unknown for name in task_names(task))
 
 
 def cond_channels(task: str, channels: int, condition: bool) -> int:
@@ -244,11 +299,6 @@ def from_levels(levels: Tensor) -> Tensor:
     return levels / 127.5 - 1
 
 
-def _level(x: Tensor) -> Tensor:
-    """The nearest of the levels 0..255, halves upwards as in PIL and libjpeg."""
-    return (x + 0.5 + 1e-4).floor().clamp(0, 255)  # float32 may miss a half by 1e-5
-
-
 # sr ------------------------------------------------------------------------------------------------------------------
 
 FILTERS = {
@@ -261,8 +311,8 @@ FILTERS = {
 
 def resize(levels: Tensor, size: tuple[int, int], filter: str) -> Tensor:
     """PIL's resize: along the width, then along the height, each time to whole levels."""
-    levels = _level(F.interpolate(levels, (levels.shape[2], size[1]), **FILTERS[filter]))
-    return _level(F.interpolate(levels, size, **FILTERS[filter]))
+    levels = nearest_level(F.interpolate(levels, (levels.shape[2], size[1]), **FILTERS[filter]))
+    return nearest_level(F.interpolate(levels, size, **FILTERS[filter]))
 
 
 # blur ----------------------------------------------------------------------------------------------------------------
@@ -276,7 +326,7 @@ def blur(levels: Tensor, weights: Tensor) -> Tensor:
     x = F.pad(levels, (reach,) * 4, mode="reflect")
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
     x = sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
-    return _level(sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights)))
+    return nearest_level(sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights)))
 
 
 # inpaint -------------------------------------------------------------------------------------------------------------
@@ -325,77 +375,3 @@ def freeform(z1: Tensor, least: float, most: float, draws: Draws, strokes=4, ben
     pixels = height * width
     count = draws.randint(math.ceil(least * pixels), math.floor(most * pixels) + 1, z1, 1)
     return (rank < count).view(batch, 1, height, width).to(z1.dtype)
-
-
-# jpeg ----------------------------------------------------------------------------------------------------------------
-
-# ITU-T T.81, tables K.1 and K.2: quantisation steps of brightness and colour at quality 50
-LUMA = """16 11 10 16  24  40  51  61    12 12 14 19  26  58  60  55    14 13 16 24  40  57  69  56
-          14 17 22 29  51  87  80  62    18 22 37 56  68 109 103  77    24 35 55 64  81 104 113  92
-          49 64 78 87 103 121 120 101    72 92 95 98 112 100 103  99"""
-CHROMA = "17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66" + " 99" * 38
-
-
-@cache  # one copy a device: copying from the host at each batch would make the device wait
-def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The orthonormal DCT (8, 8), one row a frequency, and the quantisation steps of brightness and colour, (101, 8, 8)
-    by quality."""
-    k = torch.arange(8, dtype=torch.float64, device=device)
-    dct = 0.5 * torch.cos((2 * k + 1) * k[:, None] * math.pi / 16)
-    dct[0] /= math.sqrt(2)
-    percent = [5000 // max(quality, 1) if quality < 50 else 200 - 2 * quality for quality in range(101)]
-    percent = torch.tensor(percent, device=device)[:, None, None]
-    steps = (torch.tensor([int(q) for q in table.split()], device=device).view(8, 8) for table in (LUMA, CHROMA))
-    return dct.float(), *(((percent * step + 50) // 100).clamp(1, 255).float() for step in steps)
-
-
-def _last(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix for a matrix of 8 rows, exact in float32, where a matmul may run in TF32 or bfloat16."""
-    return sum(x[..., k, None] * matrix[k] for k in range(8))
-
-
-def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """A plane (B, 1, H, W) of levels through 8x8 DCT, rounding to multiples of `step` (8, 8) or (B, 8, 8), and back."""
-    step, (height, width) = step.view(-1, 1, 1, 1, 8, 8), plane.shape[2:]
-    x = F.pad(plane - 128, (0, -width % 8, 0, -height % 8), mode="replicate")
-    x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (B, 1, H/8, W/8, 8, 8)
-    x = _last(_last(x, dct.mT).mT, dct.mT).mT
-    eighths = (8 * x.abs()).round()  # libjpeg's DCT has this precision; it rounds halves of a step away from zero
-    x = x.sign() * ((eighths + 4 * step) / (8 * step)).floor() * step
-    x = _last(_last(x, dct).mT, dct).mT
-    return _level(x.transpose(3, 4).flatten(4, 5).flatten(2, 3) + 128)[..., :height, :width]
-
-
-def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
-    height, width = plane.shape[2:]
-    x = _level(plane - 1e-3)  # halves downwards, here only
-    # libjpeg repeats the last column until the halved rows fill their blocks, but the last row only until it has a
-    # partner: `_code` repeats the halved row
-    x = F.pad(x, (0, -width % 16, 0, height % 2), mode="replicate")
-    # libjpeg rounds by adding a fraction and taking the floor. Two fractions take turns along a row: 1/4 and 1/2 where
-    # it halves, 1/2 and 7/16 where it doubles.
-    odd = torch.arange(x.shape[3], device=x.device) % 2
-    x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
-    x = _code(x, dct, step)[..., : (width + 1) // 2]  # what fills the blocks does not reach the picture again
-    x = F.interpolate(x, scale_factor=2, mode="bilinear")
-    return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
-
-
-def jpeg(levels: Tensor, quality: int | Tensor) -> Tensor:
-    """Levels (B, 1 or 3, H, W) -> what PIL (libjpeg) reads back from its own file. Colour is halved (4:2:0).
-
-    quality: one for all images, or (B,).
-    """
-    # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
-    dct, luma, chroma = tables(levels.device)
-    luma, chroma = luma[quality], chroma[quality]
-    if levels.shape[1] == 1:
-        return _code(levels, dct, luma)
-    if levels.shape[1] != 3:
-        raise SettingsError(f"task = 'jpeg': needs images of 1 or 3 channels, not {levels.shape[1]}")
-    r, g, b = levels.split(1, 1)
-    y = _code(_level(0.299 * r + 0.587 * g + 0.114 * b), dct, luma)
-    cb = _colour(-0.168736 * r - 0.331264 * g + 0.5 * b + 128, dct, chroma)
-    cr = _colour(0.5 * r - 0.418688 * g - 0.081312 * b + 128, dct, chroma)
-    return _level(torch.cat((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1))

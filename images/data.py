@@ -1,8 +1,14 @@
 """Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or a set of our own."""
+import http.client
 import io
+import lzma
 import os
+import pickle
 import socket
+import tarfile
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -15,20 +21,39 @@ from PIL import Image
 from torch import Tensor
 
 from images import DatasetError, SettingsError, one_line
-from images.files import few, fit, list_images, to_tensor
-from images.packs import Form, Photos, open_pack, take
+from images.files import first_few, fit, list_images, to_tensor, user_path
+from images.packs import Decoding, Pack, open_pack, pack_folder
 from images.pairs import pair_factor, partners
+from images.photos import Photos, gather_rows
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from images.splits import known_sides, split_names
 from support.disk import free_memory
 
-DOWNLOADS = {  # name: its class in torchvision.datasets, and how to get it by hand; {} is data_path
-    "cifar10": ("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
-    "fashion-mnist": ("FashionMNIST", "put the four .gz files listed at "
-                      "https://github.com/zalandoresearch/fashion-mnist into {}/FashionMNIST/raw"),
-    "celeba": ("CelebA", "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
-               "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba"),
+
+@dataclass(frozen=True)
+class Download:
+    """A data set of torchvision's. An entry in DOWNLOADS is all that a new one needs: every command knows its name."""
+
+    kind: str  # its class in torchvision.datasets, which downloads it; has data, targets and classes, or is of files
+    by_hand: str  # how to get it otherwise; {} is data_path
+    train: dict = field(default_factory=lambda: {"train": True})  # arguments of the class for the training images
+    test: dict = field(default_factory=lambda: {"train": False})
+    # folder of its image files, below data_path: they are packed, and may be cropped at random; None: small squares
+    files: str | None = None
+
+
+DOWNLOADS = {
+    "cifar10": Download("CIFAR10", "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {}"),
+    "fashion-mnist": Download("FashionMNIST", "put the four .gz files listed at "
+                              "https://github.com/zalandoresearch/fashion-mnist into {}/FashionMNIST/raw"),
+    "celeba": Download("CelebA", "pip install gdown and run again, or put img_align_celeba.zip and the five .txt files "
+                       "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba",
+                       {"split": "train"}, {"split": "test"}, files="celeba/img_align_celeba"),
 }
+# what libraries, networks and damaged files raise while torchvision downloads and reads
+FAILURES = (OSError, RuntimeError, ImportError, EOFError, ValueError, AssertionError, http.client.HTTPException,
+            zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, pickle.UnpicklingError)
 WITH_THE_CLONE = ("demo", "shapes")  # sixteen photographs; drawings
 TIMEOUT = 20  # seconds without an answer after which a download is given up
 MAX_SIDE = 8192  # pixels: Pillow takes a square of many more for an attack
@@ -58,16 +83,17 @@ class Images:
                 return self
         return replace(self, **{key: value.to(device) for key, value in tensors.items()})
 
-    def rows(self, index: Tensor, split: str = "train", places: Tensor | None = None, pinned: bool = False) -> list:
+    def rows(self, index: Tensor, split: str = "train", crop_corners: Tensor | None = None,
+             pinned: bool = False) -> list:
         """Rows `index` (B,) of "train" or "test" where they lie: x (B, C, H, W) uint8, y (B,), damaged x or None.
 
-        places, pinned: see packs.take.
+        crop_corners, pinned: see photos.gather_rows.
         """
         x, y, lo = ((self.train, self.train_y, self.train_lo) if split == "train" else
                     (self.test, self.test_y, self.test_lo))
         index = move(index, x.device)
-        return [take(x, index, places, pinned), None if y is None else y[index],
-                None if lo is None else take(lo, index, places, pinned)]
+        return [gather_rows(x, index, crop_corners, pinned), None if y is None else y[index],
+                None if lo is None else gather_rows(lo, index, crop_corners, pinned)]
 
     def batch(self, index: Tensor, device, split: str = "train") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rows `index` (B,) of "train" or "test", on `device`: x (B, C, H, W) in [-1, 1], y (B,), damaged x or None."""
@@ -100,25 +126,26 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     pieces = []
     for epoch in range(start // n, (end - 1) // n + 1):
         begin = epoch * n  # the epoch's first place in the stream
-        pieces.append(_permutation(n, seed, epoch)[max(start - begin, 0):end - begin])
+        pieces.append(permutation(n, seed, epoch)[max(start - begin, 0):end - begin])
     return torch.cat(pieces)
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) int64 of an epoch's images."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
-def crop_places(batch_size: int, seed: int, step: int) -> Tensor:
+def crop_corners(batch_size: int, seed: int, step: int) -> Tensor:
     """Where in its photograph each row of the step's batch lies: (batch_size, 2) in [0, 1), downwards, to the right."""
-    random = np.random.default_rng((seed, step, 1))  # with the 1 it is not _permutation's
+    random = np.random.default_rng((seed, step, 1))  # with the 1 it is not that of `permutation`
     return torch.from_numpy(random.random((batch_size, 2)))
 
 
 class Feed:
     """A run's training batches: feed(step) is this process's share of the step's, on its device.
 
-    A function of (seed, step): batch_indices gives the images, crop_places their crops. Where the set is not on the
+    A function of (seed, step): batch_indices gives the images, crop_corners their crops. Where the set is not on the
     device, a thread gathers the next `ahead` batches meanwhile. When overfitting, each step has the first batch, and
     crops from the middle.
     """
@@ -139,15 +166,17 @@ class Feed:
 
     def rows(self, step: int) -> list:
         index = batch_indices(len(self.images.train), self.batch_size, self.seed, step)
-        places = None if self.overfit else crop_places(self.batch_size, self.seed, step)[self.share]
-        return self.images.rows(index[self.share], "train", places, self.pinned)
+        corners = None if self.overfit else crop_corners(self.batch_size, self.seed, step)[self.share]
+        return self.images.rows(index[self.share], "train", corners, self.pinned)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         step = 0 if self.overfit else step
         if not self.ahead:
             return on_device(self.rows(step), self.device)
-        steps = range(step, step + 1 + self.ahead)
-        self.waiting = {s: self.waiting.get(s) or self.thread.submit(self.rows, s) for s in steps}
+        self.waiting = {s: rows for s, rows in self.waiting.items() if step <= s <= step + self.ahead}
+        for s in range(step, step + 1 + self.ahead):
+            if s not in self.waiting:
+                self.waiting[s] = self.thread.submit(self.rows, s)
         return on_device(self.waiting[step].result(), self.device)
 
 
@@ -168,7 +197,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     """
     if crop not in ("center", "random"):
         raise SettingsError(f"crop = {crop}: allowed is center or random")
-    if crop == "random" and dataset in (None, *WITH_THE_CLONE, "cifar10", "fashion-mnist"):
+    small = [None, *WITH_THE_CLONE, *(name for name, download in DOWNLOADS.items() if not download.files)]
+    if crop == "random" and dataset in small:
         raise SettingsError(f"crop = random: allowed is center for {dataset or 'cifar10'}, whose images are small; "
                             "name a folder of photographs as dataset")
     if dataset is None:
@@ -197,8 +227,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
         if dataset == "shapes":
             return _draw(side, channels, limit)
         if dataset in DOWNLOADS:
-            return _download(dataset, Form(side, channels, crop), data_path, limit)
-        return _folder(dataset, Form(side, channels, crop), data_path, paired_path, limit)
+            return _download(dataset, Decoding(side, channels, crop), data_path, limit)
+        return _folder(dataset, Decoding(side, channels, crop), data_path, paired_path, limit)
     except MemoryError as error:
         raise SettingsError(f"image_size = {side}: too little memory for the images of {dataset}; lower image_size, "
                             "or take fewer images") from error
@@ -240,8 +270,8 @@ def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- files
 
-def _folder(dataset: str, form: Form, data_path: str, paired_path: str | None, limit: int | None) -> Images:
-    root = Path(os.path.expanduser(dataset))
+def _folder(dataset: str, decoding: Decoding, data_path: str, paired_path: str | None, limit: int | None) -> Images:
+    root = user_path(dataset)
     if not dataset or not os.path.isdir(root):
         raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or "
                            f"{', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
@@ -249,109 +279,100 @@ def _folder(dataset: str, form: Form, data_path: str, paired_path: str | None, l
     paired, partner = None, {}
     left_out = []
     if paired_path is not None:
-        paired = Path(os.path.expanduser(paired_path))
+        paired = user_path(paired_path)
         partner, left_out = partners(root, names, paired)
         names = sorted(partner)
-    train_names, test_names, level, own = _split(names)
-
-    def label(name: str) -> str | None:  # the class folder, if the image is in one
-        return name.split("/")[level] if name.count("/") > level else None
-
-    labels = {label(name) for name in train_names + test_names}
-    classes = [] if None in labels or len(labels) == 1 else sorted(labels)
-    number = {name: i for i, name in enumerate(classes)}
-    train_names, test_names = _spread(train_names, limit), _spread(test_names, limit)
-    names = train_names + test_names
     # by their real paths, so that it is the same pack by whatever way one comes to the folder
     here, there = os.path.realpath(root), os.path.realpath(paired) if paired else None
+    folder = pack_folder(os.path.basename(here), decoding, data_path, [here, there, limit])
+    split = split_names(names, known_sides(folder, names, limit))
+    if split.left_out:
+        left_out += [f"{root / name}: is neither in the folder of training images nor in that of test images"
+                     for name in split.left_out]
+        warnings.warn(f"{root}: {len(split.left_out)} images are neither in the folder of training images nor in that "
+                      f"of test images, and are left out: {first_few(split.left_out)}")
+
+    def label(name: str) -> str | None:  # the class folder, if the image is in one
+        return name.split("/")[split.level] if name.count("/") > split.level else None
+
+    labels = {label(name) for name in split.train + split.test}
+    classes = [] if None in labels or len(labels) == 1 else sorted(labels)
+    number = {name: i for i, name in enumerate(classes)}
+    train_names, test_names = _spread(split.train, limit), _spread(split.test, limit)
+    names = train_names + test_names
     files = [(f"{here}/{name}", f"{there}/{partner[name]}" if paired else None) for name in names]
-    pack = open_pack(files, form, os.path.basename(here), data_path, [here, there, limit])
+    pack = open_pack(folder, files, decoding)
 
     def part(rows: slice) -> tuple:
-        kept = [label(names[i]) for i in pack.kept[rows]]
-        y = torch.tensor([number[each] for each in kept], dtype=torch.int64) if classes else None
+        used = [label(names[i]) for i in pack.used[rows]]
+        y = torch.tensor([number[each] for each in used], dtype=torch.int64) if classes else None
         return pack.clean[rows], None if pack.damaged is None else pack.damaged[rows], y
 
-    count = int((pack.kept < len(train_names)).sum())  # training images that could be read
+    count = int((pack.used < len(train_names)).sum())  # training images that could be read
     (train, train_lo, y), (test, test_lo, test_y) = part(slice(count)), part(slice(count, None))
-    broken = list(pack.left_out.values())
     factor = 1
     if paired:
-        if 2 * len(pack.kept) < len(names):
-            raise DatasetError(f"{paired}: only {len(pack.kept)} of its {len(names)} pairs with {root} can be used; "
-                               f"check that these are the same pictures: {few(broken, 3)}")
-        factor = pair_factor(pack.pairs)
-    if not own and not len(train):  # the only good images were held out
+        if 2 * len(pack.used) < len(names):
+            raise DatasetError(f"{paired}: only {len(pack.used)} of its {len(names)} pairs with {root} can be used; "
+                               f"check that these are the same pictures: {first_few(pack.left_out, 3)}")
+        factor = pair_factor(pack.index.pairs)
+    if not split.own and not len(train):  # no training file could be read: train on the held-out ones
         train, train_lo, y, test, test_lo, test_y = test, test_lo, test_y, train, train_lo, y
     if not len(train):
         raise DatasetError(f"{root}: none of the {len(train_names)} training images can be read; replace them: "
-                           f"{few(broken, 3)}")
-    _warn_of(root, broken)
+                           f"{first_few(pack.left_out, 3)}")
+    _warn_of(root, pack, decoding)
     if not len(test):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
         test, test_lo, test_y = train, train_lo, y
     return Images(train, test, y, test_y, classes, train_lo, test_lo, name=os.path.basename(here),
-                  left_out=left_out + broken, pair_factor=factor)
+                  left_out=left_out + pack.left_out, pair_factor=factor)
 
 
-def _warn_of(folder: Path, left_out: list[str]) -> None:
-    """Names the first of the images left out."""
-    if left_out:
-        rest = ", which a run lists in left_out.txt" if len(left_out) > 3 else ""
-        warnings.warn(f"{folder}: {len(left_out)} images are left out{rest}: {few(left_out, 3)}")
-
-
-def _split(names: list[str]) -> tuple[list[str], list[str], int, bool]:
-    """-> train, test, level of the class folders, whether the splits are the folder's own.
-
-    They are train/ and test/ (or val/) where both exist. Else a tenth of the images is held out, evenly spread: 1 to
-    1,000 of them, but none where there is only one image.
-    """
-    tops = {name.split("/")[0] for name in names if "/" in name}
-    held_out = next((top for top in ("test", "val", "valid", "validation") if top in tops), None)
-    if "train" in tops and held_out:
-        train = [name for name in names if name.startswith("train/")]
-        test = [name for name in names if name.startswith(held_out + "/")]
-        return train, test, 1, True
-    count = min(max(1, len(names) // 10), 1000, len(names) - 1)
-    rows = {(2 * i + 1) * len(names) // (2 * count) for i in range(count)}
-    train = [name for i, name in enumerate(names) if i not in rows]
-    test = [name for i, name in enumerate(names) if i in rows]
-    level = 1 if all(name.startswith("train/") for name in names) else 0
-    return train, test, level, False
+def _warn_of(folder: Path, pack: Pack, decoding: Decoding) -> None:
+    """Names the first of the images left out, and says how many are enlarged for want of pixels."""
+    if pack.left_out:
+        rest = ", which a run lists in left_out.txt" if len(pack.left_out) > 3 else ""
+        warnings.warn(f"{folder}: {len(pack.left_out)} images are left out{rest}: {first_few(pack.left_out, 3)}")
+    if pack.index.enlarged:
+        warnings.warn(f"{folder}: {pack.index.enlarged:,} of {len(pack.used):,} images have a side below image_size = "
+                      f"{decoding.side} and are enlarged for random crops of it; a lower image_size leaves them as "
+                      "they are")
 
 
 # ------------------------------------------------------------------------------------------------------ by torchvision
 
-def _download(name: str, form: Form, data_path: str, limit: int | None) -> Images:
+def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) -> Images:
     from torchvision import datasets  # a second to import
 
-    kind, by_hand = DOWNLOADS[name]
+    download = DOWNLOADS[name]
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         with redirect_stdout(io.StringIO()):  # the progress bar is still seen: it goes to stderr
-            choices = [{"split": s} if name == "celeba" else {"train": s == "train"} for s in ("train", "test")]
-            train, test = (getattr(datasets, kind)(data_path, download=True, **choice) for choice in choices)
-    except Exception as error:  # no network, no gdown, a damaged file: each library raises its own kinds of exception
+            train, test = (getattr(datasets, download.kind)(data_path, download=True, **which)
+                           for which in (download.train, download.test))
+    except FAILURES as error:
         reason = f"{type(error).__name__}: {one_line(error)}"[:160]
         raise DatasetError(f"dataset = {name}: is not in {data_path}, or not whole, and can't be downloaded "
-                           f"({reason}); {by_hand.format(data_path)}; or take --dataset shapes or a folder") from error
+                           f"({reason}); {download.by_hand.format(data_path)}; or take --dataset shapes or a "
+                           "folder") from error
     finally:
         socket.setdefaulttimeout(before)
     rows = _spread(list(range(len(train))), limit)
     test_rows = _spread(list(range(len(test))), limit)
-    if name == "celeba":  # 40 attributes and 10,000 identities, but no classes
-        folder = os.path.realpath(Path(train.root) / "celeba" / "img_align_celeba")
+    if download.files:  # CelebA has 40 attributes and 10,000 identities, but no classes
+        folder = os.path.realpath(Path(train.root) / download.files)
         names = [train.filename[i] for i in rows] + [test.filename[i] for i in test_rows]
         files = [(f"{folder}/{file}", None) for file in names]
-        pack = open_pack(files, form, "celeba", data_path, [folder, None, limit])
-        count, broken = int((pack.kept < len(rows)).sum()), list(pack.left_out.values())
-        if not 0 < count < len(pack.kept):
-            raise DatasetError(f"{folder}: no training or no test image can be read; get it anew: {few(broken, 3)}")
-        _warn_of(folder, broken)
-        return Images(pack.clean[:count], pack.clean[count:], None, None, [], name=name, left_out=broken)
-    side, channels = form.side, form.channels
+        pack = open_pack(pack_folder(name, decoding, data_path, [folder, None, limit]), files, decoding)
+        count = int((pack.used < len(rows)).sum())
+        if not 0 < count < len(pack.used):
+            raise DatasetError(f"{folder}: no training or no test image can be read; get it anew: "
+                               f"{first_few(pack.left_out, 3)}")
+        _warn_of(folder, pack, decoding)
+        return Images(pack.clean[:count], pack.clean[count:], None, None, [], name=name, left_out=pack.left_out)
+    side, channels = decoding.side, decoding.channels
     _check_memory(len(rows) + len(test_rows), side, channels)
     x = _resize(np.asarray(train.data)[rows], side, channels)
     test_x = _resize(np.asarray(test.data)[test_rows], side, channels)

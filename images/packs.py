@@ -1,30 +1,26 @@
 """Packs: image files decoded once, into raw arrays on disk that every later start maps into its memory.
 
 A pack is a folder, data_path/packs/NAME-KEY, which may be deleted at any time: the next start makes it again. It holds
+columns and, written last, what says that they are whole:
 
     clean.u8    the pixels, (N, C, side, side) uint8; for --crop random whole photographs (C, H, W), one after the other
     damaged.u8  the same of their damaged partners, where the files are pairs
     sizes.i32   (N, 2) int32: H and W of each photograph, for --crop random only
-    index.json  what the arrays were made of, which files could not be used, and how many files are done
-
-Mapped memory is the system's cache of the file: it is read when it is touched, all processes share it, and what is not
-in use is given up when memory is short, so a pack may be far larger than the memory.
+    index.json  what the columns were made of, which files could not be used, and checksums of the columns
+    sides.json  see splits.known_sides
 """
-import ctypes
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
-import sys
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterator
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from functools import partial
 from pathlib import Path
 
@@ -35,18 +31,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images import DatasetError, SettingsError, one_line
-from images.files import cover, fit, open_image
+from images.files import cover, fit, open_image, user_path
 from images.pairs import check_shape, factor_of
+from images.photos import Blocks, Photos, checksums, map_file
 from support.disk import write_atomically
 
-VERSION = 1  # of the arrays' layout and of what `fit` and `cover` make of a file: raise it when one of them changes
-RECORD_EVERY = 15  # seconds of packing that a kill can cost
-BLOCK = 2**20  # bytes of pixels that a thread decodes at a time
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+VERSION = 2  # of the layout and of what a file becomes in it: raise it when one of them changes
+CHECK_AT_ONCE = 2**33  # bytes of a pack that are checked when it is opened; of a larger one each block when first read
+IN_WORK = 2**26  # bytes of pixels that are decoded before they are written
+TELL_EVERY = 15  # seconds of packing, where there is no progress bar
+LONGEST = 100  # times as long as wide
+LASTING = (ENOENT, ELOOP, EACCES, EPERM, ENOTDIR, EISDIR, ENAMETOOLONG)  # failures that trying again does not mend
+PAUSES = (0.1, 1.0)  # seconds before a file that can't be read at the moment is tried again
 
 
 @dataclass(frozen=True)
-class Form:
+class Decoding:
     """How a file's picture is kept: `center` its middle square of `side` pixels, `random` whole, for crops of it."""
 
     side: int
@@ -55,271 +55,247 @@ class Form:
 
 
 @dataclass
-class Photos:
-    """Photographs of any size that stay on disk. Indexed as a tensor of images would be, it gives their middles."""
+class Index:
+    """index.json."""
 
-    flat: Tensor  # (bytes,) uint8: (C, H, W) of each photograph
-    start: Tensor  # (N,) int64: where they begin in it
-    sizes: Tensor  # (N, 2) int32: H, W, neither below `side`
-    channels: int
-    side: int
-    device = torch.device("cpu")
+    stamp: dict  # what the pack is made of
+    checksums: dict[str, list[int]]  # of each column: CRC-32 of each of its blocks
+    sizes: dict[str, int]  # of each column: bytes
+    left_out: list[tuple[int, str]]  # files that could not be used: place in the list, and a line that says why
+    pairs: list[tuple]  # a pair for each factor that there is, as pair_factor takes them
+    enlarged: int  # photographs with a side below that of the crops
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return len(self), self.channels, self.side, self.side
+    @classmethod
+    def read(cls, folder: Path) -> "Index | None":
+        """None where there is none, or one of an older layout. Raises ValueError for one that is damaged."""
+        try:
+            checksum, _, content = (folder / "index.json").read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        if checksum.startswith(b"{"):  # version 1
+            return None
+        if checksum != b"%d" % zlib.crc32(content):
+            raise ValueError("index.json")
+        return cls(**json.loads(content))
 
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def __getitem__(self, rows):
-        """Of a slice: those Photos. Of an index (B,): their middle crops (B, C, side, side)."""
-        if isinstance(rows, slice):
-            return Photos(self.flat, self.start[rows], self.sizes[rows], self.channels, self.side)
-        return take(self, rows)
-
-    def crops(self, index: Tensor, places: Tensor | None) -> list[Tensor]:
-        """Views (C, side, side) into the photographs `index` (B,). places: see `take`."""
-        s, views = self.side, []
-        room = self.sizes[index].long() - s  # (B, 2): how far down and to the right a crop can lie
-        corners = room // 2 if places is None else (places * (room + 1)).long()
-        for begin, (h, w), (top, left) in zip(self.start[index].tolist(), self.sizes[index].tolist(), corners.tolist()):
-            photo = self.flat[begin:begin + self.channels * h * w].view(self.channels, h, w)
-            views.append(photo[:, top:top + s, left:left + s])
-        return views
+    def write(self, folder: Path):
+        content = json.dumps(asdict(self)).encode()
+        write_atomically(folder / "index.json", lambda f: f.write(b"%d\n" % zlib.crc32(content) + content))
 
 
 @dataclass
 class Pack:
-    clean: Tensor | Photos  # a row for each file kept
+    clean: Tensor | Photos  # a row for each file used
     damaged: Tensor | Photos | None  # their partners, where the files are pairs
-    kept: np.ndarray  # places in the list of the files that could be used
-    left_out: dict[int, str]  # place of each other file: a line that says which one it is, and why it is left out
-    pairs: list[tuple]  # a pair for each factor that there is, as pair_factor takes them
+    used: np.ndarray  # places in the list of the files that could be used
+    index: Index
+
+    @property
+    def left_out(self) -> list[str]:
+        """Of each other file: which one it is, and why it is left out."""
+        return sorted(line for _, line in self.index.left_out)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-def take(images: Tensor | Photos, index: Tensor, places: Tensor | None = None, pinned: bool = False) -> Tensor:
-    """Rows `index` (B,) -> (B, C, side, side) uint8, on the images' device. pinned: in memory that a GPU copies from.
-
-    places: (B, 2) in [0, 1), where in each photograph its crop lies, downwards and to the right; None: in the middle.
-
-    Numpy copies, for on a busy machine torch's threads, which wait for the slowest of them, take thirty times as long.
-    """
-    if images.device.type != "cpu":
-        return images[index]
-    views = images.crops(index, places) if isinstance(images, Photos) else [images[row] for row in index.tolist()]
-    for view in views:
-        prefetch(view)
-    out = torch.empty(len(views), *images.shape[1:], dtype=torch.uint8, pin_memory=pinned)
-    for row, view in zip(out.numpy(), views):
-        row[:] = view.numpy()
-    return out
+def pack_folder(name: str, decoding: Decoding, data_path: str, source: list) -> Path:
+    """Where the pack of the source's files lies. Raises SettingsError."""
+    key = hashlib.sha256(json.dumps([source, asdict(decoding)]).encode()).hexdigest()[:10]
+    return user_path(data_path) / "packs" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:60]}-{key}"
 
 
-def prefetch(picture: Tensor):
-    """Lets the disk fetch a part of a mapped file meanwhile, (C, H, W) uint8. Told of a whole batch, it has much to do
-    at a time, where it would fetch one page after the other: nine times as many images a second from a cold disk."""
-    if LIBC:
-        for plane in [picture.view(1, -1)] if picture.is_contiguous() else picture:
-            begin = plane.data_ptr()
-            end = begin + (len(plane) - 1) * plane.stride(0) + plane.shape[1]
-            begin -= begin % mmap.PAGESIZE
-            LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_WILLNEED)
-
-
-def _map(path: Path, dtype=np.uint8) -> Tensor:
-    """The file's content as a tensor (n,) that is not to be written to: the system would end the program."""
-    if not os.path.getsize(path):
-        return torch.from_numpy(np.empty(0, dtype))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        # not mode "c", of which Linux grants no more than there is memory
-        return torch.from_numpy(np.memmap(path, dtype, mode="r"))
-
-
-# ------------------------------------------------------------------------------------------------------------- packing
-
-@dataclass
-class Index:
-    """index.json. The pack is whole when all files are done."""
-
-    stamp: dict  # what the pack is made of
-    done: int = 0  # files that were looked at, from the first one on
-    size: dict[str, int] = field(default_factory=dict)  # bytes of each array that belong to them
-    left_out: dict[int, str] = field(default_factory=dict)  # as in Pack
-    factors: dict[int, tuple] = field(default_factory=dict)  # as in Pack.pairs, by their factor
-
-    @classmethod
-    def read(cls, folder: Path, stamp: dict) -> "Index":
-        """An empty one where there is none, or one of other files."""
-        try:
-            index = cls(**json.loads((folder / "index.json").read_text()))
-            index.left_out = {int(row): line for row, line in index.left_out.items()}  # JSON's keys are text
-            index.factors = {int(factor): pair for factor, pair in index.factors.items()}
-            whole = all(os.path.getsize(folder / name) >= size for name, size in index.size.items())
-        except (OSError, ValueError, TypeError, AttributeError):
-            return cls(stamp)
-        return index if index.stamp == stamp and whole else cls(stamp)
-
-    def write(self, folder: Path, arrays: dict):
-        for name, file in arrays.items():
-            file.flush()
-            os.fsync(file.fileno())  # first the arrays, then what says so
-            self.size[name] = file.tell()
-        write_atomically(folder / "index.json", lambda f: f.write(json.dumps(asdict(self)).encode()))
-
-
-def open_pack(files: list[tuple[str, str | None]], form: Form, name: str, data_path: str, source: list) -> Pack:
+def open_pack(folder: Path, files: list[tuple[str, str | None]], decoding: Decoding) -> Pack:
     """The pack of the files (clean, damaged or None), made first unless there is one of exactly these.
 
-    Files are the same by path, size and time of change. A pack of the same name, form and source is replaced.
-    Raises DatasetError for pairs that do not fit each other, SettingsError where the pack can't be written.
+    Files are the same by path, size, permissions and time of change. Any other pack in `folder` is replaced, and so is
+    one that is damaged, under a warning.
+    Raises DatasetError for pairs that do not fit each other and for a file that can't be read at the moment,
+    SettingsError where the pack can't be written.
     """
-    key = hashlib.sha256(json.dumps([source, asdict(form)]).encode()).hexdigest()[:10]
-    folder = Path(data_path).expanduser() / "packs" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:60]}-{key}"
-    stamp = dict(version=VERSION, form=asdict(form), files=len(files), digest=_digest(files))
-    index = Index.read(folder, stamp)
-    if index.done < len(files):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
-                index = Index.read(folder, stamp)  # another process may have made it meanwhile
-                if index.done < len(files):
-                    _make(index, folder, files, form)
-        except OSError as error:
-            raise SettingsError(f"data_path = {data_path}: the pack of {name} can't be written there "
-                                f"({error.strerror or one_line(error)}); name a folder with room for it") from error
-    kept = np.delete(np.arange(len(files)), list(index.left_out))
-    clean, damaged = (_open_column(folder, column, form) if f"{column}.u8" in index.size else None
-                      for column in ("clean", "damaged"))
-    return Pack(clean, damaged, kept, index.left_out, list(index.factors.values()))
+    stamp = dict(version=VERSION, decoding=asdict(decoding), files=len(files), digest=_digest(files))
+    try:
+        if pack := _open(folder, stamp):
+            return pack
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            if pack := _open(folder, stamp):  # another process has made it meanwhile
+                return pack
+            _make(folder, stamp, files, decoding)
+            return _open(folder, stamp, check=False)
+    except OSError as error:
+        raise SettingsError(f"data_path = {folder.parent.parent}: the pack of {folder.name} can't be written there "
+                            f"({error.strerror or one_line(error)}); name a folder with room for it") from error
 
 
-def _open_column(folder: Path, column: str, form: Form) -> Tensor | Photos:
-    flat = _map(folder / f"{column}.u8")
-    if form.crop == "center":
-        return flat.view(-1, form.channels, form.side, form.side)
-    sizes = _map(folder / "sizes.i32", np.int32).view(-1, 2)
-    lengths = sizes.long().prod(1) * form.channels
-    return Photos(flat, lengths.cumsum(0) - lengths, sizes, form.channels, form.side)
+def _open(folder: Path, stamp: dict, check: bool = True) -> Pack | None:
+    """None where there is no pack of this stamp, or a damaged one, of which a warning tells."""
+    try:
+        index = Index.read(folder)
+        if index is None or index.stamp != stamp:
+            return None
+        at_once, columns = sum(index.sizes.values()) <= CHECK_AT_ONCE, {}
+        for name, size in index.sizes.items():
+            if not (folder / name).is_file() or os.path.getsize(folder / name) != size:
+                raise ValueError(name)
+            content = map_file(folder / name)
+            if check and (at_once or name == "sizes.i32") and checksums(content) != index.checksums[name]:
+                raise ValueError(name)
+            columns[name] = content, Blocks(folder / name, content, index.checksums[name], good=at_once or not check)
+    except ValueError as error:
+        warnings.warn(f"{folder}: {error} is damaged, so the images are packed again")
+        return None
+    decoding = Decoding(**stamp["decoding"])
+    used = np.delete(np.arange(stamp["files"]), [row for row, _ in index.left_out])
+    sizes = None
+    if decoding.crop == "random":
+        sizes = torch.from_numpy(columns["sizes.i32"][0].view(np.int32)).view(-1, 2)
+    elif not at_once:
+        sizes = torch.full((len(used), 2), decoding.side, dtype=torch.int32)
+    clean, damaged = (_column(*columns[name], sizes, decoding) if name in columns else None
+                      for name in ("clean.u8", "damaged.u8"))
+    return Pack(clean, damaged, used, index)
+
+
+def _column(content: np.ndarray, blocks: Blocks, sizes: Tensor | None, decoding: Decoding) -> Tensor | Photos:
+    flat = torch.from_numpy(content)
+    if sizes is None:
+        return flat.view(-1, decoding.channels, decoding.side, decoding.side)
+    lengths = sizes.long().prod(1) * decoding.channels
+    return Photos(flat, lengths.cumsum(0) - lengths, sizes, decoding.channels, decoding.side, blocks)
 
 
 def _digest(files: list[tuple[str, str | None]]) -> str:
-    """Of the paths, sizes and times of change of all files."""
+    """Of the paths, sizes, permissions and times of change of all files."""
     total = hashlib.sha256()
     for path in (path for pair in files for path in pair if path):
         try:
             stat = os.stat(path)
-            known = stat.st_size, stat.st_mtime_ns
+            known = stat.st_size, stat.st_mode, stat.st_mtime_ns
         except OSError:  # a link that leads nowhere: reading it will tell
             known = None
         total.update(repr((path, known)).encode())
     return total.hexdigest()
 
 
+# ------------------------------------------------------------------------------------------------------------- packing
+
 @contextmanager
 def _lock(folder: Path):
     """One process packs, and others wait for it. A disk that knows no locks is used without."""
-    with open(folder / ".lock", "w") as file:
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+    try:
         try:
             import fcntl  # not on Windows
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that packs {folder}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except (ImportError, OSError):
             pass
         yield
+    finally:
+        os.close(handle)
 
 
-def _make(index: Index, folder: Path, files: list[tuple[str, str | None]], form: Form):
-    """Decodes the files that `index` has not, in their order, onto the ends of the arrays."""
-    if not index.done:
-        for old in folder.iterdir():  # removed, not written over: a run may still be reading it
-            if old.name != ".lock":
-                old.unlink()
-    columns = [f"{column}.u8" for column, path in zip(("clean", "damaged"), files[0]) if path]
-    _check_room(folder, (len(files) - index.done) * len(columns), form)
-    first, started = index.done, time.monotonic()
-    recorded, title = started, f"packing {folder.name}"
-    size = max(1, BLOCK // (form.channels * form.side**2)) if form.crop == "center" else 1  # files a block
-    blocks = [files[i:i + size] for i in range(first, len(files), size)]
-    with ExitStack() as stack:
-        arrays = {}
-        for name in [*columns, *(["sizes.i32"] if form.crop == "random" else [])]:
-            arrays[name] = stack.enter_context(open(folder / name, "ab"))
-            arrays[name].truncate(index.size.get(name, 0))  # what a killed process wrote after its last record
-            arrays[name].seek(0, os.SEEK_END)
-        bar = stack.enter_context(tqdm(total=len(files), initial=first, desc=title, unit="image", disable=None,
-                                       delay=1, leave=False))
-        pool = stack.enter_context(ThreadPoolExecutor(min(16, os.cpu_count())))
-        for done in _in_order(pool, partial(_read_some, form=form), blocks):
-            for pictures, pair, reason in done:
+def _make(folder: Path, stamp: dict, files: list[tuple[str, str | None]], decoding: Decoding):
+    """Decodes the files, in their order, onto the ends of the columns. What a killed process left is made again."""
+    for old in folder.iterdir():  # removed, not written over: a run may still be reading it
+        if old.name not in (".lock", "sides.json"):
+            old.unlink()
+    names = [name for name, path in zip(("clean.u8", "damaged.u8"), files[0]) if path]
+    _check_room(folder, len(files) * len(names), decoding)
+    if decoding.crop == "random":
+        names.append("sizes.i32")
+    index = Index(stamp, {}, {}, [], [], 0)
+    try:
+        with ExitStack() as stack:
+            columns = [stack.enter_context(open(folder / name, "xb")) for name in names]
+            _decode_all(files, decoding, columns, index, f"packing {folder.name}")
+            for column in columns:
+                column.flush()
+                os.fsync(column.fileno())  # first the columns, then what says that they are whole
+        for name in names:
+            content = map_file(folder / name)
+            index.sizes[name], index.checksums[name] = len(content), checksums(content)
+        index.write(folder)
+    except BaseException:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _decode_all(files: list[tuple[str, str | None]], decoding: Decoding, columns: list, index: Index, title: str):
+    factors, done = set(), 0
+    told = started = time.monotonic()
+    some = max(32, IN_WORK // (decoding.channels * decoding.side**2)) if decoding.crop == "center" else 32
+    with (ThreadPoolExecutor(min(16, os.cpu_count())) as pool,
+          tqdm(total=len(files), desc=title, unit="image", disable=None, delay=1, leave=False) as bar):
+        for begin in range(0, len(files), some):  # the pictures of all would fill the memory
+            for pictures, sizes, reason in pool.map(partial(_decode, decoding=decoding), files[begin:begin + some]):
                 if reason:
-                    index.left_out[index.done] = reason
-                for name, picture in zip(columns, pictures):
-                    arrays[name].write(picture)
-                if pictures and form.crop == "random":
-                    arrays["sizes.i32"].write(np.array(pictures[0].shape[1:], np.int32))
-                if pair:
-                    index.factors.setdefault(factor_of(*pair[:2]), pair)
-                index.done += 1
-            bar.update(len(done))
-            if time.monotonic() >= recorded + RECORD_EVERY:
-                index.write(folder, arrays)
-                recorded = time.monotonic()
-                if bar.disable:
-                    rate = (index.done - first) / (recorded - started)
-                    print(f"{title}: {index.done:,} of {len(files):,} images, {rate:,.0f} a second", flush=True)
-        index.write(folder, arrays)
+                    index.left_out.append((done, reason))
+                for column, pixels in zip(columns, pictures):
+                    column.write(pixels)
+                if pictures and decoding.crop == "random":
+                    columns[-1].write(np.array(pictures[0].shape[1:], np.int32))
+                    index.enlarged += min(sizes[0]) < decoding.side
+                if len(sizes) == 2 and factor_of(*sizes) not in factors:
+                    factors.add(factor_of(*sizes))
+                    index.pairs.append((*sizes, files[done][1]))
+                done += 1
+                bar.update()
+                if bar.disable and time.monotonic() > told + TELL_EVERY:
+                    told = time.monotonic()
+                    rate = done / (told - started)
+                    print(f"{title}: {done:,} of {len(files):,} images, {rate:,.0f} per second", flush=True)
 
 
-def _check_room(folder: Path, count: int, form: Form):
-    """SettingsError where the disk has no room for `count` more images. How large photographs are shows on the way."""
-    size, free = count * form.channels * form.side**2, shutil.disk_usage(folder).free
-    if form.crop == "center" and size > free:
-        raise SettingsError(f"image_size = {form.side}: {count:,} images need {size / 1e9:,.1f} GB of disk, and "
+def _check_room(folder: Path, count: int, decoding: Decoding):
+    """SettingsError where the disk has no room for `count` images. How large photographs are shows on the way."""
+    size, free = count * decoding.channels * decoding.side**2, shutil.disk_usage(folder).free
+    if decoding.crop == "center" and size > free:
+        raise SettingsError(f"image_size = {decoding.side}: {count:,} images need {size / 1e9:,.1f} GB of disk, and "
                             f"{free / 1e9:,.1f} GB are free in {folder}; lower image_size, or name another data_path")
 
 
-def _in_order(pool: ThreadPoolExecutor, work, items: list) -> Iterator:
-    """work(item) of each, in their order. Few are in work at a time, for the results of all would fill the memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > 32:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _read_some(files: list[tuple[str, str | None]], form: Form) -> list[tuple]:
-    """Of each file: its pictures, of a pair what pair_factor takes, and why it is left out, if it is."""
-    done = []
-    for path, partner in files:
+def _decode(paths: tuple[str, str | None], decoding: Decoding) -> tuple[list[np.ndarray], list[tuple], str | None]:
+    """A file, or a pair -> its pictures (C, H, W), the files' (width, height), and why it is left out, if it is."""
+    try:
+        images = [_open_patiently(path, decoding.channels) for path in paths if path]
+    except DatasetError as error:
+        return [], [], one_line(error)
+    sizes = [image.size for image in images]
+    for path, (width, height) in zip(paths, sizes):
+        if max(width, height) > LONGEST * min(width, height):
+            return [], [], f"{path}: its sides are {width}x{height}, more than {LONGEST} times as long as wide; crop it"
+    if len(sizes) == 2:
         try:
-            done.append((*_read(path, partner, form), None))
+            check_shape(*sizes, paths[1])
         except DatasetError as error:
-            done.append(((), None, one_line(error)))
-    return done
+            return [], [], one_line(error)
+    # a smaller partner is brought to the clean image's size, as sample.py does to a file for a run on pairs
+    return [_pixels(image.resize(sizes[0], Image.Resampling.BICUBIC), decoding) for image in images], sizes, None
 
 
-def _read(path: str, partner: str | None, form: Form) -> tuple[list[np.ndarray], tuple | None]:
-    image = open_image(path, form.channels)
-    if partner is None:
-        return [_pixels(image, form)], None
-    lo = open_image(partner, form.channels)
-    check_shape(image.size, lo.size, partner)
-    pair = image.size, lo.size, partner
-    if lo.size != image.size:
-        lo = lo.resize(image.size, Image.Resampling.BICUBIC)  # as files.enlarge does
-    return [_pixels(image, form), _pixels(lo, form)], pair
+def _open_patiently(path: str, channels: int) -> Image.Image:
+    """open_image, which is tried again where the disk or the system fails at the moment.
+
+    Raises DatasetError for a file that can't be used, SettingsError where the failure stays: such a file is no worse
+    than others, so a pack without it would be wrong for ever.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return open_image(path, channels)
+        except DatasetError as error:
+            failure = error.__cause__
+            if not isinstance(failure, OSError) or failure.errno in (None, *LASTING):
+                raise
+            if pause is None:
+                raise SettingsError(f"{path}: can't be read at the moment ({failure.strerror}); start again, and "
+                                    "remove the file if that does not help") from error
+            time.sleep(pause)
 
 
-def _pixels(image: Image.Image, form: Form) -> np.ndarray:
+def _pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
     """(C, H, W) uint8. By numpy: torch would start all its threads in each of the pool's."""
-    image = fit(image, form.side) if form.crop == "center" else cover(image, form.side)
+    image = fit(image, decoding.side) if decoding.crop == "center" else cover(image, decoding.side)
     return np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))

@@ -4,23 +4,27 @@ import warnings
 from pathlib import Path
 
 from images import DatasetError
-from images.files import few, list_images
+from images.files import first_few, list_images
 
 
 def partners(root: Path, names: list[str], paired: Path) -> tuple[dict[str, str], list[str]]:
-    """The images `names` of root and those of paired -> clean path: damaged path, where they differ in the ending only;
-    and a line for each image that has no partner."""
-    clean = _by_stem(root, names)
-    damaged = _by_stem(paired, list_images(paired))
-    both = clean.keys() & damaged.keys()
+    """The images `names` of root and those of paired -> clean path: damaged path, where they are the same or differ in
+    the ending only; and a line for each image that has no partner."""
+    others = list_images(paired)
+    pairs = {name: name for name in set(names).intersection(others)}
+    clean = _by_stem(root, [name for name in names if name not in pairs])
+    damaged = _by_stem(paired, [name for name in others if name not in pairs])
+    pairs |= {clean[stem]: damaged[stem] for stem in clean.keys() & damaged.keys()}
     lone = clean.keys() ^ damaged.keys()
-    if not both:
-        raise DatasetError(f"{paired}: none of its images has the same name as one in {root}; rename them: {few(lone)}")
+    if not pairs:
+        raise DatasetError(f"{paired}: none of its images has the same name as one in {root}; rename them: "
+                           f"{first_few(lone)}")
     if lone:
-        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {few(lone)}")
-    left_out = [f"{root / clean[stem]}: has no partner in {paired}" for stem in sorted(clean.keys() - both)]
-    left_out += [f"{paired / damaged[stem]}: has no partner in {root}" for stem in sorted(damaged.keys() - both)]
-    return {clean[stem]: damaged[stem] for stem in both}, left_out
+        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {first_few(lone)}")
+    left_out = [f"{root / clean[stem]}: has no partner in {paired}" for stem in sorted(clean.keys() - damaged.keys())]
+    left_out += [f"{paired / damaged[stem]}: has no partner in {root}"
+                 for stem in sorted(damaged.keys() - clean.keys())]
+    return pairs, left_out
 
 
 def _by_stem(folder: Path, names: list[str]) -> dict[str, str]:

@@ -70,8 +70,16 @@ class Method:
         """Called after each training step with the players' modules."""
 
 
+def same_shape(prediction: Tensor, target: Tensor) -> Tensor:
+    """The prediction, whose shape has to be the target's: broadcasting would train one channel on colour images."""
+    assert prediction.shape == target.shape, f"the network predicts {[*prediction.shape]} for {[*target.shape]}"
+    return prediction
+
+
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """error (B, C, H, W), mask (B, 1, H, W) -> (B,), each image's mean over the pixels to be made (to_make 1)."""
+    (B, _, H, W), shape = mask.shape, error.shape
+    assert len(shape) == 4 and (shape[0], *shape[2:]) == (B, H, W), f"an error of {[*shape]}, a mask of {[*mask.shape]}"
     return (error.mean(1, keepdim=True) * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, require
 
@@ -28,17 +28,17 @@ from support.bounds import above, between, require
 class EDM(Method):
     # standard deviation of the clean images' values, which are in [-1, 1]
     sigma_data: Annotated[float, between(1e-6, 10**6)] = 0.5
-    # training: mean of ln sigma; sigma is the noise's standard deviation, in the images' units
+    # mean of ln sigma in training; sigma is the noise's standard deviation, in the images' units
     P_mean: Annotated[float, between(-100, 100)] = -1.2
-    # training: standard deviation of ln sigma
+    # standard deviation of ln sigma in training
     P_std: Annotated[float, above(0, 100)] = 1.2
-    # sampling: the last noise level before 0
+    # last noise level of the sampler before 0
     sigma_min: Annotated[float, between(1e-9, 10**6)] = 0.002
-    # sampling: the first noise level
+    # first noise level of the sampler
     sigma_max: Annotated[float, between(1e-9, 10**6)] = 80.0
-    # sampling: how much the steps shorten towards sigma_min; 1: all alike
+    # shortening of the sampler's steps towards sigma_min; 1: all alike
     rho: Annotated[float, between(0.1, 1000)] = 7.0
-    # second order, two network evaluations a step but for the last one (heun), or first order (euler)
+    # sampler: of second order, two network evaluations per step but for the last one (heun), or of first (euler)
     sampler: Literal["heun", "euler"] = "heun"
     # noise put back while sampling, shared out over the steps (paper, table 5: 30 to 80); 0: deterministic
     S_churn: Annotated[float, between(0, 10**6)] = 0.0
@@ -63,7 +63,8 @@ class EDM(Method):
         s = sigma[:, None, None, None]
         total = s**2 + sd**2
         c_skip, c_out, c_in = sd**2 / total, s * sd / total.sqrt(), 1 / total.sqrt()
-        return c_skip * x + c_out * net(c_in * x, sigma.log() / 4, y, cond)
+        F = same_shape(net(c_in * x, sigma.log() / 4, y, cond), x)
+        return c_skip * x + c_out * F
 
     def loss(self, net, batch: Batch) -> Tensor:
         """Eq. 2 under the weight and the sigmas of table 1 -> (B,), the mean over the pixels to be made."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between
 
@@ -29,12 +29,12 @@ BETA_MIN = 1e-4  # variance of the first and of the last interval
 
 @dataclass(frozen=True)
 class I2SB(Method):
-    # noise: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
+    # noise of the bridge: an interval's variance climbs towards beta_max / n; 1.0 for blur and inpainting
     beta_max: Annotated[float, above(0, 10**6)] = 0.3
     # intervals of the bridge, so the network is trained at times 1/n .. 1; fewer make it less noisy too
     n: Annotated[int, between(2, 10**6)] = 1000
-    ot_ode: bool = False  # the limit without noise: straight lines, a deterministic sampler
-    clip_denoise: bool = False  # clamp each clean estimate of the sampler to [-1, 1]
+    ot_ode: bool = False  # limit without noise: straight lines, a deterministic sampler
+    clip_denoise: bool = False  # clamping of the sampler's clean estimates to [-1, 1]
 
     no_ode = "has an ODE with --i2sb.ot-ode only"
 
@@ -66,8 +66,8 @@ class I2SB(Method):
 
     def posterior(self, s2_k, s2_j):
         """q(z_j | z1, z_k) for j < k, eq. 4: weight of z1, weight of z_k, std."""
-        kept = s2_j / s2_k
-        return 1 - kept, kept, 0 * kept if self.ot_ode else (kept * (s2_k - s2_j)) ** 0.5
+        weight = s2_j / s2_k
+        return 1 - weight, weight, 0 * weight if self.ot_ode else (weight * (s2_k - s2_j)) ** 0.5
 
     @cache
     def table(self, device: torch.device) -> Tensor:
@@ -81,7 +81,8 @@ class I2SB(Method):
         damaged = batch.zlo + batch.unknown * batch.randn_like(z1)
         a, b, std, s = self.table(z1.device)[:, k, None, None, None]  # (B, 1, 1, 1) each
         zt = a * z1 + b * damaged + std * batch.randn_like(z1)
-        error = net(zt, k / self.n, batch.y, batch.cond) - (zt - z1) / s
+        target = (zt - z1) / s
+        error = same_shape(net(zt, k / self.n, batch.y, batch.cond), target) - target
         return masked_mean(error.square(), batch.to_make)
 
     def estimate(self, net, zt: Tensor, s, time: Tensor, batch: Batch) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import ode_int
 from images import SettingsError
-from images.corruptions import Batch, task_names
-from methods import Method, keep_known, masked_mean
+from images.corruptions import TASKS, Batch, task_names
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, from_to_below
 
@@ -32,9 +32,9 @@ from support.bounds import above, between, from_to_below
 class Interpolant(Method):
     """Path, coupling and sampler of the interpolant."""
 
-    # linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
+    # path from z0 to z1. linear: alpha = 1 - t, beta = t; trigonometric: alpha = cos(pi t / 2), beta = sin(pi t / 2)
     path: Literal["linear", "trigonometric"] = "linear"
-    # dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
+    # coupling of z0 and z1. dependent: z0 = zlo + noise; independent: z0 = noise alone, the paper's ablation
     coupling: Literal["dependent", "independent"] = "dependent"
     # standard deviation of the noise in z0, in units of the [-1, 1] range
     sigma: Annotated[float, above(0, 10**6)] = 1.0
@@ -49,8 +49,8 @@ class Interpolant(Method):
         The score is -(E[z0 | zt] - m) / (alpha sigma^2), with m = E[zlo | zt]. That is zlo where the network sees it,
         and 0 in holes and by the independent coupling; elsewhere v does not determine it.
         """
-        known = condition or set(task_names(task)) <= {"inpaint", "generate"} or self.coupling == "independent"
-        if self.eps0 and not known:
+        holes_alone = all(TASKS[name].leaves_unknown for name in task_names(task))
+        if self.eps0 and not (condition or holes_alone or self.coupling == "independent"):
             raise SettingsError(f"interpolant.eps0 = {self.eps0}: allowed is 0 where the network does not see the "
                                 "damaged image (--no-condition), unless interpolant.coupling = 'independent'")
 
@@ -83,7 +83,8 @@ class Interpolant(Method):
         alpha, beta, d_alpha, d_beta = (c[:, None, None, None] for c in self.path_at(t))
         zt = keep_known(alpha * z0 + beta * z1, batch)
         v = d_alpha * z0 + d_beta * z1
-        return masked_mean((net(zt, t, batch.y, batch.cond) - v).square(), batch.to_make)
+        error = same_shape(net(zt, t, batch.y, batch.cond), v) - v
+        return masked_mean(error.square(), batch.to_make)
 
     def ends(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """E[z0 | zt], E[z1 | zt] from the velocity at the scalar t: zt and v are two linear equations in them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Regression(Method):
 
     def estimate(self, net, batch: Batch) -> Tensor:
         """(B, C, H, W): zlo and the network's correction to it. There is no time: the network sees t = 0."""
-        z1 = batch.zlo + net(batch.zlo, batch.zlo.new_zeros(len(batch.zlo)), batch.y, batch.cond)
-        return keep_known(z1, batch)
+        correction = net(batch.zlo, batch.zlo.new_zeros(len(batch.zlo)), batch.y, batch.cond)
+        return keep_known(batch.zlo + same_shape(correction, batch.zlo), batch)
 
     def loss(self, net, batch: Batch) -> Tensor:
         """(B,) squared error over the pixels to be made."""

@@ -8,6 +8,9 @@
     gamma_t         gammas[t] = alpha_1 ... alpha_t, with gammas[0] = 1; the paper's t counts from clean to noise
     alpha_t         gammas[t] / gammas[t - 1]
 
+The network is this project's: its embedding of t scales and shifts between convolutions, where the code that SR3's seed
+names takes an instance norm whose gain and shift come from gamma itself.
+
 Known pixels of inpainting hold zlo throughout, in training as in sampling: the network meets the same states in both.
 """
 import math
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known, masked_mean
+from methods import Method, keep_known, masked_mean, same_shape
 from ode_int import ODE
 from support.bounds import above, between, require
 
@@ -29,18 +32,18 @@ from support.bounds import above, between, require
 class SR3(Method):
     # steps of the noise schedule; the sampler takes as many unless it is given another number
     T: Annotated[int, between(1, 10**6)] = 2000
-    # how beta = 1 - alpha grows from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
+    # growth of beta = 1 - alpha from step 1 to step T: its square root linearly (quadratic), itself linearly (linear),
     # not at all: beta_end (constant), linearly over the first warmup * T steps and no further (warmup)
     schedule: Literal["quadratic", "linear", "constant", "warmup"] = "quadratic"
-    # 1 - alpha_1: variance of the noise that the first step adds
+    # variance of the noise that the first step adds, 1 - alpha_1
     beta_start: Annotated[float, above(0, 0.999)] = 1e-6
-    # 1 - alpha_T: variance of the noise that the last step adds
+    # variance of the noise that the last step adds, 1 - alpha_T
     beta_end: Annotated[float, above(0, 0.999)] = 7e-3
     # share of the T steps over which schedule warmup rises
     warmup: Annotated[float, above(0, 1)] = 0.1
     # error of the predicted noise: absolute (l1) or squared (l2); section 2.2's p
     norm: Literal["l1", "l2"] = "l1"
-    # whether each step of the sampler clamps its clean estimate to [-1, 1]
+    # clamping of the sampler's clean estimates to [-1, 1]
     clamp: bool = True
 
     has_ode = True
@@ -79,7 +82,7 @@ class SR3(Method):
         a, b = (s.to(z1.dtype)[:, None, None, None] for s in (gamma.sqrt(), (1 - gamma).sqrt()))
         eps = batch.randn_like(z1)
         x = keep_known(a * z1 + b * eps, batch)
-        error = net(x, gamma.to(z1.dtype), batch.y, batch.cond) - eps
+        error = same_shape(net(x, gamma.to(z1.dtype), batch.y, batch.cond), eps) - eps
         return masked_mean(error.abs() if self.norm == "l1" else error.square(), batch.to_make)
 
     def predict(self, net, batch: Batch, x, a, b) -> tuple[Tensor, Tensor]:

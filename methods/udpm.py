@@ -14,7 +14,7 @@ predicts average(z1, l - 1).
 """
 import warnings
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from math import hypot, prod
 from typing import Annotated
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from images import SettingsError
 from images.corruptions import Batch
-from methods import Method, keep_known
+from images.lpips import load_lpips, lpips_distance
+from methods import Method, keep_known, same_shape
 from support.bounds import NotNegative, between, from_to_below, length, multiple_of, require
 from unet import ResBlock
 
@@ -73,20 +74,30 @@ class UDPM(Method):
         """Raises SettingsError, one line, where LPIPS was asked for but its package or weights are missing."""
         asked = self.lpips_path is not None if self.lpips_weight is None else any(self.lpips_weight)
         if asked:
-            load_lpips(self.lpips_path)
+            self.load_lpips()
 
     def settled(self) -> "UDPM":
         """With lpips_weight decided. Raises SettingsError, one line, where the file named for it is no use."""
         if self.lpips_weight is not None:
             return self
         try:
-            load_lpips(self.lpips_path)
+            self.load_lpips()
         except SettingsError as missing:
             if self.lpips_path is not None:
                 raise
             warnings.warn(f"training without UDPM's LPIPS term: {missing}")
             return replace(self, lpips_weight=(0.0,) * self.levels)
         return replace(self, lpips_weight=PAPER_LPIPS)
+
+    def load_lpips(self):
+        """Raises SettingsError, one line with what to do, where the package or the weights are missing."""
+        try:
+            load_lpips("vgg", self.lpips_path)
+        except SettingsError as missing:
+            raise SettingsError(
+                f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights ({missing}); "
+                "give --udpm.lpips-path FILE (https://download.pytorch.org/models/vgg16-397923af.pth), "
+                "or --udpm.lpips-weight 0 0 0 for none") from missing
 
     # The diffusion. A level is a Python number, and so are its coefficients, in float64.
 
@@ -173,7 +184,8 @@ class UDPM(Method):
         level = batch.draws.one(1, self.levels + 1)
         mean = self.A[level] * 2**level * average(batch.z1, level)
         x = mean + self.S[level] * batch.randn_like(mean)
-        return level, self.estimate(net, x, level, batch) / 2 ** (level - 1), average(batch.z1, level - 1)
+        truth = average(batch.z1, level - 1)
+        return level, same_shape(self.estimate(net, x, level, batch), truth) / 2 ** (level - 1), truth
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
         """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too.
@@ -184,7 +196,8 @@ class UDPM(Method):
         loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
         lpips_weight = PAPER_LPIPS if self.lpips_weight is None else self.lpips_weight
         if lpips_weight[level - 1]:
-            loss = loss + lpips_weight[level - 1] * lpips_distance(guess, truth, self.lpips_path)
+            self.load_lpips()
+            loss = loss + lpips_weight[level - 1] * lpips_distance(guess, truth, "vgg", self.lpips_path)
         if disc is not None and self.adv_weight[level - 1]:
             disc.eval()
             constants = {name: p.detach() for name, p in disc.named_parameters()}
@@ -244,7 +257,8 @@ class Discriminator(nn.Module):
     """D(x, level, y, cond) -> (B,) logits: is x (B, C, any sides) a true average(z1, level - 1)?
 
     Residual blocks that know the level, three halvings, the minibatch's standard deviation as one more channel
-    (arXiv:1710.10196), and with labels a projection on the class (arXiv:1802.05637).
+    (arXiv:1710.10196), and with labels a projection on the class (arXiv:1802.05637). Unlike its authors', it has half
+    the parameters, takes the spread over the whole piece of the batch, and steps after the network.
     """
 
     def __init__(self, channels: int, cond_channels: int, levels: int, num_classes: int, dim: int, dropout: float):
@@ -284,39 +298,3 @@ def enlarge(x: Tensor) -> Tensor:
 def average(x: Tensor, times: int) -> Tensor:
     """H^times x / 2^times, in the range of x: (B, C, H, W) -> (B, C, H/2^times, W/2^times)."""
     return F.avg_pool2d(x, 2**times)
-
-
-# LPIPS with VGG-16 (Zhang et al. 2018, arXiv:1801.03924).
-
-@cache
-def load_lpips(path: str | None) -> nn.Module:
-    """The network of the lpips package, frozen, with VGG-16's weights from `path`, or downloaded where it is None.
-
-    Raises SettingsError where the package or the weights are missing.
-    """
-    try:
-        # The package first draws random weights. Without the fork, the run's random numbers would depend on when.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it calls torchvision in a deprecated way
-            from lpips import LPIPS
-            net = LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        if path:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            from torchvision.models import VGG16_Weights
-            weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(weights_only=True, check_hash=True)
-        # the package's slice2.5.weight is torchvision's features.5.weight
-        net.net.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in net.net.state_dict()})
-    except Exception as error:  # no package, no network, no file, or a file of another network: the advice is the same
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SettingsError(
-            f"udpm.lpips_weight: LPIPS needs `pip install lpips` and VGG-16's weights ({reason}); "
-            "give --udpm.lpips-path FILE (https://download.pytorch.org/models/vgg16-397923af.pth), "
-            "or --udpm.lpips-weight 0 0 0 for none") from error
-    return net.eval().requires_grad_(False)
-
-
-def lpips_distance(a: Tensor, b: Tensor, path: str | None) -> Tensor:
-    """(B,) LPIPS between images (B, 1 or 3, H, W) in [-1, 1]. Sides under 16 are enlarged: VGG halves four times."""
-    factor = -(-16 // min(a.shape[2:]))
-    return load_lpips(path).to(a.device)(*(F.interpolate(image, scale_factor=factor) for image in (a, b))).flatten()

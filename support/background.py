@@ -5,7 +5,8 @@ import threading
 import time
 from contextlib import suppress
 
-from support.output import reason, warn
+from images import one_line
+from support.output import warn
 
 PATIENCE = 10  # seconds that the run waits for a logger, when it starts and when it ends
 QUEUE = 256  # entries that may wait to be logged
@@ -27,7 +28,10 @@ class Background:
         self.queue, self.ready = queue.Queue(QUEUE), threading.Event()
         self.given_up, self.lock = False, threading.Lock()
         self.thread = threading.Thread(target=self.work, name=name, daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as failure:  # no more threads can be had
+            return self.give_up(f"failed ({one_line(failure)}); the run goes on without it")
         try:
             if not self.ready.wait(PATIENCE):
                 print(f"{name}: no answer in {PATIENCE} seconds; training begins, and it joins when it can")
@@ -44,7 +48,7 @@ class Background:
                 sink.log(*entry)
             sink.close()
         except (Exception, SystemExit) as failure:
-            self.give_up(f"failed ({reason(failure)}); the run goes on without it")
+            self.give_up(f"failed ({one_line(failure)}); the run goes on without it")
         finally:
             self.let_go()
             self.ready.set()

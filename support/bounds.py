@@ -112,11 +112,20 @@ def fits(value, hint) -> bool:
             return False
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if kind is list:
+        return isinstance(value, list) and all(fits(entry, arguments[0]) for entry in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            fits(key, arguments[0]) and fits(entry, arguments[1]) for key, entry in value.items())
     if arguments:  # a union
         return any(fits(value, each) for each in arguments)
     if hint is float:  # a whole number will do, if a float can hold it; NaN compares as false
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint
+    if hint is str:  # a path with a zero byte is refused by the system, as a fault of the program
+        return type(value) is str and "\0" not in value
+    if hint in (int, bool):  # True is an int as well
+        return type(value) is hint
+    return isinstance(value, hint)
 
 
 def bounds_of(hint) -> list[Bound]:
@@ -140,16 +149,20 @@ def words(hint, several: bool = False) -> str:
         if len(set(arguments)) == 1:
             return f"{len(arguments)} {words(arguments[0], several=True)}"
         return " and ".join(map(words, arguments))
+    if kind in (list, dict):
+        name = f"{kind.__name__}s" if several else f"a {kind.__name__}"
+        return f"{name} of {words(arguments[-1], several=True)}"
     if arguments:
         *others, last = (words(each, several) for each in arguments)
         return f"{' or '.join(others)}{', or ' if last == 'None' else ' or '}{last}"
-    return WORDS[hint][several]
+    return WORDS[hint][several] if hint in WORDS else hint.__name__
 
 
 def shown(value) -> str:
     """A value as the line tells it, shortened: a file may hold any."""
     try:
         text = repr(value)
-    except ValueError:  # of whole numbers of more than 4,300 digits
-        text = "a number of thousands of digits"
+    except (ValueError, RecursionError):  # whole numbers of more than 4,300 digits, lists in lists in lists ...
+        text = "a value too long to be shown"
+    text = text.replace("\n", " ")  # as tensors are shown
     return text if len(text) <= 200 else text[:200] + " ..."

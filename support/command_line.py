@@ -1,16 +1,19 @@
 """The command line of trainer.py, and of all other commands: flags into dataclasses, by tyro."""
 import io
 import re
+import shlex
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import dropwhile, takewhile
+from pathlib import Path
 
 import torch
 import tyro
 
 from images import SettingsError
-from support.checkpoints import has_checkpoint, named_folder, open_run, refuse_another_network
-from support.machine import processes
+from support import run_folder
+from support.checkpoints import EXPORTED, open_run, refuse_fixed
+from support.machine import check_environment, processes
 from support.settings import PRESETS
 
 
@@ -21,7 +24,7 @@ class FirstLook:
     preset: str = "auto"
     resume: str | None = None
     name: str | None = None
-    out_dir: str = "runs"
+    out_dir: str | None = None
     device: str = "auto"
     max_steps: int | None = None
     warmup_steps: int | None = None
@@ -57,6 +60,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def parse(kind, arguments: list[str], description: str, default=None):
     """The dataclass `kind` from the command line, by tyro. Raises SettingsError, in one line; exits after --help."""
+    check_environment()
     with redirect_stderr(io.StringIO()) as errors:
         try:
             how = {} if default is None else dict(default=default)
@@ -70,32 +74,57 @@ def parse(kind, arguments: list[str], description: str, default=None):
     raise SettingsError(re.sub(r"^Error parsing [\w.]+: ", "", text))  # our own messages name the field
 
 
+def open_folder(first: FirstLook, config_class):
+    """Where the run goes on, locked, with what it goes on from; None: a folder that is yet to be named.
+
+    run_folder.py has the rules. Raises SettingsError.
+    """
+    if first.resume == "":
+        raise SettingsError("resume = '': allowed is a run's folder")
+    if first.resume is not None and Path(first.resume).suffix == EXPORTED:
+        raise SettingsError(f"resume = {first.resume!r}: an exported file holds no optimizer to go on with; "
+                            f"a new run begins with its weights by --init {shlex.quote(first.resume)}")
+    if first.name is None and first.resume is None:
+        return None
+    path = run_folder.resumed_path(first.resume) if first.name is None else None
+    if path and first.out_dir is not None and Path(first.out_dir).resolve() != path.resolve().parent:
+        raise SettingsError(f"out_dir = {first.out_dir!r}: the run goes on in {path}; add --name NEW for a new one")
+    if first.name is not None:
+        path = run_folder.named_path(first.out_dir or config_class.out_dir, first.name)
+    folder = run_folder.RunFolder(path) if processes()[0] == 0 else run_folder.NoFolder(path)
+    there = run_folder.has_checkpoint(path)
+    if there and first.name is not None and first.resume is not None:
+        raise SettingsError(f"name = {first.name!r}: there is a run of this name; by it alone it goes on, "
+                            "without --resume")
+    if there or first.resume is not None:
+        folder.begun = open_run(first.resume or path, config_class)
+        if not there:  # a branch: the other run keeps its damaged files, and its place on wandb
+            folder.begun.checkpoint.pop("damaged", None)
+            folder.begun.checkpoint["wandb_id"] = None
+    return folder
+
+
 def read(arguments: list[str], config_class, description: str) -> tuple:
-    """The run's trainer.Config, and the checkpoint that --resume or --name goes on from, or None.
+    """The run's trainer.Config, and its folder where --resume or --name says which, else None.
 
     Raises SettingsError; exits after --help.
     """
-    first, run = first_look(arguments), None
-    resume = first.resume
-    if resume == "":
-        raise SettingsError("resume = '': allowed is a run's folder")
-    if first.name is not None:
-        if resume is not None:
-            raise SettingsError("of --name and --resume one is allowed: --name goes on by itself")
-        folder = named_folder(first.out_dir, first.name)
-        resume = str(folder) if has_checkpoint(folder) else None
-    if resume is not None:
-        run = open_run(resume, config_class)
-        start = replace(run.config, resume=resume)
+    first = first_look(arguments)
+    folder = open_folder(first, config_class)
+    begun = folder and folder.begun
+    if begun:  # out_dir and name as they are today, wherever the run was moved
+        start = replace(begun.config, resume=first.resume, out_dir=str(folder.path.parent),
+                        name=begun.config.name and folder.path.name)
     else:
         start = config_class(**preset(first.preset, first.device))
     config = parse(config_class, arguments, f"{description}\nPresets: {', '.join(PRESETS)}", start)
-    if run:
-        refuse_another_network(run.config, config)
+    if begun:
+        config = replace(config, preset=begun.config.preset) if config.preset == "auto" else config
+        refuse_fixed(begun.config, config)
     if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
         config = replace(config, max_steps=first.max_steps)
         if config.overfit:
             config = replace(config, warmup_steps=first.warmup_steps or 0)
     config.check()
     config.chosen.check(config.task, config.condition)
-    return config, run.checkpoint if run else None
+    return config, folder

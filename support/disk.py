@@ -1,8 +1,20 @@
-"""Files that are never half written, and how much memory is left."""
+"""Files that are never half written, JSON of unknown origin, and how much memory is left.
+
+A leaf module, as support/bounds.py is.
+"""
+import errno
+import json
+import math
 import os
+import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+from images import SettingsError
+
+LARGEST_JSON = 64 * 2**20  # bytes: a hundred times what our own files take
+DEEPEST_JSON = 20  # lists and dicts within one another
 
 
 def write_atomically(path: Path, write):
@@ -24,6 +36,24 @@ def write_atomically(path: Path, write):
     flush_folder(path.parent)
 
 
+def open_regular(path: Path, flags: int):
+    """The file, opened by these flags of os.open, without a buffer. No link is followed, and no pipe is waited for.
+
+    Raises OSError, and SettingsError where it is no regular file.
+    """
+    refused = f"{path}: is a link or no regular file; remove it"
+    try:
+        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as failure:
+        if failure.errno == errno.ELOOP:
+            raise SettingsError(refused) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise SettingsError(refused)
+    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
+
+
 def flush_folder(folder: Path):
     """Has the disk keep the names in the folder: a rename is lost with the power until then."""
     with suppress(OSError):  # Windows opens no folder, and some network disks flush none
@@ -32,6 +62,46 @@ def flush_folder(folder: Path):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_json(path: Path):
+    """What a JSON file holds. Raises OSError, and ValueError as `parse_json`."""
+    with open(path, "rb") as f:
+        return parse_json(f.read(LARGEST_JSON + 1))
+
+
+def parse_json(text: str | bytes):
+    """JSON that anyone may have written -> plain values; their types are checked by whoever asked for them.
+
+    Raises ValueError for what is no JSON, and for what could harm the reader: a text of more than LARGEST_JSON, what
+    is nested too deeply, and numbers that are not finite or have too many digits.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    inner = [value]
+    for _ in range(DEEPEST_JSON):
+        inner = [each for outer in inner if isinstance(outer, list | dict)
+                 for each in (outer.values() if isinstance(outer, dict) else outer)]
+    if inner:
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 30:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is not finite")
+    return value
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

@@ -6,6 +6,7 @@ another program is wrapped in a Background.
 import json
 import os
 import secrets
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +17,8 @@ from PIL import Image
 from images import SettingsError, one_line
 from images.files import save_png
 from support.background import Background
-from support.disk import write_atomically
-from support.output import Attempts, reason, warn
+from support.disk import open_regular, write_atomically
+from support.output import Attempts, warn
 
 
 class Log:
@@ -44,6 +45,10 @@ class Log:
         for sink in self.sinks:
             sink.log(numbers, pictures or {})
 
+    def flush(self):
+        """The lines so far survive a loss of power."""
+        self.sinks[0].flush()
+
     def close(self):
         for sink in self.sinks:
             sink.close()
@@ -57,21 +62,21 @@ class Files:
     def __init__(self, folder: Path, step: int, attempt: Attempts):
         self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
         try:
-            if step and self.lines.exists():
-                self.cut(step)
-            open(self.lines, "ab").close()
+            with open_regular(self.lines, os.O_RDWR | os.O_CREAT) as file:
+                content = file.read()
+            if step:
+                self.cut(content, step)
         except OSError as failure:
-            raise SettingsError(f"{self.lines} can't be written ({reason(failure)})") from None
+            raise SettingsError(f"{self.lines} can't be written ({one_line(failure)})") from None
 
-    def cut(self, step: int):
+    def cut(self, content: bytes, step: int):
         """Drops the lines after `step`, which are about to come again. What can't be read is kept in another file."""
-        content = self.lines.read_bytes()
         lines = [line for line in content.splitlines(keepends=True) if line.strip()]
         steps = [step_of(line) for line in lines]
         unreadable = [line for line, at in zip(lines, steps) if at is None]
         if unreadable:
             aside = self.lines.with_name("metrics.jsonl.unreadable")
-            with open(aside, "ab") as f:
+            with open_regular(aside, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
                 f.writelines(line.rstrip(b"\n") + b"\n" for line in unreadable)
             warn(f"{len(unreadable)} lines of {self.lines} can't be read; they are now in {aside.name} beside it")
         kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)
@@ -85,11 +90,8 @@ class Files:
 
     def append(self, numbers: dict):
         """A whole line or nothing."""
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            warn(f"{self.folder} was gone and is made again, without what it held")
         line = (json.dumps(numbers) + "\n").encode()
-        with open(self.lines, "a+b", buffering=0) as f:
+        with open_regular(self.lines, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
             end = f.seek(0, os.SEEK_END)
             if end:
                 f.seek(end - 1)
@@ -106,6 +108,10 @@ class Files:
     def save(self, step: int, pictures: dict):
         for name, picture in pictures.items():
             save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
+
+    def flush(self):
+        with suppress(OSError, SettingsError), open_regular(self.lines, os.O_RDWR) as f:
+            os.fsync(f.fileno())
 
     def close(self):
         pass
@@ -131,7 +137,7 @@ class TensorBoard:
         except ImportError:
             raise ImportError("it needs one more package: pip install tensorboard") from None
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
-        print(f"tensorboard: `tensorboard --logdir {folder / 'tensorboard'}` shows the run")
+        print(f"tensorboard: `tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}` shows the run")
 
     def log(self, numbers: dict, pictures: dict):
         step = numbers["step"]
@@ -168,7 +174,7 @@ class Wandb:
                 leave_wandb()  # its service believes that a run of this id goes on
         self.run = self.run or wandb.init(mode="offline", **how)
         if self.run.offline:
-            print(f"wandb: offline; `wandb sync {self.run.settings.sync_dir}` uploads the run later")
+            print(f"wandb: offline; `wandb sync {shlex.quote(str(self.run.settings.sync_dir))}` uploads the run later")
         else:
             print(f"wandb: {self.run.url}")
         # an axis of our own: wandb drops points behind its internal one after a resume

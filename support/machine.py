@@ -1,14 +1,18 @@
 """The machine that a command runs on: device, precision, processes, signals, random streams."""
 import ctypes
+import hashlib
 import inspect
 import os
 import platform
 import random
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images import SettingsError, one_line
+from support.output import in_main_thread
 
 
 def reseed(*key):
@@ -46,7 +51,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise SettingsError(f"device = {named!r}: allowed is auto, cuda, cuda:1 or cpu")
     try:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        own = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
+        device = torch.device("cuda", own) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as failure:
         there = "; no CUDA device is to be seen"
@@ -106,11 +112,56 @@ def chip(device: torch.device) -> str:
     return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether a GPU or the machine had no more memory: of the machine's, torch's allocator raises a RuntimeError."""
+    return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(failure)
+
+
+def code_version() -> str:
+    """The program's git commit, with -dirty behind it where files were changed since; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 # ------------------------------------------------------------------------------------------------------------ processes
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
+
+
 def processes() -> tuple[int, int]:
-    """This process's rank, and how many processes torchrun has started."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank, and how many processes torchrun has started; (0, 1) where `environment_fault` finds one."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1" or environment_fault():
+        return 0, 1
+    return int(os.environ["RANK"]), int(world)
+
+
+def environment_fault() -> str | None:
+    """What is wrong with the variables by which torchrun tells a process of the others; None: all or none are there."""
+    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & there.keys() or there.get("WORLD_SIZE") == "1":
+        return None
+    if missing := [name for name in TORCHRUN if name not in there]:
+        return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not (there[name].isascii() and there[name].isdecimal() and len(there[name]) < 10):
+            return f"{name} = {there[name]!r} is no whole number"
+    if int(there["RANK"]) >= int(there["WORLD_SIZE"]):
+        return f"RANK = {there['RANK']} is not below WORLD_SIZE = {there['WORLD_SIZE']}"
+    return None
+
+
+def check_environment():
+    """Raises SettingsError, one line, where the environment tells of other processes, but not as torchrun does: a
+    parent job or an IDE left a part of it. To go on alone would be wrong where the others are there after all."""
+    if fault := environment_fault():
+        left = " ".join(name for name in TORCHRUN if name in os.environ)
+        raise SettingsError(f"the environment is not one of torchrun's: {fault}; start by torchrun, or for one process "
+                            f"alone: unset {left}")
 
 
 def partition(named: str | None) -> tuple[int, int]:
@@ -130,7 +181,17 @@ def join_processes(device: torch.device):
     """Lets the processes talk; of one process it does nothing."""
     if processes()[1] > 1 and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        alone = f"for one process alone: unset {' '.join(TORCHRUN)}"
+        waiting = threading.Timer(20, print, [f"waiting for the other processes at {where}; {alone}"])
+        waiting.daemon = True
+        waiting.start()
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        except (RuntimeError, ValueError, OSError) as failure:
+            raise SettingsError(f"no other processes at {where} ({one_line(failure)[:100]}); {alone}") from None
+        finally:
+            waiting.cancel()
         # torchrun keeps its store when it starts lost processes again: they must not find the addresses of before
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # the others wait for the first one while it reads the data set, and while it samples
@@ -186,6 +247,33 @@ def settings_for_all():
     for failure in all_gather(failure):
         if failure is not None:
             raise failure
+
+
+def agree(**values):
+    """Raises SettingsError, the same line in all processes, where they do not all have the same `values`.
+
+    A value's repr is compared: plain values, and digests of what is large. Raises ProcessLost.
+    """
+    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
+    first, *others = all_gather(mine)
+    for rank, theirs in enumerate(others, start=1):
+        if different := [name for name in mine if theirs[name] != first[name]]:
+            raise SettingsError(f"process {rank} differs from process 0 in {', '.join(different)}: allowed are the "
+                                "same settings, checkpoint and data for all")
+
+
+def digest(tensors) -> str:
+    """Of the tensors' bytes, for `agree`."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def lost_another(failure: BaseException) -> bool:
+    """Whether an exception says that another process is gone, as what torch raises from within a backward pass."""
+    words = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(failure, ProcessLost) or processes()[1] > 1 and any(word in str(failure) for word in words)
 
 
 def print0(text: str, file=None):
@@ -253,6 +341,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.before = {}
+        if not in_main_thread():  # whose handlers they are
+            return self
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows knows no SIGHUP
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored

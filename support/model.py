@@ -1,7 +1,12 @@
 """The network of a run, its sampler, and Model: a trained run that restores and makes images."""
+import copy
+import itertools
+import math
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +15,10 @@ from torch import Tensor, nn
 
 import ode_int
 from images import SettingsError, one_line
-from images.corruptions import Batch, Draws, as_tuple, cond_channels, from_damaged, task_names, to_full_size
-from images.files import alpha, flatten, to_image, to_tensor
+from images.corruptions import Batch, Draws, cond_channels, from_damaged, task_names, to_full_size
+from images.files import alpha, flatten, mask_of, to_image, to_tensor
 from images.pictures import grid, psnr, strip, titled, to_float, to_uint8
+from support.bounds import Count, Positive, between, fits, shown, words
 from support.checkpoints import Run
 from support.disk import free_memory
 from support.machine import autocast, hashed, pick_device, processes, set_up
@@ -23,8 +29,15 @@ QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
 # of memory: 180 to 260 a pixel of the result were measured, and twice as many by dopri5 or with a trace
 BYTES_A_PIXEL = 260
 BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
+EMBEDDING = "embed_class.0.weight"  # of Unet: a row per class, and the null label's
 LONGEST = 1000  # times as long as wide
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
+
+
+ARGUMENTS = dict(  # of Model
+    solver=Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None, steps=Count | None,
+    tolerance=Positive | None, guidance=float | None, factor=Count | None,
+    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count, precision=Literal["auto", "bf16", "fp32"] | None)
 
 
 # c is a trainer.Config in all of these
@@ -43,8 +56,24 @@ def make_players(c, net: nn.Module, num_classes: int) -> list:
     return [(module.to(next(net.parameters()).device), loss) for module, loss in players]
 
 
+def check_fits(c, num_classes: int, device: torch.device, copies: int):
+    """Raises SettingsError where so many copies of the network's weights are more than the memory that is free."""
+    try:
+        with torch.device("meta"):  # where tensors have a shape, and no memory
+            weights = sum(p.numel() for p in make_unet(c, num_classes).parameters())
+    except RuntimeError:  # there are more numbers than can be counted
+        weights = math.inf
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    need = 4 * copies * weights
+    if free is not None and need > free:
+        raise SettingsError(f"unet_channels = {c.unet_channels}, unet_dim_mults = {c.unet_dim_mults}: the network has "
+                            f"{weights / 1e6:,.0f} million weights, which take {need / 1e9:,.1f} GB of memory, and "
+                            f"{free / 1e9:,.1f} GB are free; lower them")
+
+
 def load_network(run: Run, ema: bool = True) -> Unet:
     """The run's network with its weights, ready to sample, on the CPU. Raises SettingsError."""
+    check_fits(run.config, run.num_classes, torch.device("cpu"), copies=1)
     net = make_unet(run.config, run.num_classes)
     try:
         net.load_state_dict(run.network(ema))
@@ -67,15 +96,28 @@ def compile_network(net: nn.Module, rehearse):
     net.zero_grad()
 
 
-def start_from(net: nn.Module, run: Run):
+def start_from(net: nn.Module, run: Run, classes: list[str]):
     """Gives `net` the run's averaged weights (or raw ones, where it holds no others) by name and shape.
+
+    The embedding of each of net's `classes` becomes that of the run's class of the same name.
 
     What does not fit, as after a change of channels or classes, is named and stays as it is.
     """
     trained, own = run.weights.get("ema") or run.weights["raw"], net.state_dict()
+    trained = dict(trained)
+    if EMBEDDING in trained and EMBEDDING in own:
+        before, now = trained[EMBEDDING], own[EMBEDDING].clone()
+        if before.shape[1] == now.shape[1]:
+            now[-1] = before[-1]  # the null label
+            for number, name in enumerate(classes):
+                if name in run.classes:
+                    now[number] = before[run.classes.index(name)]
+            trained[EMBEDDING] = now
     fitting = {name: weight for name, weight in trained.items() if name in own and own[name].shape == weight.shape}
     net.load_state_dict(own | fitting)
     fresh = sorted(own.keys() - fitting.keys())
+    if EMBEDDING in own:
+        fresh += [f"class {name}" for name in classes if name not in run.classes]
     left = f"; fresh are {', '.join(fresh[:8])}" + (f" and {len(fresh) - 8} more" if len(fresh) > 8 else "")
     if processes()[0] == 0:
         print(f"{len(fitting)} of {len(own)} tensors are those of {run.path}{left if fresh else ''}")
@@ -87,27 +129,44 @@ def zero_net(c):
     return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
 
 
-def run_sampler(c, net, batch: Batch, trace: list | None = None) -> tuple[Tensor, Tensor]:
-    """Samples (B, C, H, W) by the sampler that the settings name, and the states they started from.
+def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:
+    """Samples (B, C, H, W) by the sampler that the settings name.
 
     `trace`, a list if given, receives (t, state, clean estimate) at each step.
     """
-    method = c.chosen
     if c.sampler == "own":
-        frames = FirstFrame() if trace is None else trace
-        sample = method.sample(net, batch, c.sample_steps, frames)
-        return sample, frames[0][1]
-    ode = method.velocity(net, batch)
-    sample = ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
-    return sample, ode.view(torch.tensor(ode.t0), ode.z)
+        return c.chosen.sample(net, batch, c.sample_steps, trace)
+    ode = c.chosen.velocity(net, batch)
+    return ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
+
+
+class StartShown(Exception):
+    """Ends a sampler that was asked for nothing but its start."""
+
+
+class Start(list):
+    """A trace of the first state alone."""
+
+    def append(self, frame):
+        super().append(frame)
+        raise StartShown
+
+
+def start_states(c, net, batch: Batch) -> Tensor:
+    """The states (B, C, H, W) that run_sampler would start from next, as a trace shows them. Uses no noise up."""
+    trace, device = Start(), batch.zlo.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(StartShown):
+        run_sampler(c, net, batch, trace)
+    return trace[0][1]
 
 
 def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
-    counted, trace, start = Counted(net), [], time.perf_counter()
+    z0, trace = start_states(c, Guided(net, c.guidance), batch), []
+    counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
-    sample, z0 = run_sampler(c, guided, batch)
-    numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - start)
+    sample = run_sampler(c, guided, batch)
+    numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - began)
     run_sampler(c, guided, batch[:4], trace)
     columns = {"start": z0, "samples": sample, "truth": batch.z1}
     if not c.generates:
@@ -115,14 +174,6 @@ def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
         columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])
     return numbers, dict(step=grids, trace=strip(trace))
-
-
-class FirstFrame(list):
-    """A trace that keeps where the path starts, and nothing else."""
-
-    def append(self, frame):
-        if not self:
-            super().append(frame)
 
 
 def batched(items: list, size: int) -> list[list]:
@@ -133,26 +184,44 @@ def batched(items: list, size: int) -> list[list]:
 class NoisePerImage(Draws):
     """Noise whose rows come from random streams of their own, so that no image depends on its batch.
 
-    rows[i] lists (weight, key of a stream): the noise of image i is the weighted sum of its streams' noises. A weight
-    may be a function of the draw's number, from 0.
+    rows[i] lists (weight, key of a stream), the key a tuple that begins with the seed: the noise of image i is the
+    weighted sum of its streams' noises. A weight may be a function of the draw's number, from 0. Uniform and whole
+    numbers come from such a noise too, so they go from one seed's to another's like it.
     """
 
     def __init__(self, rows: list[list[tuple]], device):
-        def stream(key):
+        def stream(key, device=device):
             return torch.Generator(device).manual_seed(hashed(key))
 
-        self.number = 0  # of the next draw
-        self.streams = [[(weight, stream(key)) for weight, key in row] for row in rows]
+        self.images = [(itertools.count(), [(weight, stream(key)) for weight, key in row]) for row in rows]
+        first_key = rows[0][0][1]
+        self.host = stream(first_key[:1], "cpu")  # what is one for all images knows of none of them
 
     def randn_like(self, x: Tensor) -> Tensor:
-        number, self.number = self.number, self.number + 1
+        def noise(numbers, streams):
+            number = next(numbers)  # of this draw among the image's
+            weights = [weight(number) if callable(weight) else weight for weight, _ in streams]
+            drawn = [torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
+                     for _, generator in streams]
+            return sum(weight * each for weight, each in zip(weights, drawn))
 
-        def noise(weight, generator):
-            drawn = torch.randn(x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
-            return (weight(number) if callable(weight) else weight) * drawn
+        assert len(x) == len(self.images), f"noise for {len(self.images)} images is asked for {len(x)}: index the Batch"
+        return torch.stack([noise(*image) for image in self.images])
 
-        assert len(x) == len(self.streams), (len(x), len(self.streams))
-        return torch.stack([sum(noise(*each) for each in row) for row in self.streams])
+    def rand(self, x: Tensor, *shape: int) -> Tensor:
+        return self.uniform(x, shape).float().clamp(max=1 - 2**-24)  # below 1 in float32 too
+
+    def randint(self, low: int, high: int, x: Tensor, *shape: int) -> Tensor:
+        return low + (self.uniform(x, shape) * (high - low)).long().clamp(max=high - low - 1)
+
+    def uniform(self, x: Tensor, shape: tuple) -> Tensor:
+        """(B, *shape) float64 on [0, 1]: the normal distribution function of a noise."""
+        return torch.special.ndtr(self.randn_like(x.new_empty(len(x), *shape, dtype=torch.float64)))
+
+    def narrow(self, rows: slice | Tensor, count: int) -> "NoisePerImage":
+        part, places = copy.copy(self), torch.arange(count)[rows.cpu() if torch.is_tensor(rows) else rows]
+        part.images = [self.images[place] for place in places.tolist()]
+        return part
 
 
 class Model:
@@ -173,6 +242,11 @@ class Model:
     def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
                  tolerance: float | None = None, guidance: float | None = None, factor: int | None = None,
                  tile: int | None = None, batch_size: int = 64, device: str = "auto", precision: str | None = None):
+        given = dict(solver=solver, steps=steps, tolerance=tolerance, guidance=guidance, factor=factor, tile=tile,
+                     batch_size=batch_size, precision=precision)
+        for name, value in given.items():
+            if not fits(value, ARGUMENTS[name]):
+                raise SettingsError(f"{name} = {shown(value)}: allowed is {words(ARGUMENTS[name])}")
         self.run, self.config = run, (c := sampling_config(run.config, solver, steps, tolerance))
         self.classes, self.num_classes = run.classes if run.num_classes else [], run.num_classes
         self.tasks, self.batch_size = task_names(c.task), batch_size
@@ -181,8 +255,7 @@ class Model:
         self.factor = self.choose_factor(factor)
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
-        blocks = {"sr": max(as_tuple(c.damage.factor)), "jpeg": 16}
-        self.align = max([2**c.chosen.levels, *(blocks.get(name, 1) for name in self.tasks)])
+        self.align = max(2**c.chosen.levels, c.damage.block(c.task))
         tile = c.image_size if tile is None else tile
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
 
@@ -193,11 +266,9 @@ class Model:
 
     def choose_factor(self, factor: int | None) -> int:
         """How many times larger a restored image becomes. Raises SettingsError."""
-        known = {"sr": as_tuple(self.config.damage.factor), "paired": (self.run.pair_factor,)}
-        each = [known.get(name, (1,)) for name in self.tasks]
-        allowed = sorted({factor for factors in each for factor in factors})
+        allowed = self.config.damage.factors(self.config.task, self.run.pair_factor)
         if factor is None:
-            factor = allowed[0]  # of a mixture 1: who enlarges says so
+            factor = allowed[0]  # a mixture defaults to the same size; --factor enlarges
             if len(allowed) > 1 and factor > 1:
                 raise SettingsError(f"factor = None: the run knows {', '.join(map(str, allowed))}; name one")
         if factor not in allowed:
@@ -212,7 +283,7 @@ class Model:
             return self.classes.index(label)
         if str(label).isdecimal() and int(label) < len(self.classes):
             return int(label)
-        names = ", ".join(self.classes)
+        names = ", ".join(" ".join(name.split()) for name in self.classes)
         raise SettingsError(f"label = {label!r}: allowed is all, or from {names}, 0 to {len(self.classes) - 1}")
 
     def at_a_time(self, height: int, width: int) -> int:
@@ -232,17 +303,33 @@ class Model:
         if isinstance(image, list):
             return [self.restore(each, mask=mask, label=label, seed=seed) for each in image]
         zlo, hole = image, mask
-        if isinstance(image, Image.Image):
+        if not isinstance(image, Image.Image):
+            self.check_tensor(image, mask)
+        else:
             zlo = to_float(to_tensor(flatten(image, self.config.channels)))[None]
             if "inpaint" in self.tasks:
-                hole = to_tensor(alpha(image)) < 255 if mask is None else to_tensor(flatten(mask, 1)) >= 128
+                hole = to_tensor(alpha(image)) < 255 if mask is None else mask_of(mask)
                 hole = hole[None]
         if hole is not None and hole.shape[2:] != zlo.shape[2:]:
             sides = tuple(hole.shape[2:]), tuple(zlo.shape[2:])
             raise SettingsError(f"mask: its sides, {sides[0]}, are not the image's, {sides[1]}")
         labels = [None if label is None else self.label_number(label)] * len(zlo)
         made = self.sample(self.full_size(zlo), hole, labels, [[(1.0, (seed, "", i))] for i in range(len(zlo))])
-        return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made
+        return to_image(to_uint8(made[0])) if isinstance(image, Image.Image) else made.clamp(-1, 1)
+
+    def check_tensor(self, zlo, mask):
+        """Raises SettingsError, one line, for what `restore` can't take as tensors."""
+        if not torch.is_tensor(zlo):
+            raise SettingsError(f"image is a {type(zlo).__name__}: allowed is a PIL image, a list of them, or a tensor")
+        shape, channels = [*zlo.shape], self.config.channels
+        if len(shape) != 4 or shape[1] != channels or 0 in shape:
+            raise SettingsError(f"image: its shape is {shape}: allowed is (B, {channels}, height, width)")
+        if not zlo.is_floating_point():
+            raise SettingsError(f"image: its type is {zlo.dtype}: allowed are floating-point numbers in [-1, 1]")
+        if not zlo.abs().max() <= 1:  # NaN too
+            raise SettingsError(f"image: its values are from {zlo.min():.4g} to {zlo.max():.4g}: allowed is [-1, 1]")
+        if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 4 and mask.shape[:2] == (len(zlo), 1)):
+            raise SettingsError(f"mask: beside a tensor allowed is a tensor ({len(zlo)}, 1, height, width)")
 
     def generate(self, count: int = 1, *, label: str | int | None = None, seed: int = 0) -> list[Image.Image]:
         """`count` new images, of a class or of none. Raises SettingsError."""
@@ -305,7 +392,7 @@ class Model:
         guidance = self.guidance if any(label is not None for label in labels) else 1
         precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
         with autocast(self.device, precision):
-            made, _ = run_sampler(c, Guided(counted, guidance), batch, trace)
+            made = run_sampler(c, Guided(counted, guidance), batch, trace)
         if not made.isfinite().all():  # a method's own sampler does not look
             raise ode_int.SolverError(ode_int.NOT_FINITE)
         self.images, self.rows = self.images + len(made), self.rows + counted.rows

@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 
 from tqdm import tqdm
@@ -15,13 +16,18 @@ def quiet_interrupt():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def in_main_thread() -> bool:
+    """Python lets this thread alone say what a signal does."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def unbreakable_output():
     """From now on a closed pipe or terminal, or a log file on a full disk, loses what is printed and ends nothing.
 
     To be called first in a command's main(), which hears of Ctrl-C again. A stream that takes text again gets what is
     printed from then on.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and in_main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -61,19 +67,6 @@ def warn(text: str):
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def reason(failure: BaseException) -> str:
-    """Why it failed, on one line; where a file is at fault, in the system's words: No space left on device.
-
-    torch.save may hide them: its zip writer, left half-way, raises an error of its own while it handles that one.
-    """
-    cause = failure
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return one_line(failure)
-
-
 class Attempts:
     """Calls that may fail without ending the run. Of the same failures in a row only the first one is told."""
 
@@ -85,7 +78,7 @@ class Attempts:
         try:
             result = function()
         except Exception as failure:
-            why = reason(failure)
+            why = one_line(failure)
             if self.failing.get(what) != why:
                 warn(f"{what} failed ({why}); the run goes on without it")
             self.failing[what] = why

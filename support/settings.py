@@ -96,7 +96,7 @@ def from_plain(kind, plain: dict):
         raise SettingsError(f"{bounds.shown(plain)} is given for {kind.__name__}: allowed is its fields by name")
     known = {f.name: f for f in fields(kind)}
     if unknown := set(plain) - set(known):
-        warnings.warn(f"settings of another version are ignored: {', '.join(sorted(unknown))}")
+        warnings.warn(f"settings of another version are ignored: {', '.join(sorted(map(str, unknown)))[:200]}")
     values = {}
     for name in set(plain) & set(known):
         value, default = plain[name], known[name].default_factory

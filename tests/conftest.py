@@ -49,8 +49,9 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_found():
-    """The number of threads and the signal handlers are those of before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Signals do what they do in a new Python, even under nohup; after the test, threads and signals are as before."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    handlers = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     torch.set_num_threads(1)
     if "torch._dynamo" in sys.modules:  # which takes seconds to import
@@ -61,11 +62,11 @@ def as_found():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures, of which 4 are held out, in the folders of two classes; not to be written to."""
+    """40 pictures in the folders of two classes, not to be written to; 4 of these names are held out, 2 a class."""
     def make(root):
         for i, image in enumerate(data.load("shapes", 16, limit=40).train):
             (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"{i:02d}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
 
     return once(tmp_path_factory, "pictures", make)
 
@@ -129,10 +130,7 @@ def judge(config):
 @pytest.fixture(scope="session")
 def runs(drawings, tmp_path_factory):
     """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
-    own = {
-        "interpolant": "--solver euler --sample-steps 1",
-        "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-    }
+    own = {"interpolant": "--solver euler --sample-steps 1", "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8"}
 
     def make(out):
         for method, flags in own.items():

@@ -26,6 +26,7 @@ from victims import (
     lose_folder,
     lose_stream,
     poison,
+    run_short,
     small_files,
     state,
     use_wandb,
@@ -327,6 +328,24 @@ def refused_or_harmless(place: Place, compare: bool = True):
         expect(contents(place.run) == before, "files were changed")
     elif compare:  # a flipped bit in what nobody reads, say a date
         place.compare()
+
+
+@fault("going on from what is older than the run's newest state, or was exported")
+def wrong_resume(place: Place):
+    place.half()
+    before = contents(place.run)
+    name = place.chance.choice(["checkpoints/previous.pt", "checkpoints/step_000004.pt", "model.safetensors"])
+    place.victims.append(Victim(f"--resume {place.run / name} --max-steps 20", place.folder))
+    place.victims[-1].refused()
+    expect(contents(place.run) == before, "files were changed")
+    place.finish()
+
+
+@fault("no memory for a copy of the state, or no thread to write it, for a while")
+def shortage(place: Place):
+    what, first = place.chance.choice(["memory", "threads"]), place.chance.randint(1, 5)
+    place.start((run_short, what, first, first + place.chance.randint(0, 3))).end(0)
+    place.compare()
 
 
 @fault("half lines, bytes and nonsense in metrics.jsonl")

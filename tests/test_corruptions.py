@@ -9,7 +9,7 @@ import scipy.ndimage
 import torch
 from PIL import Image
 
-from images import corruptions
+from images import jpeg
 from images.corruptions import TASKS, Damage, Draws, cond_channels, from_damaged, has_holes, to_full_size
 
 MIXTURE = "sr,inpaint,blur,jpeg,generate"
@@ -103,6 +103,35 @@ def test_the_narrowest_gaussian_blurs_nothing():
     assert np.abs(blurred - images).max() < 1e-3
 
 
+# noise
+
+
+@pytest.mark.parametrize("std", [5.0, (5.0, 20.0)])
+def test_noise_is_gaussian_of_its_std_and_of_whole_levels(std):
+    torch.manual_seed(0)
+    grey = torch.full((400, 1, 32, 32), 1 / 255)
+    levels = to_levels(Damage(std=std)("noise", grey).zlo)
+    assert np.abs(levels - levels.round()).max() < 1e-3
+    found = ((levels - 128) ** 2 - 1 / 12).mean((1, 2, 3)) ** 0.5  # rounding's own variance is 1/12
+    low, high = (5, 5) if std == 5 else std
+    assert abs(levels.mean() - 128) < 0.1 and low - 0.6 < found.min() and found.max() < high + 2
+    assert abs(found.mean() - (low + high) / 2) < 0.8 and abs(found.std() - (high - low) / 12**0.5) < 0.4
+    kurtosis = ((levels[:50] - 128) ** 4).mean((1, 2, 3)) / ((levels[:50] - 128) ** 2).mean((1, 2, 3)) ** 2
+    assert abs(kurtosis.mean() - 3) < 0.1
+    dark = to_levels(Damage()("noise", torch.full((4, 3, 8, 8), -1.0)).zlo)
+    assert dark.min() == 0 and 10 < dark.max() < 100 and abs((dark == 0).mean() - 0.5) < 0.1
+
+
+# what the program knows of a task
+
+
+def test_blocks_and_factors_of_tasks_and_mixtures():
+    damage = Damage(factor=(4, 2))
+    assert [damage.block(task) for task in ("sr", "jpeg", "blur,noise", "sr,jpeg")] == [4, 16, 1, 16]
+    assert damage.factors("sr", 1) == [2, 4] and damage.factors("jpeg,noise", 3) == [1]
+    assert damage.factors("sr,jpeg", 1) == [1, 2, 4] and damage.factors("paired", 3) == [3]
+
+
 # jpeg
 
 
@@ -143,7 +172,7 @@ def test_jpeg_fills_its_last_blocks_as_libjpeg_does(size, channels, quality):
 def test_jpeg_steps_are_those_in_libjpeg_files():
     for quality in (1, 5, 10, 25, 49, 50, 51, 75, 95, 100):
         tables = libjpeg(Image.new("RGB", (8, 8)), quality).quantization
-        dct, *steps = corruptions.tables(torch.device("cpu"))
+        dct, *steps = jpeg.tables(torch.device("cpu"))
         luma, chroma = (step[quality] for step in steps)
         assert luma.flatten().tolist() == tables[0] and chroma.flatten().tolist() == tables[1]
     assert torch.allclose(dct @ dct.mT, torch.eye(8), atol=1e-6)
@@ -291,7 +320,7 @@ def test_autocast_changes_nothing(task):
 def test_everything_stays_on_the_device():
     # tensors without storage: reading a value on the host, or mixing in a tensor of the CPU, raises
     z1 = torch.empty(2, 3, 37, 32, device="meta")
-    batch = Damage(mask="freeform-10-20")("inpaint,blur,jpeg,generate", z1)
+    batch = Damage(mask="freeform-10-20")("inpaint,blur,noise,jpeg,generate", z1)
     assert all(x.device.type == "meta" for x in (batch.zlo, batch.to_make, batch.unknown, batch.cond))
     assert Damage(up="bicubic")("sr", torch.empty(2, 3, 32, 32, device="meta")).zlo.device.type == "meta"
 

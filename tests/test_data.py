@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,6 @@ def test_order_is_a_function_of_seed_and_step():
     steps = [5, 0, 900, 5, 17, 0]
     first = [batch_indices(100, 32, 1, s) for s in steps]
     torch.manual_seed(99)
-    data._permutation.cache_clear()
     for s, batch in zip(reversed(steps), reversed(first)):
         assert torch.equal(batch_indices(100, 32, 1, s), batch)
     # seed and epoch are not added up: the next seed's stream is not this one's, an epoch later
@@ -102,6 +102,34 @@ def test_celeba_without_its_files_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CelebA, "download", no_gdown)
     with pytest.raises(DatasetError, match="celeba.*pip install gdown.*img_align_celeba.zip"):
         load("celeba", 64, data_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("failure, ours", [(zipfile.BadZipFile("x"), False), (TimeoutError("x"), False),
+                                           (AttributeError("x"), True), (TypeError("x"), True)])
+def test_our_own_faults_are_not_told_as_failed_downloads(tmp_path, monkeypatch, failure, ours):
+    def fail(*_, **__):
+        raise failure
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(type(failure) if ours else DatasetError):
+        load("cifar10", 32, data_path=str(tmp_path))
+
+
+def test_a_new_data_set_is_one_entry(tmp_path, monkeypatch):
+    class Digits:
+        def __init__(self, root, download, part):
+            self.data, self.targets, self.classes = noise(4 if part == "train" else 2, 32, 32, 3), [0, 1, 1, 0], "ab"
+
+        def __len__(self):
+            return len(self.data)
+
+    monkeypatch.setattr(torchvision.datasets, "Digits", Digits, raising=False)
+    entry = data.Download("Digits", "put it into {}", {"part": "train"}, {"part": "test"})
+    monkeypatch.setitem(data.DOWNLOADS, "digits", entry)
+    images = load("digits", 32, data_path=str(tmp_path))
+    np.testing.assert_array_equal(images.train.permute(0, 2, 3, 1), noise(4, 32, 32, 3))
+    assert len(images.test) == 2 and images.classes == ["a", "b"]
+    with pytest.raises(SettingsError, match="crop = random: allowed is center for digits"):
+        load("digits", 16, crop="random")
 
 
 class Junk(http.server.BaseHTTPRequestHandler):
@@ -192,7 +220,9 @@ def test_a_batch_that_no_one_can_mean(size):
 
 
 def test_errors_name_what_is_wrong(tmp_path):
-    for dataset in ("~nobody-of-this-name/photos", "x" * 300, ""):
+    with pytest.raises(SettingsError, match="~nobody-of-this-name/photos: there is no user of this name"):
+        load("~nobody-of-this-name/photos", 32)
+    for dataset in ("x" * 300, ""):
         with pytest.raises(DatasetError, match=f"dataset = {dataset}: is not a folder; name one, or cifar10"):
             load(dataset, 32)
     for dataset in ("cifra10", str(tmp_path / "nowhere")):

@@ -75,25 +75,13 @@ def test_draws_have_a_mean_and_a_standard_deviation(tmp_path):
 def test_generation_by_label(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
     made = {}
-    for name, more in dict(
-        all=("--label", "all"),
-        two=("--label", "T-shirt/top, 0"),
-        one=("--label", 2),
-        none=(),
-        half=("--label", 2, "--guidance", 0),
-        strong=("--label", 2, "--guidance", 3),
-    ).items():
+    for name, more in dict(all=("--label", "all"), two=("--label", "T-shirt/top, 0"), one=("--label", 2), none=(),
+                           half=("--label", 2, "--guidance", 0), strong=("--label", 2, "--guidance", 3)).items():
         assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
         assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
         made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
-    assert list(made["all"]) == [
-        "T-shirt-top_0001.png",
-        "T-shirt-top_0002.png",
-        "cat_0001.png",
-        "cat_0002.png",
-        "dog_0001.png",
-        "dog_0002.png",
-    ]
+    assert list(made["all"]) == ["T-shirt-top_0001.png", "T-shirt-top_0002.png", "cat_0001.png", "cat_0002.png",
+                                 "dog_0001.png", "dog_0002.png"]
     assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
     shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
     for name in ("all", "two"):
@@ -108,6 +96,27 @@ def test_generation_by_label(tmp_path, capsys):
     for row, name in zip(grid[4::66], ("cat", "dog", "T-shirt-top")):
         np.testing.assert_array_equal(row[4], made["all"][f"{name}_0001.png"][0, 0])
     assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
+
+
+def test_a_class_of_a_comma_and_a_new_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrained, "CLASSES", ["salt, pepper", "two\nlines", "c"])
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    for name, label in (("comma", "salt, pepper"), ("all", "all")):
+        assert run(path, "--count", 1, "--output", tmp_path / name, "--label", label) == 0
+    assert sorted(p.name for p in (tmp_path / "comma").iterdir()) == ["grid.png", "salt-pepper_0001.png"]
+    assert (tmp_path / "all" / "two-lines_0001.png").exists()
+
+
+def test_the_grid_shows_the_first_images_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "GRID", 4)
+    path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
+    assert run(path, "--count", 5, "--output", tmp_path / "out", "--label", "cat,dog") == 0
+    assert len(list((tmp_path / "out").glob("*_*.png"))) == 10
+    grid = get(tmp_path / "out" / "grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]
+    for row, name in enumerate(("cat", "dog")):
+        for column in (0, 1):
+            np.testing.assert_array_equal(grid[4 + 66 * row, 4 + 66 * column],
+                                          get(tmp_path / "out" / f"{name}_000{column + 1}.png")[0, 0])
 
 
 def test_classes_whose_names_differ_in_punctuation_have_files_of_their_own(tmp_path, monkeypatch, capsys):
@@ -147,18 +156,8 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
     counts = []
     for tolerance in (1e-2, 1e-4):
         assert (
-            run(
-                path,
-                "--input",
-                tmp_path / "in.png",
-                "--output",
-                tmp_path / "out",
-                "--overwrite",
-                "--solver",
-                "auto",
-                "--tolerance",
-                tolerance,
-            )
+            run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto",
+                "--tolerance", tolerance)
             == 0
         )
         counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
@@ -222,19 +221,8 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
         "--unet-blocks 1 --no-use-wandb"
     )
     assert (
-        trainer.main(
-            [
-                *arguments.split(),
-                "--precision",
-                "fp32",
-                "--solver",
-                "heun",
-                "--sample-steps",
-                "1",
-                "--out-dir",
-                str(tmp_path / "runs"),
-            ]
-        )
+        trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir",
+                     str(tmp_path / "runs")])
         == 0
     )
     folder, = (tmp_path / "runs").iterdir()

@@ -1,19 +1,18 @@
 """Folders that no program should get lost in, and files that are too large, too long or not quite images."""
 import os
 import socket
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
-from images import DatasetError, files
-from images.corruptions import to_full_size
-from images.files import enlarge, fit, flatten, list_images, open_image, to_image, to_tensor
-from images.pictures import to_float, to_uint8
-from pixels import noise
+from images import DatasetError, SettingsError, files
+from images.data import load
+from images.files import flatten, list_images, open_image, read_mask, user_path
+from pixels import noise, put, solid
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those that matter are asserted
 
@@ -25,7 +24,7 @@ def picture(path):
 
 # ------------------------------------------------------------------------------------------------------------- folders
 
-def test_pipes_sockets_and_devices_are_passed_over(tmp_path):
+def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path):
     """Opening a pipe waits for whoever writes to it, for ever if no one does."""
     picture(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -38,8 +37,9 @@ def test_pipes_sockets_and_devices_are_passed_over(tmp_path):
             server.bind("socket.png")
         finally:
             os.chdir(here)
-        with pytest.warns(UserWarning, match="4 files are ignored.*: link.png, pipe.png, socket.png, zero.png"):
-            assert list_images(tmp_path) == ["a.png"]
+        images = load(str(tmp_path), 8)
+    assert [line.split("/")[-1] for line in images.left_out] == [
+        f"{name}.png: is not a file; replace or remove it" for name in ("link", "pipe", "socket", "zero")]
 
 
 def test_each_real_folder_is_entered_once(tmp_path):
@@ -67,10 +67,29 @@ def test_the_order_in_which_the_disk_lists_a_folder_changes_nothing(tmp_path, mo
     found = []
     for backwards in (False, True):
         def listed(path, backwards=backwards):
-            return sorted(scandir(path), key=lambda entry: entry.name, reverse=backwards)
+            return Listing(sorted(scandir(path), key=lambda entry: entry.name, reverse=backwards))
         monkeypatch.setattr(os, "scandir", listed)
         found.append(list_images(tmp_path / "in"))
     assert found[0] == found[1] == [f"0/link/{i}.png" for i in range(5)]
+
+
+class Listing:
+    """What os.scandir gives, of these entries."""
+
+    def __init__(self, entries):
+        self.entries = iter(entries)
+
+    def __next__(self):
+        return next(self.entries)
+
+    def __iter__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def test_a_link_to_a_file_is_a_file(tmp_path):
@@ -122,7 +141,7 @@ def test_a_folder_that_can_not_be_opened_is_named(tmp_path, monkeypatch):
 
     def closed(path):
         if str(path).endswith("secret"):
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
@@ -152,40 +171,101 @@ def test_what_pillow_takes_for_an_attack_is_named_with_its_size(tmp_path, side, 
         open_image(tmp_path / "huge.png")
 
 
-@pytest.mark.parametrize("width, height, side", [(1, 65_000, 32), (500, 1, 64), (3, 1000, 256), (65_000, 7, 32)])
-def test_a_strip_is_fitted_without_enlarging_all_of_it(width, height, side, monkeypatch):
-    """The whole of the first, enlarged, would have 67 million pixels."""
-    strip = Image.fromarray(noise(height, width, 3))
-    largest, resize = [], Image.Image.resize
+# --------------------------------------------------------------------------------------------------- formats, colours
 
-    def watched(self, size, *args, **kwargs):
-        largest.append(size[0] * size[1])
-        return resize(self, size, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", watched)
-    assert fit(strip, side).size == (side, side)
-    assert max(largest) <= 3 * side**2 + 10 * side
+@pytest.mark.parametrize("ending", ["jfif", "avif", "jp2", "tga", "qoi", "ico", "pcx"])
+def test_formats_that_pillow_opens_by_itself(tmp_path, ending):
+    Image.new("RGB", (32, 32), (200, 30, 90)).save(tmp_path / f"a.{ending}")
+    assert list_images(tmp_path) == [f"a.{ending}"]
+    assert np.abs(np.asarray(open_image(tmp_path / f"a.{ending}")).astype(int) - (200, 30, 90)).max() <= 4
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_strip_looks_as_if_all_of_it_had_been_enlarged(seed):
-    random = np.random.default_rng(seed)
-    short = int(random.integers(1, 12))
-    long, side = int(random.integers(4 * short + 1, 60 * short + 20)), int(random.integers(short + 1, 12 * short + 20))
-    strip = Image.fromarray(noise(*((short, long) if seed % 2 else (long, short)), 3, seed=seed))
-    scale = side / short
-    whole = strip.resize((round(strip.width * scale), round(strip.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (whole.width - side) // 2, (whole.height - side) // 2
-    difference = np.asarray(whole.crop((left, top, left + side, top + side))).astype(int) - np.asarray(fit(strip, side))
-    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01  # a half that rounds the other way
+def test_a_drawing_that_another_program_would_run_is_not_opened(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    os.rename(tmp_path / "a.eps", tmp_path / "a.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    with pytest.raises(DatasetError, match="a.png: can't be read as an image .its format is unknown"):
+        open_image(tmp_path / "a.png")
+    solid(tmp_path / "b.png", 0)
+    (tmp_path / "c.eps").write_text("%!PS")
+    assert list_images(tmp_path) == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("factor", [1, 2, 3, 4])
-def test_a_picture_and_its_pixels_are_enlarged_alike(channels, factor):
-    image = to_image(torch.from_numpy(noise(channels, 9, 14)))
-    large = enlarge(image, factor)
-    assert large.size == (14 * factor, 9 * factor)
-    assert torch.equal(enlarge(to_tensor(image), factor), to_tensor(large))
-    torch_s = to_uint8(to_full_size(to_float(to_tensor(image))[None], factor, "bicubic"))[0]
-    assert (torch_s.int() - to_tensor(large)).abs().max() <= 1
+def curve(table: list[int], tag: bytes) -> bytes:
+    return tag + bytes(4) + struct.pack(">I", len(table)) + struct.pack(f">{len(table)}H", *table)
+
+
+def profile(space: bytes, **tags: bytes) -> bytes:
+    """An ICC profile, version 2: its header, a table of its tags, and those, which begin at multiples of 4."""
+    tags = {"wtpt": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in (0.9642, 1, 0.8249))), **tags}
+    place, table, content = 128 + 4 + 12 * len(tags), b"", b""
+    for name, tag in tags.items():
+        table += name.encode() + struct.pack(">II", place + len(content), len(tag))
+        content += tag + bytes(-len(tag) % 4)
+    head = struct.pack(">I4sI4s4s4s", place + len(content), b"lcms", 0x02400000, b"mntr", space, b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + content
+
+
+def colorants(*columns) -> dict[str, bytes]:
+    return {f"{name}XYZ": b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in column))
+            for name, column in zip("rgb", columns)}
+
+
+SRGB_TO_XYZ = np.array([[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7142]])  # white D50
+GAMMA = {f"{name}TRC": curve([round(2.2 * 256)], b"curv") for name in "rgb"}
+WIDE = np.array([[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7446]])  # Adobe RGB (1998)
+
+
+def to_srgb_by_hand(levels: np.ndarray, gamma: float, matrix) -> np.ndarray:
+    """(..., 3) of 255 in a space of that gamma and those colorants -> sRGB, of 255."""
+    light = (levels / 255) ** gamma @ (np.linalg.inv(SRGB_TO_XYZ) @ matrix).T
+    light = light.clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA"])
+def test_colours_are_converted_to_srgb(tmp_path, mode):
+    """Adobe RGB in its colour modes, and greys of a gamma of 1.5."""
+    if mode in ("L", "LA"):
+        icc = profile(b"GRAY", kTRC=curve([round(1.5 * 256)], b"curv"))
+        levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        expected = to_srgb_by_hand(levels[..., None].repeat(3, 2), 1.5, SRGB_TO_XYZ)
+    else:
+        icc = profile(b"RGB ", **GAMMA, **colorants(*WIDE.T))
+        levels = noise(16, 16, 3) // 2 + 64
+        expected = to_srgb_by_hand(levels, 2.2, WIDE)
+    image = Image.fromarray(levels)
+    if mode == "P":
+        image = image.quantize(200)
+        expected = to_srgb_by_hand(np.asarray(image.convert("RGB")), 2.2, WIDE)
+    image.convert(mode).save(tmp_path / "a.png", icc_profile=icc)
+    seen = np.asarray(open_image(tmp_path / "a.png")).astype(float)
+    assert np.abs(seen - expected).max() < 2.5 and np.abs(seen - np.asarray(image.convert("RGB"))).max() > 10
+    if mode == "L":  # and where greys are asked for
+        assert np.abs(np.asarray(open_image(tmp_path / "a.png", 1)) - expected[..., 0]).max() < 2.5
+
+
+@pytest.mark.parametrize("icc", [b"no profile", profile(b"CMYK"),
+                                 ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_a_profile_that_changes_nothing_leaves_the_bits(tmp_path, icc):
+    """One that is damaged, one of another kind of image, and sRGB itself."""
+    put(tmp_path / "a.png", noise(16, 16, 3), icc_profile=icc)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png")), noise(16, 16, 3))
+
+
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path):
+    """White strokes on a transparent layer, as drawing programs save them; and plain black and white."""
+    strokes = noise(8, 8) > 128
+    layer = np.full((8, 8, 4), 255, np.uint8)
+    layer[..., 3] = 255 * strokes
+    put(tmp_path / "layer.png", layer)
+    put(tmp_path / "plain.png", 255 * strokes.astype(np.uint8))
+    for name in ("layer.png", "plain.png"):
+        np.testing.assert_array_equal(read_mask(tmp_path / name)[0], strokes)
+
+
+def test_a_user_that_does_not_exist_is_named():
+    with pytest.raises(SettingsError, match="~nosuchuser/photos: there is no user of this name"):
+        user_path("~nosuchuser/photos")
+    assert user_path("~/photos") == Path.home() / "photos"

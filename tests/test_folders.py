@@ -1,13 +1,18 @@
 """Folders of images, alone and in pairs: what is held out, what is labelled, and what is left out and named."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from images import DatasetError, data
+from images import DatasetError
+from images.corruptions import to_full_size
 from images.data import load
-from images.files import enlarge, fit, open_image, to_tensor
+from images.files import fit, open_image, to_image, to_tensor
 from images.pairs import pair_factor
+from images.pictures import to_float, to_uint8
+from images.splits import hold_out
 from pixels import noise, solid, values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
@@ -17,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: thos
 
 def test_flat_folder_holds_out_a_tenth(tmp_path):
     for i in range(40):
-        solid(tmp_path / f"{i:02}.png", i)
+        solid(tmp_path / f"im{i:02}.png", i)
     images = load(str(tmp_path), 8)
     assert sorted(values(images.train) + values(images.test)) == list(range(40))
     assert len(images.test) == 4 and values(images.train) == sorted(values(images.train))
@@ -27,11 +32,45 @@ def test_flat_folder_holds_out_a_tenth(tmp_path):
     assert np.ptp(values(few.train)) > 25 and values(few.test) == values(images.test)
 
 
-@pytest.mark.parametrize("n, held_out", [(2, 1), (9, 1), (10, 1), (25, 2), (10_500, 1000)])
-def test_size_of_the_hold_out(n, held_out):
-    names = [f"{i:05}" for i in range(n)]
-    train, test, _, _ = data._split(names)
-    assert len(test) == held_out and sorted(train + test) == names
+@pytest.mark.parametrize("n, least, most", [(1, 0, 0), (2, 1, 1), (9, 1, 3), (1000, 70, 130), (10_500, 900, 1000),
+                                            (20_000, 1000, 1000)])
+def test_size_of_the_hold_out(n, least, most):
+    assert least <= len(hold_out([f"{i:05}.png" for i in range(n)], {})) <= most
+
+
+def test_what_was_trained_on_is_never_held_out_later():
+    """While a folder grows from one image to 12,000; and a picture stays beside its copy in another format."""
+    names = [f"{i}.jpg" for i in np.random.default_rng(0).permutation(12_000)]
+    trained = set()
+    for n in [*range(1, 100), *range(100, 12_001, 700)]:
+        held_out = hold_out(names[:n], {})
+        assert not held_out & trained
+        if n > 1:
+            trained |= set(names[:n]) - held_out
+    copies = [name.replace("jpg", "png") for name in names[:1000]]
+    both = hold_out(names[:1000] + copies, {})
+    assert {name[:-4] for name in both if name.endswith("jpg")} == {name[:-4] for name in both if name.endswith("png")}
+
+
+@pytest.mark.parametrize("limit", [None, 10])
+def test_a_folder_packed_before_keeps_its_split(tmp_path, monkeypatch, limit):
+    """Position decided then. Its pack of version 1 tells; when more images come, each stays where it is."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(40):
+        solid(tmp_path / "photos" / f"im{i:02}.png", i)
+    load("photos", 8, limit=limit)
+    pack = next((tmp_path / "data" / "packs").iterdir())
+    (pack / "index.json").write_text(json.dumps({"stamp": {"version": 1, "files": 40 if limit is None else 14}}))
+    assert values(load("photos", 8, limit=limit).test) == [5, 15, 25, 35]
+    for i in range(40, 60):
+        solid(tmp_path / "photos" / f"im{i:02}.png", i)
+    for _ in range(2):
+        grown = load("photos", 8, limit=limit)
+        assert [value for value in values(grown.test) if value < 40] == [5, 15, 25, 35]
+        assert not set(values(grown.train)) & set(values(grown.test))
+    (pack / "sides.json").write_text("{")
+    with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
+        load("photos", 8, limit=limit)
 
 
 def test_a_single_image_is_its_own_test(tmp_path):
@@ -52,9 +91,11 @@ def test_class_folders(tmp_path):
     assert load(str(tmp_path), 8).train_y is None
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_train_and_test_folders(tmp_path, held_out):
-    names = ["train/cat/0", "train/dog/1", "train/dog/2", f"{held_out}/dog/3", f"{held_out}/cat/4"]
+@pytest.mark.parametrize("train, held_out", [
+    ("train", "test"), ("train", "val"), ("Train", "Test"), ("training", "testing"), ("TRAINING", "Validation"),
+    ("train", "valid")])
+def test_train_and_test_folders(tmp_path, train, held_out):
+    names = [f"{train}/cat/0", f"{train}/dog/1", f"{train}/dog/2", f"{held_out}/dog/3", f"{held_out}/cat/4"]
     for value, name in enumerate(names):
         solid(tmp_path / f"{name}.png", value)
     images = load(str(tmp_path), 8)
@@ -63,11 +104,21 @@ def test_train_and_test_folders(tmp_path, held_out):
     assert images.test_y.tolist() == [{3: 1, 4: 0}[v] for v in values(images.test)]
 
 
+def test_every_image_that_is_in_neither_split_is_named(tmp_path):
+    for value, name in enumerate(["train/0", "test/1", "val/2", "extra/3", "loose"]):
+        solid(tmp_path / f"{name}.png", value)
+    with pytest.warns(UserWarning, match="3 images are neither in .*: extra/3.png, loose.png, val/2.png"):
+        images = load(str(tmp_path), 8)
+    assert values(images.train) == [0] and values(images.test) == [1]
+    named = [line.split(": is neither")[0] for line in images.left_out]
+    assert named == [str(tmp_path / name) for name in ("extra/3.png", "loose.png", "val/2.png")]
+
+
 def test_train_folder_alone_holds_the_classes(tmp_path):
     for i in range(20):
-        solid(tmp_path / "train" / "ab"[i % 2] / f"{i}.png", i)
+        solid(tmp_path / "Train" / "ab"[i % 2] / f"{i}.png", i)
     images = load(str(tmp_path), 8)
-    assert images.classes == ["a", "b"] and len(images.test) == 2
+    assert images.classes == ["a", "b"] and len(images.train) + len(images.test) == 20
     assert images.train_y.tolist() == [v % 2 for v in values(images.train)]
 
 
@@ -189,11 +240,23 @@ def test_missing_partners_are_named(tmp_path):
     solid(tmp_path / "other" / "z.png", 0)
     with pytest.raises(DatasetError, match="same name"):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "other"))
-    Image.new("RGB", (8, 8)).save(tmp_path / "damaged" / "b.jpg")
-    with pytest.raises(DatasetError, match="more than one .* b"):
+    for ending in ("bmp", "gif"):
+        solid(tmp_path / "damaged" / f"only_clean.{ending}", 0)
+    with pytest.raises(DatasetError, match="more than one .* only_clean"):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
     with pytest.raises(DatasetError, match="nowhere"):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_image_beside_one_of_its_name_with_another_ending(tmp_path, paired):
+    for i, name in enumerate(("a.png", "a.bmp", "b.png", "c.png")):
+        solid(tmp_path / "clean" / name, i)
+        solid(tmp_path / "damaged" / name, 100 + i)
+    images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged") if paired else None)
+    x = values(images.train) + values(images.test)
+    assert sorted(x) == [0, 1, 2, 3]
+    assert not paired or values(images.train_lo) + values(images.test_lo) == [100 + value for value in x]
 
 
 def test_where_most_pairs_do_not_belong_together_there_is_no_training(tmp_path):
@@ -208,8 +271,8 @@ def test_where_most_pairs_do_not_belong_together_there_is_no_training(tmp_path):
 
 
 @pytest.mark.parametrize("side", [24, 40, 64])
-def test_small_damaged_images_are_enlarged_as_one_enlarges_a_file(tmp_path, side):
-    """`enlarge` makes of a damaged file what training saw, whether `fit` then shrinks, crops or enlarges it."""
+def test_small_damaged_images_are_enlarged_as_sample_enlarges_a_file(tmp_path, side):
+    """Whether `fit` then shrinks, crops or enlarges it."""
     (tmp_path / "clean").mkdir()
     (tmp_path / "damaged").mkdir()
     for i in range(3):
@@ -218,8 +281,12 @@ def test_small_damaged_images_are_enlarged_as_one_enlarges_a_file(tmp_path, side
     images = load(str(tmp_path / "clean"), side, paired_path=str(tmp_path / "damaged"))
     assert images.pair_factor == 3
     seen = torch.cat([images.train_lo, images.test_lo])
-    files = [fit(enlarge(open_image(tmp_path / "damaged" / f"{i}.png"), images.pair_factor), side) for i in range(3)]
-    assert sorted(x.numpy().tobytes() for x in seen) == sorted(to_tensor(x).numpy().tobytes() for x in files)
+    by_sample = []
+    for i in range(3):
+        file = to_float(to_tensor(open_image(tmp_path / "damaged" / f"{i}.png")))[None]
+        by_sample.append(to_tensor(fit(to_image(to_uint8(to_full_size(file, 3, "bicubic"))[0]), side)))
+    difference = (seen[:, None].int() - torch.stack(by_sample).int()).abs().amax((2, 3, 4))  # of each to each
+    assert difference.min(1).values.max() <= 2
 
 
 @pytest.mark.parametrize("clean, damaged, factor", [

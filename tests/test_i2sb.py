@@ -1,4 +1,5 @@
 """I2SB against Brownian motion worked out by linear algebra, and its samplers against Gaussians whose flow is known."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_sampling_never_reads_the_clean_image(ot_ode, task):
     method, batch = I2SB(n=20, ot_ode=ot_ode), make_batch(task)
     samples = []
     for z1 in (batch.z1, torch.full_like(batch.z1, float("nan")), None):
-        batch.z1 = z1
+        batch = replace(batch, z1=z1)
         torch.manual_seed(3)
         samples.append(method.sample(wiggly_net, batch, 5))
         if ot_ode:
@@ -177,7 +178,7 @@ def test_the_samplers_show_the_network_labels_and_condition(shown):
         for value in (1.0, 2.0):
             torch.manual_seed(3)
             method, batch = I2SB(n=20, ot_ode=True), make_batch("restore")
-            setattr(batch, shown, getattr(batch, shown) * value)
+            batch = replace(batch, **{shown: getattr(batch, shown) * value})
             sampled = method.sample(wiggly_net, batch) if how == "sample" else solve(method.velocity(wiggly_net, batch))
             samples.append(sampled)
         assert (samples[0] - samples[1])[1:].abs().amax((1, 2, 3)).min() > 1e-3

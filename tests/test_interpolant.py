@@ -3,14 +3,18 @@ answer."""
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from images.corruptions import Batch
+from measured import SMALL
 from methods.interpolant import Interpolant
 from ode_int import FIXED_STEP, solve
+from support.model import run_sampler
+from trainer import Config
 from unet import Counted
 
 PATHS = pytest.mark.parametrize("path", ["linear", "trigonometric"])
@@ -198,12 +202,8 @@ def posterior():
 def given_cond(path, coupling, sigma):
     """The exact network where it sees cond = zlo: z0 and z1 are independent given it."""
     mean1, var1 = posterior()
-    return gaussian_net(
-        path,
-        (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(),
-        mean1,
-        np.diag([sigma**2, var1]),
-    )
+    return gaussian_net(path, (lambda c: c.double()) if coupling == "dependent" else lambda c: 0 * c.double(), mean1,
+                        np.diag([sigma**2, var1]))
 
 
 def blind(path, coupling, sigma):
@@ -262,8 +262,8 @@ def test_every_sampler_draws_from_the_posterior(path, coupling, sampler):
     """Given zlo, samples are N(E[z1 | zlo], Var[z1 | zlo]): for the ODE and, thanks to the score, for the SDE of any
     strength."""
     size, sigma, eps0 = 80, 0.7, 0.8
-    batch = gaussian_batch(2, size, condition=True)
-    batch.zlo = batch.cond = torch.tensor([-0.6, 0.9])[:, None, None, None].expand(2, 3, size, size).contiguous()
+    zlo = torch.tensor([-0.6, 0.9])[:, None, None, None].expand(2, 3, size, size).contiguous()
+    batch = replace(gaussian_batch(2, size, condition=True), zlo=zlo, cond=zlo)
     method, trace = Interpolant(path, coupling, sigma, eps0=eps0 if sampler == "sde" else 0.0), []
     mean1, var1 = posterior()
     torch.manual_seed(6)
@@ -290,8 +290,8 @@ def test_sde_of_a_network_that_does_not_see_zlo(path, task):
     """It draws from the distribution of z1 where E[zlo | zt] is known: by the independent coupling, and in holes."""
     batch = gaussian_batch(4, 64, condition=False)
     if task == "inpaint":
-        batch.to_make = batch.unknown = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
-        batch.zlo = batch.z1 * (1 - batch.to_make)
+        hole = (torch.arange(64) < 32).float().expand(4, 1, 64, 64)
+        batch = replace(batch, to_make=hole, unknown=hole, zlo=batch.z1 * (1 - hole))
     method = Interpolant(path, "dependent" if task == "inpaint" else "independent", sigma=0.7, eps0=0.8)
     method.check(task, condition=False)
     torch.manual_seed(6)
@@ -375,8 +375,7 @@ def test_known_pixels_stay_what_they_are(sampler, coupling):
 def test_sample_never_reads_z1(sampler, coupling, task):
     samples = []
     for z1 in (make_batch(task).z1, torch.full((4, 2, 6, 6), torch.nan), None):
-        batch = make_batch(task)
-        batch.z1 = z1
+        batch = replace(make_batch(task), z1=z1)
         torch.manual_seed(10)
         samples.append(sample_by(sampler, wiggly_net, batch, coupling=coupling))
     assert samples[0].isfinite().all()
@@ -422,8 +421,8 @@ def test_network_is_told_one_time_an_image_in_fp32():
 
 
 def test_an_independent_coupling_knows_nothing_of_the_damaged_image():
-    batch, other = make_batch(), make_batch()
-    batch.cond, other.cond, other.zlo = None, None, -other.zlo
+    batch = replace(make_batch(), cond=None)
+    other = replace(batch, zlo=-batch.zlo)
     for coupling, same in (("independent", True), ("dependent", False)):
         samples = []
         for b in (batch, other):
@@ -457,3 +456,23 @@ def test_no_warning_on_the_way():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample_by("dopri5", wiggly_net, make_batch())
+
+
+def test_fixed_steps_shorten_towards_the_data():
+    """(1 - t)^(1/3) falls evenly; the clean estimate asks once more at the end."""
+    times, config = [], Config(solver="euler", sample_steps=4, **SMALL)
+    run_sampler(config, lambda x, t, y, cond: times.append(t[0].item()) or 0 * x, make_batch())
+    np.testing.assert_allclose(times, 1 - np.linspace(0.999 ** (1 / 3), 0.001 ** (1 / 3), 5) ** 3, atol=1e-6)
+
+
+def test_dopri5_keeps_to_both_tolerances():
+    """dz/dt = 30,000 cos 30 t: the absolute tolerance is in units of z, the relative one is a share of it."""
+    batch, method = make_batch("generate"), Interpolant(sigma=1e-6)  # which starts near 0
+
+    def net(x, t, y, cond):
+        return (3e4 * torch.cos(30 * t)).view(-1, 1, 1, 1).expand_as(x)
+
+    exact = 1000 * (math.sin(29.97) - math.sin(0.03)) + 30 * math.cos(29.97)
+    for absolute, relative, least, most in ((1.0, 1e-9, 0, 10), (1e-9, 1.0, 50, math.inf)):
+        config = Config(integration_atol=absolute, integration_rtol=relative, interpolant=method, **SMALL)
+        assert least <= (run_sampler(config, net, batch) - exact).abs().max() < most

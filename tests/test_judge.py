@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from evaluation import judge as judging
-from evaluation.classifier import digest, kept
+from evaluation.classifier import cached, digest
 from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
@@ -108,6 +108,11 @@ def test_pairs_can_not_be_damaged_again(config, drawings):
     assert judge.left_out(c, False).keys() == {"consistency"}
 
 
+def test_nor_can_damage_that_adds_noise(judge, config):
+    c = replace(config, task="sr,noise")
+    assert "consistency" not in judge(c, False, truth) and "noise" in judge.left_out(c, False)["consistency"]
+
+
 def test_data_without_classes_and_too_few_images(drawings, config):
     c = replace(config, dataset=str(drawings / "test" / "dark"))
     judge = judging.Judge(c, torch.device("cpu"), LOCAL, count=40)
@@ -171,7 +176,7 @@ def test_what_is_kept_depends_on_what_it_came_from(config, judge, drawings, monk
     assert len(files("classifier") - before[0]) == 1 and len(files("features") - before[1]) == 2
 
 
-def test_kept(tmp_path):
+def test_cached(tmp_path):
     calls, path = [], str(tmp_path / "new" / "x.pt")
 
     def make():
@@ -179,11 +184,11 @@ def test_kept(tmp_path):
         return dict(weights=torch.arange(3), accuracy=50.0)
 
     for _ in range(2):
-        value = kept(path, make)
+        value = cached(path, make)
         assert value["accuracy"] == 50 and value["weights"].tolist() == [0, 1, 2]
     assert len(calls) == 1
     (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
-    kept(path, make)
+    cached(path, make)
     assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
 
 
@@ -226,3 +231,12 @@ def test_packages_that_are_not_there(config, monkeypatch):
     assert (
         "torchmetrics" in judge.why["ssim"] and "lpips" in judge.why["lpips"] and "torch_fidelity" in judge.why["fid"]
     )
+
+
+def test_a_fault_of_the_program_is_no_missing_package(config, monkeypatch):
+    def faulty(device):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(judging, "load_inception", faulty)
+    with pytest.raises(AttributeError):
+        judging.Judge(config, torch.device("cpu"), ("fid",), count=8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from images import SettingsError
-from runs import FINISHED, at_step, checkpoint, linux, metrics, one_line, resume, same, start
+from runs import FINISHED, at_step, checkpoint, metrics, one_line, resume, same, start
 from support import background
 from support.background import Background
 from support.logs import Files, Log
@@ -117,14 +117,17 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, capsys):
         "warning: metrics.jsonl failed (File too large); the run goes on without it", "metrics.jsonl works again"]
 
 
-@linux
-def test_a_full_disk_is_told_once(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    files = Files(tmp_path, 0, Attempts())
-    for step in range(3):
-        files.log({"step": step}, {})
-    assert capsys.readouterr().err == (
-        "warning: metrics.jsonl failed (No space left on device); the run goes on without it\n")
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path, copy, capsys, name, kind):
+    target = tmp_path / "other"
+    target.write_text("somebody's")
+    (copy / name).unlink()
+    (copy / name).symlink_to(target) if kind == "link" else os.mkfifo(copy / name)
+    capsys.readouterr()
+    resume(copy, "--max-steps 6", status=2)
+    assert f"{copy / name}: is a link or no regular file" in one_line(capsys)
+    assert target.read_text() == "somebody's" and checkpoint(copy)["step"] == 4
 
 
 def test_files_that_cannot_be_written_are_one_line_at_the_start(tmp_path, copy, capsys):
@@ -146,7 +149,9 @@ def test_a_folder_that_is_gone_is_made_again(tmp_path, monkeypatch, finished, ca
     assert steps(tmp_path / "renamed" / "metrics.jsonl") == [2, 2] and steps(run / "metrics.jsonl") == [4, 4]
     same(checkpoint(run), checkpoint(finished))
     assert (run / "samples" / "step_000004.png").read_bytes() == (finished / "samples/step_000004.png").read_bytes()
-    assert f"{run} was gone and is made again" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"{run} was gone and is made again") == 1
+    resume(run, "--max-steps 5")  # it is the run's, although it is another one
+    assert checkpoint(run)["step"] == 5
 
 
 # -------------------------------------------------------------------------------------------------------- TensorBoard

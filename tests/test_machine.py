@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.machine import chip
+import evaluate
+import sample
+import trainer
+from support import machine
+from support.machine import chip, set_up, stream
 
 # fifty tensors of 4 MiB, made and freed as a training step does; printed: the pages that each further turn waits for
 TURNS = """
@@ -44,6 +48,20 @@ def test_help_does_not_wait_for_packages_that_only_a_run_needs():
     assert not slow & set(done.stdout.split())
 
 
+@pytest.mark.parametrize("helps, chosen", [(True, "bf16"), (False, "fp32")])
+def test_the_precision_is_bf16_only_where_the_chip_computes_in_it(monkeypatch, helps, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: helps)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert set_up(torch.device("cpu")) == chosen
+    assert [set_up(torch.device("cpu"), named) for named in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_neighbouring_seeds_and_steps_have_streams_of_their_own():
+    first = {torch.rand(2, generator=stream("cpu", "train", seed, step)).tolist()[1]
+             for seed in range(50) for step in range(50)}
+    assert len(first) > 2490  # of 2,500 values out of 2**24; seeds of 16 bits would give 2,450
+
+
 @pytest.mark.parametrize("found, name", [
     (dict(cpu_name="Intel Xeon", amx_bf16=True), "Intel Xeon with AMX"), (dict(cpu_name="AMD EPYC"), "AMD EPYC"),
     ({}, "CPU")])
@@ -52,3 +70,48 @@ def test_a_cpu_is_named_with_what_decides_its_speed(found, name, monkeypatch):
     for threads, told in ((1, "1 thread"), (2, "2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         assert chip(torch.device("cpu")) == f"{name}, {told}"
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+TORCHRUN = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def be(**variables):
+        for name in TORCHRUN:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    be()
+    return be
+
+
+@pytest.mark.parametrize("left, fault", [
+    (dict(RANK="3"), "WORLD_SIZE and LOCAL_RANK and MASTER_ADDR and MASTER_PORT are missing"),
+    (dict(WORLD_SIZE="4"), "RANK and"), (dict(RANK="3", WORLD_SIZE="8"), "LOCAL_RANK and"),
+    ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, "MASTER_PORT is missing"),
+    (TORCHRUN | dict(RANK="2"), "RANK = 2 is not below WORLD_SIZE = 2"), (TORCHRUN | dict(RANK="-1"), "RANK = '-1'"),
+    (TORCHRUN | dict(WORLD_SIZE="two"), "WORLD_SIZE = 'two'"), (TORCHRUN | dict(LOCAL_RANK=""), "LOCAL_RANK = ''")])
+@pytest.mark.parametrize("command", [trainer, sample, evaluate])
+def test_what_a_parent_job_left_in_the_environment_is_one_line(environment, capsys, left, fault, command):
+    environment(**left)
+    assert command.main(["x"] if command is not trainer else []) == 2
+    said = capsys.readouterr().err
+    assert fault in said and "unset " + list(left)[0] in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("alone", [
+    {}, dict(RANK="0", WORLD_SIZE="1"), dict(LOCAL_RANK="2"), dict(MASTER_ADDR="h", MASTER_PORT="1")])
+def test_what_says_nothing_of_others_is_no_fault(environment, alone):
+    environment(**alone)
+    machine.check_environment()
+    assert machine.processes() == (0, 1)
+
+
+def test_torchruns_environment_counts(environment):
+    environment(**TORCHRUN | dict(RANK="1"))
+    machine.check_environment()
+    assert machine.processes() == (1, 2)

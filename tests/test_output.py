@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import trainer
+from images import one_line
 from runs import TINY, TRAINER, checkpoint, linux
-from support.output import Attempts, Unbreakable, reason
+from support.output import Attempts, Unbreakable
 
 TALKS = """
 import sys, warnings
@@ -124,19 +125,19 @@ class Full:
 def test_a_full_disk_is_the_reason_however_torch_puts_it(room):
     with pytest.raises(Exception) as caught:
         torch.save({"weights": torch.zeros(100_000)}, Full(room))
-    assert reason(caught.value) == "No space left on device"
+    assert one_line(caught.value) == "No space left on device"
 
 
 def test_other_reasons():
-    assert reason(RuntimeError("one\n two")) == "one two" and reason(KeyError()) == "KeyError"
-    assert reason(OSError(errno.EACCES, "Permission denied", "file")) == "Permission denied"
-    assert reason(OSError("no strerror")) == "no strerror"
+    assert one_line(RuntimeError("one\n two")) == "one two" and one_line(KeyError()) == "KeyError"
+    assert one_line(OSError(errno.EACCES, "Permission denied", "file")) == "Permission denied"
+    assert one_line(OSError("no strerror")) == "no strerror"
     with pytest.raises(ValueError) as caught:
         try:
             raise OSError(errno.EACCES, "Permission denied")
         except OSError:
             raise ValueError("a word of our own") from None
-    assert reason(caught.value) == "a word of our own"
+    assert one_line(caught.value) == "a word of our own"
 
 
 def test_a_failure_is_told_once_and_so_is_its_end(capsys):

@@ -1,7 +1,6 @@
 """Packs: the same pixels as the files', decoded once, whole or not taken; and crops that are a function of the step."""
 import contextlib
 import errno
-import json
 import os
 import signal
 import threading
@@ -16,10 +15,13 @@ import torchvision
 from PIL import Image
 
 from benchmarks import data as benchmark
-from images import SettingsError, data, packs
-from images.data import Feed, Images, crop_places, load
+from images import DatasetError, SettingsError, data, packs
+from images import photos as photos_module
+from images.data import Feed, Images, crop_corners, load
 from images.files import fit, list_images, open_image, to_tensor
+from images.photos import gather_rows, map_file
 from images.pictures import to_float, to_uint8
+from images.splits import hold_out
 from pixels import noise
 from runs import checkpoint, make, resume, same, start, until
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: thos
 def photos(tmp_path) -> Path:
     """20 photographs of noise, each of another size, in the folders of two classes."""
     for i in range(20):
-        path = tmp_path / "photos" / "ab"[i % 2] / f"{i:02}.png"
+        path = tmp_path / "photos" / "ab"[i % 2] / f"r{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(16 + i, 30 - i // 2, 3, seed=i)).save(path)
     return tmp_path / "photos"
@@ -39,8 +41,8 @@ def photos(tmp_path) -> Path:
 @pytest.fixture
 def decoded(monkeypatch) -> list:
     """The names of the files that are decoded from now on."""
-    names, read = [], packs._read
-    monkeypatch.setattr(packs, "_read", lambda path, *rest: names.append(os.path.basename(path)) or read(path, *rest))
+    names, read = [], packs.open_image
+    monkeypatch.setattr(packs, "open_image", lambda path, *_: names.append(os.path.basename(path)) or read(path, *_))
     return names
 
 
@@ -81,15 +83,14 @@ def test_the_images_lie_in_the_file(photos):
         address = (images.train if crop == "center" else images.train.flat).data_ptr()
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "clean.u8" in line]
         assert any(int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16) for line in mapped)
-        assert all(line.split()[1] == "r--s" for line in mapped)  # shared with other processes, not copied on write
 
 
 def test_a_file_larger_than_the_memory_can_be_mapped(tmp_path):
     with open(tmp_path / "large", "wb") as f:
         f.truncate(4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))  # a hole, which takes no disk
-    mapped = packs._map(tmp_path / "large")
+    mapped = torch.from_numpy(map_file(tmp_path / "large"))
     assert len(mapped) == os.path.getsize(tmp_path / "large") and mapped[-1] == 0
-    rows = packs.take(mapped[:4096 * 1000].view(1000, 1, 64, 64), torch.tensor([999, 3]))
+    rows = gather_rows(mapped[:4096 * 1000].view(1000, 1, 64, 64), torch.tensor([999, 3]))
     assert rows.shape == (2, 1, 64, 64) and not rows.any()
 
 
@@ -113,15 +114,16 @@ def test_other_settings_are_another_pack(photos, decoded):
 
 
 def test_unreadable_images_stay_left_out_and_named(photos, decoded):
-    for name in ("a/02.png", "b/07.png"):
+    for name in ("a/r02.png", "b/r07.png"):
         (photos / name).write_text("no image")
     for _ in range(2):
-        with pytest.warns(UserWarning, match="2 images are left out: .*a/02.png: can't be read.*b/07.png"):
+        with pytest.warns(UserWarning, match="2 images are left out: .*a/r02.png: can't be read.*b/r07.png"):
             images = load(str(photos), 12)
-        assert [line.split(":")[0] for line in images.left_out] == [str(photos / "a/02.png"), str(photos / "b/07.png")]
+        named = [line.split(":")[0] for line in images.left_out]
+        assert named == [str(photos / "a/r02.png"), str(photos / "b/r07.png")]
         assert len(images.train) + len(images.test) == 18
     assert len(decoded) == 20
-    Image.fromarray(noise(20, 20, 3)).save(photos / "a/02.png")
+    Image.fromarray(noise(20, 20, 3)).save(photos / "a/r02.png")
     assert len(load(str(photos), 12).left_out) == 1  # mended
 
 
@@ -133,13 +135,13 @@ def test_celeba_is_packed_too(photos, decoded, monkeypatch, tmp_path):
     class CelebA:
         def __init__(self, root, download, split):
             self.root = root
-            self.filename = [f"{i:02}.png" for i in range(0, 18, 2) if (i < 14) == (split == "train")]
+            self.filename = [f"r{i:02}.png" for i in range(0, 18, 2) if (i < 14) == (split == "train")]
 
         def __len__(self):
             return len(self.filename)
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", CelebA)
-    (folder / "04.png").write_text("no image")
+    (folder / "r04.png").write_text("no image")
     for crop in ("center", "random"):
         images = load("celeba", 12, crop=crop)
         assert (len(images.train), len(images.test), len(images.left_out)) == (6, 2, 1)
@@ -150,42 +152,121 @@ def test_celeba_is_packed_too(photos, decoded, monkeypatch, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- stale
 
-@pytest.mark.parametrize("change", ["content", "time", "new", "gone", "renamed", "pack cut", "index cut"])
-def test_a_stale_pack_is_made_anew(photos, decoded, change):
+@pytest.mark.parametrize("change", ["content", "time", "new", "gone", "renamed", "layout"])
+def test_a_stale_pack_is_made_anew(photos, decoded, change, monkeypatch):
     before = load(str(photos), 12)
     pixels = everything(before)
     decoded.clear()
     if change == "content":
-        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/04.png")
+        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/r04.png")
     elif change == "time":
-        os.utime(photos / "a/04.png", ns=(1, 1))
+        os.utime(photos / "a/r04.png", ns=(1, 1))
     elif change == "new":
-        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/99.png")
+        Image.fromarray(noise(40, 40, 3, seed=99)).save(photos / "a/r99.png")
     elif change == "gone":
-        (photos / "a/04.png").unlink()
+        (photos / "a/r04.png").unlink()
     elif change == "renamed":
-        (photos / "a/04.png").rename(photos / "b/04.png")
-    elif change == "pack cut":
-        pack = the_pack()
-        whole = (pack / "clean.u8").read_bytes()
-        (pack / "clean.u8").unlink()
-        (pack / "clean.u8").write_bytes(whole[:-1])
+        (photos / "a/r04.png").rename(photos / "b/r04.png")
     else:
-        (the_pack() / "index.json").write_text((the_pack() / "index.json").read_text()[:-30])
+        monkeypatch.setattr(packs, "VERSION", packs.VERSION + 1)
     after = load(str(photos), 12)
     assert len(decoded) == {"new": 21, "gone": 19}.get(change, 20)
     assert everything(before) == pixels  # whoever still reads the old pack reads what it was
-    assert (everything(after) == pixels) == (change in ("time", "pack cut", "index cut"))
+    assert (everything(after) == pixels) == (change in ("time", "layout"))
     assert len(list(Path("data/packs").iterdir())) == 1
     decoded.clear()
     assert everything(load(str(photos), 12)) == everything(after) and not decoded
+
+
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in ("clean.u8", "sizes.i32") for damage in ("bit", "longer", "shorter", "gone", "empty")),
+    ("damaged.u8", "bit"), ("index.json", "bit"), ("index.json", "longer"), ("index.json", "empty")])
+def test_a_damaged_pack_is_packed_again(photos, decoded, damage, name):
+    """Never are other images taken, and it ends in neither a traceback nor the system's SIGBUS."""
+    crop = "random" if name == "sizes.i32" else "center"
+    before = load(str(photos), 12, paired_path=str(photos), crop=crop)
+    every = torch.arange(len(before.train))
+    decoded.clear()
+    file = the_pack() / name
+    content = file.read_bytes()
+    file.unlink()
+    middle = len(content) // 2
+    if damage != "gone":
+        file.write_bytes(dict(bit=content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1:],
+                              longer=content + b"x", shorter=content[:-1], empty=b"")[damage])
+    with pytest.warns(UserWarning, match=f"{name} is damaged, so the images are packed again"):
+        after = load(str(photos), 12, paired_path=str(photos), crop=crop)
+    assert len(decoded) == 40
+    for one, other in zip(before.rows(every), after.rows(every)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_large_pack_is_checked_block_by_block(photos, monkeypatch, crop):
+    for module in (packs, photos_module):
+        monkeypatch.setattr(module, "BLOCK", 256, raising=False)
+    monkeypatch.setattr(packs, "CHECK_AT_ONCE", 100)
+    load(str(photos), 12, crop=crop)
+    with open(the_pack() / "clean.u8", "r+b") as f:
+        f.seek(7)
+        first = f.read(1)[0]
+        f.seek(7)
+        f.write(bytes([first ^ 1]))
+    images = load(str(photos), 12, crop=crop)
+    last, every = torch.tensor([len(images.train) - 1]), torch.arange(len(images.train))
+    assert images.rows(last)[0].shape == (1, 3, 12, 12)  # lies elsewhere
+    with pytest.raises(DatasetError, match="clean.u8: is damaged; start again, and the images are packed again"):
+        images.rows(every, crop_corners=torch.zeros(len(every), 2, dtype=torch.float64))
+    again = load(str(photos), 12, crop=crop)
+    assert again.rows(every)[0].shape == (len(every), 3, 12, 12)
+
+
+def test_what_is_written_to_the_images_stays_here(photos):
+    """It ended Python before, for the file was mapped to be read only."""
+    images = load(str(photos), 12)
+    before = everything(images)
+    images.train[0] += 1
+    assert everything(images) != before and everything(load(str(photos), 12)) == before
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_failure_of_the_moment_is_tried_again_and_never_stored(photos, monkeypatch, times):
+    monkeypatch.setattr(packs, "PAUSES", (0, 0))
+    whole, left = Image.open, [times]
+
+    def fails(path, **how):
+        if str(path).endswith("r04.png") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path, **how)
+
+    monkeypatch.setattr(Image, "open", fails)
+    if times == 3:
+        with pytest.raises(SettingsError, match="r04.png: can't be read at the moment .Input/output error.; start"):
+            load(str(photos), 12)
+    images = load(str(photos), 12)
+    assert len(images.train) + len(images.test) == 20 and not images.left_out
+
+
+def test_a_strip_is_left_out_by_name(photos):
+    Image.new("RGB", (301, 3)).save(photos / "a/strip.png")
+    with pytest.warns(UserWarning, match="strip.png: its sides are 301x3, more than 100 times as long as wide; crop"):
+        assert len(load(str(photos), 12).left_out) == 1
+
+
+def test_photographs_that_are_too_small_for_the_crops_are_counted(photos):
+    """Of sides from 16 to 30 pixels."""
+    small = sum(min(Image.open(path).size) < 24 for path in photos.rglob("*.png"))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"{small} of 20 images have a side below image_size = 24 and"):
+            load(str(photos), 24, crop="random")
 
 
 # ------------------------------------------------------------------------------------------------- killed, in parallel
 
 def pack_slowly(photos, log, seconds):
     """In a process of its own: writes the name of each file that it decodes into `log`."""
-    read = packs._read
+    read = packs.open_image
 
     def slow(path, *rest):
         with open(log, "a") as f:
@@ -193,29 +274,22 @@ def pack_slowly(photos, log, seconds):
         time.sleep(seconds)
         return read(path, *rest)
 
-    packs._read, packs.BLOCK, packs.RECORD_EVERY = slow, 1, 0
+    packs.open_image = slow
     load(str(photos), 12)
 
 
-def recorded() -> int:
-    found = list(Path("data/packs").glob("*/index.json"))
-    return json.loads(found[0].read_text())["done"] if found else 0
-
-
-def test_a_killed_packing_goes_on_where_it_was(photos, decoded, process, tmp_path):
-    (photos / "a/02.png").write_text("no image")
-    killed = process(in_folder, tmp_path, pack_slowly, photos, tmp_path / "log", 0.05)
-    until(lambda: recorded() >= 6, killed)
+def test_what_a_kill_leaves_is_packed_again(photos, decoded, process, tmp_path):
+    (photos / "a/r02.png").write_text("no image")
+    killed = process(in_folder, tmp_path, pack_slowly, photos, tmp_path / "log", 0.2)
+    until(lambda: (tmp_path / "log").exists(), killed)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
-    assert 6 <= (done := recorded()) < 20
-    with open(the_pack() / "clean.u8", "ab") as f:
-        f.write(b"half an image")
-    resumed = load(str(photos), 12)
-    assert len(decoded) == 20 - done and len(resumed.left_out) == 1
-    for file in the_pack().iterdir():
-        file.unlink()
-    assert everything(load(str(photos), 12)) == everything(resumed)
+    assert not (the_pack() / "index.json").exists()
+    (the_pack() / "clean.u8").write_bytes(b"half an image")
+    images = load(str(photos), 12)
+    assert len(decoded) == 20 and len(images.left_out) == 1
+    decoded.clear()
+    assert everything(load(str(photos), 12)) == everything(images) and not decoded
 
 
 def in_folder(folder, function, *args):
@@ -235,7 +309,7 @@ def test_of_two_processes_one_packs(photos, process, tmp_path):
 
 def test_a_pack_that_can_not_be_written(photos, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="data_path = .*file: the pack of photos can't be written .*Not a"):
+    with pytest.raises(SettingsError, match="data_path = .*file: the pack of photos-.* can't be written .*Not a"):
         load(str(photos), 12, data_path=str(tmp_path / "file"))
 
     def full(*_):
@@ -279,13 +353,20 @@ def test_of_square_images_batches_are_the_rows_of_batch_indices(photos):
         assert torch.equal(x, to_float(images.train[index])) and torch.equal(y, images.train_y[index])
 
 
+def held_out_or_not(folder) -> tuple[list[str], list[str]]:
+    """The folder's training images, and its test images."""
+    names = list_images(folder)
+    test = hold_out(names, {})
+    return [name for name in names if name not in test], [name for name in names if name in test]
+
+
 def test_random_crops_are_of_the_photograph_itself(photos):
     images = load(str(photos), 12, crop="random")
-    train = data._split(list_images(photos))[0]
+    train = held_out_or_not(photos)[0]
     for step in range(3):
-        index, places = data.batch_indices(len(images.train), 7, 3, step), crop_places(7, 3, step)
+        index, corners = data.batch_indices(len(images.train), 7, 3, step), crop_corners(7, 3, step)
         x, _ = fed(images, [step])[0]
-        for crop, i, (down, right) in zip(to_uint8(x), index.tolist(), places.tolist()):
+        for crop, i, (down, right) in zip(to_uint8(x), index.tolist(), corners.tolist()):
             photo = to_tensor(open_image(photos / train[i]))
             top, left = int(down * (photo.shape[1] - 11)), int(right * (photo.shape[2] - 11))
             assert torch.equal(crop, photo[:, top:top + 12, left:left + 12])
@@ -302,13 +383,13 @@ def test_random_crops_cover_the_photograph_evenly(tmp_path):
     values, counts = corners.unique(return_counts=True)
     assert values.tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
     assert (counts - 200).abs().max() < 5 * 200**0.5
-    here, again, later, elsewhere = (crop_places(400, *key) for key in ((0, 3), (0, 3), (0, 4), (1, 3)))
+    here, again, later, elsewhere = (crop_corners(400, *key) for key in ((0, 3), (0, 3), (0, 4), (1, 3)))
     assert torch.equal(here, again) and not torch.equal(here, later) and not torch.equal(here, elsewhere)
 
 
 def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
     images = load(str(photos), 12, crop="random")
-    names = data._split(list_images(photos))[1]
+    names = held_out_or_not(photos)[1]
     x, _, _ = images.batch(torch.arange(len(names)), "cpu", "test")
     for crop, name in zip(to_uint8(x), names, strict=True):
         photo = to_tensor(open_image(photos / name))
@@ -319,10 +400,7 @@ def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
     assert torch.equal(fed(images, [8], overfit=True)[0][0], to_float(first))  # the overfitted batch too
 
 
-@pytest.mark.parametrize("height, width, kept", [
-    (8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50)),
-    (1, 300, (12, 12)),  # a strip: enlarged as a whole it would fill the memory
-])
+@pytest.mark.parametrize("height, width, kept", [(8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50))])
 def test_small_photographs_are_enlarged_until_a_crop_fits(tmp_path, height, width, kept):
     (tmp_path / "small").mkdir()
     for i in range(2):

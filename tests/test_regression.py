@@ -26,7 +26,9 @@ def test_regression_is_least_squares():
     with pytest.raises(ValueError, match="allowed is 1"):
         method.sample(oracle, batch, steps=2)
     hole = Damage()("inpaint", batch.z1)
+    wrong = replace(hole, zlo=hole.zlo + 1 - hole.unknown)  # outside the hole, of which no loss is asked
+    loss = method.loss(lambda x, t, y, cond: hole.z1 - x + 0.5 * hole.unknown, wrong)
+    assert torch.allclose(loss, torch.full((3,), 0.25))
     sample = method.sample(lambda x, t, y, cond: torch.ones_like(x), hole)
-    assert torch.equal(sample * (1 - hole.unknown), hole.zlo) and torch.equal(
-        sample * hole.unknown, hole.unknown.expand_as(sample)
-    )
+    assert torch.equal(sample * (1 - hole.unknown), hole.zlo)
+    assert torch.equal(sample * hole.unknown, hole.unknown.expand_as(sample))

@@ -128,11 +128,8 @@ def test_the_plot_says_what_the_json_says(results):
 def test_a_problem_without_figures_has_an_empty_panel(results):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     _, (interpolant, udpm) = results
-    failed = udpm | dict(
-        problem=udpm["problem"] | dict(task="blur"),
-        baselines=[],
-        rows=[dict(sampler="own", default=True, steps=None, failed="not finite")],
-    )
+    failed = udpm | dict(problem=udpm["problem"] | dict(task="blur"), baselines=[],
+                         rows=[dict(sampler="own", default=True, steps=None, failed="not finite")])
     assert len(report.plot([interpolant, failed]).axes) == 2 * len(report.plot([interpolant]).axes)
 
 

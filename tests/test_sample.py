@@ -14,6 +14,7 @@ from images.corruptions import Damage, to_full_size
 from images.pictures import to_float, to_uint8
 from ode_int import SolverError
 from pixels import doubled, get, photo, put
+from runs import ranks
 from support import model
 from untrained import METHODS, make_run, run
 
@@ -49,14 +50,9 @@ def test_odd_files(tmp_path, capsys):
     made = {p.relative_to(tmp_path / "out").as_posix(): get(p) for p in (tmp_path / "out").rglob("*.*")}
     triple = np.stack([grey] * 3, 2)
     over_white = np.where(rgb[..., :1] < 128, rgb, 255)
-    expected = {
-        "portrait.png": get(tmp_path / "in/portrait.jpg"),
-        "below/grey.png": triple,
-        "deep.png": triple,
-        "exif.png": np.rot90(rgb, -1),
-        "alpha.png": over_white,
-        "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB")),
-    }
+    expected = {"portrait.png": get(tmp_path / "in/portrait.jpg"), "below/grey.png": triple, "deep.png": triple,
+                "exif.png": np.rot90(rgb, -1), "alpha.png": over_white,
+                "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB"))}
     assert made.keys() == expected.keys()
     for name, pixels in expected.items():
         np.testing.assert_array_equal(made[name], doubled(pixels), err_msg=name)
@@ -65,13 +61,8 @@ def test_odd_files(tmp_path, capsys):
 def test_a_grey_run_takes_colour_files(tmp_path):
     put(tmp_path / "in.png", photo(5, 6))
     assert (
-        run(
-            make_run(tmp_path / "run", identity=True, channels=1),
-            "--input",
-            tmp_path / "in.png",
-            "--output",
-            tmp_path / "out",
-        )
+        run(make_run(tmp_path / "run", identity=True, channels=1), "--input", tmp_path / "in.png", "--output",
+            tmp_path / "out")
         == 0
     )
     np.testing.assert_array_equal(
@@ -369,9 +360,11 @@ def test_the_parts_make_what_one_process_makes(tmp_path, capsys, monkeypatch):
         for part in ("0/3", "1/3", "2/3"):
             assert run(path, *flags, "--output", parts, "--partition", part) == 0
         for rank in range(2):
-            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+            for name, value in ranks(2)[rank].items():
+                monkeypatch.setenv(name, value)
             assert run(path, *flags, "--output", torchrun) == 0
-        monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+        for name in ranks(1)[0]:
+            monkeypatch.delenv(name)
         expected = {p.name: get(p).astype(int) for p in whole.iterdir() if p.name != "grid.png"}
         for made in (parts, torchrun):
             assert {p.name for p in made.iterdir()} - {"grid.png"} == expected.keys()

@@ -3,6 +3,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Annotated, Literal
 
 import pytest
@@ -19,6 +20,7 @@ from support import bounds
 from support.bounds import above, ascending, between, from_to_below, length, multiple_of, odd, one_of
 from support.checkpoints import read_config
 from support.command_line import parse
+from support.settings import PRESETS
 from trainer import Config
 
 
@@ -135,3 +137,63 @@ def test_flags_files_and_python_are_told_the_same(capsys, name, flag, allowed):
 def test_every_setting_as_it_comes_is_allowed(kind, given):
     kind(**given).check()
     assert set(bounds.hints(kind)) == {f.name for f in fields(kind)}
+
+
+# What the papers say, written out by hand from them (I2SB section 5 and its published runs, EDM table 7 with F of the
+# guided run, SR3 section 4 and appendix, UDPM section 5, the couplings paper's example code), not from PRESETS.
+I2SB_RUNS = dict(method="i2sb", image_size=256, batch_size=256, base_lr=5e-5, lr_decay=0.99, ema_decay=0.99,
+                 condition=False, overfit=False)
+EDM_RUNS = {"method": "edm", "task": "generate", "batch_size": 512, "base_lr": 1e-3, "warmup_steps": 19_531,
+            "ema_decay": 0.9993, "unet_dropout": 0.13, "edm.sigma_data": 0.5, "edm.P_mean": -1.2, "edm.P_std": 1.2,
+            "edm.sigma_min": 0.002, "edm.sigma_max": 80.0, "edm.rho": 7.0}
+UDPM_RUNS = {"method": "udpm", "task": "generate", "batch_size": 64, "base_lr": 1e-4, "warmup_steps": 5000,
+             "max_steps": 600_000, "label_drop": 0.0, "udpm.alphas": (0.5, 0.2, 1e-3), "udpm.sigmas": (0.1, 0.2, 0.3),
+             "udpm.l1_weight": (1, 1, 0), "udpm.lpips_weight": (4, 4, 0), "udpm.adv_weight": (0.2, 0.5, 1),
+             "udpm.disc_noise": 0.4, "udpm.disc_noise_decay": 0.99}
+SMOOTH = {"i2sb.beta_max": 0.3, "i2sb.ot_ode": False, "i2sb.n": 1000}
+STRAIGHT = {"i2sb.beta_max": 1.0, "i2sb.ot_ode": True, "i2sb.n": 1000}
+PAPERS = {
+    "couplings": {"method": "interpolant", "max_steps": 1_000_000, "batch_size": 128, "base_lr": 2e-4,
+                  "weight_decay": 0.01, "grad_clip": 10_000 / 3072, "ema_decay": 0.0, "label_drop": 0.0,
+                  "interpolant.coupling": "dependent", "overfit": False},
+    "sr3-faces128": {"method": "sr3", "image_size": 128, "damage.factor": 8, "damage.down": "bicubic",
+                     "damage.up": "bicubic", "batch_size": 256, "base_lr": 1e-4, "warmup_steps": 50_000,
+                     "max_steps": 1_000_000, "unet_channels": 128, "unet_dim_mults": (1, 2, 4, 8, 8),
+                     "unet_blocks": 3, "unet_dropout": 0.2, "sr3.T": 2000, "sr3.norm": "l1", "ema_decay": 0.9999},
+    "i2sb-sr4-pool": I2SB_RUNS | SMOOTH | {"task": "sr", "damage.factor": 4, "damage.down": "box"},
+    "i2sb-sr4-bicubic": I2SB_RUNS | SMOOTH | {"task": "sr", "damage.factor": 4, "damage.down": "bicubic"},
+    "i2sb-jpeg5": I2SB_RUNS | SMOOTH | {"task": "jpeg", "damage.quality": 5},
+    "i2sb-jpeg10": I2SB_RUNS | SMOOTH | {"task": "jpeg", "damage.quality": 10},
+    "i2sb-blur-uniform": I2SB_RUNS | STRAIGHT | {"task": "blur", "damage.kernel": "uniform", "damage.width": 9},
+    "i2sb-blur-gaussian": I2SB_RUNS | STRAIGHT | {
+        "task": "blur", "damage.kernel": "gaussian", "damage.width": 5, "damage.sigma": 10.0},
+    "i2sb-inpaint-center": I2SB_RUNS | STRAIGHT | {"task": "inpaint", "damage.mask": "center"},
+    "i2sb-inpaint-freeform1020": I2SB_RUNS | STRAIGHT | {"task": "inpaint", "damage.mask": "freeform-10-20"},
+    "i2sb-inpaint-freeform2030": I2SB_RUNS | STRAIGHT | {"task": "inpaint", "damage.mask": "freeform-20-30"},
+    "i2sb-paired": I2SB_RUNS | SMOOTH | {"task": "paired", "condition": True},
+    "edm-cifar10": EDM_RUNS | {"max_steps": 390_625, "label_drop": 0.0, "edm.sampler": "heun"},
+    "edm-cifar10-guided": EDM_RUNS | {"label_drop": 0.1, "guidance": 2.5, "edm.sampler": "euler"},
+    "udpm-cifar10": UDPM_RUNS | {"udpm.disc_dropout": 0.4, "udpm.grad_penalty": (0.025, 0.1, 0.4)},
+    "udpm-ffhq64": UDPM_RUNS | {"image_size": 64, "udpm.disc_dropout": 0.2, "udpm.grad_penalty": (0.1, 0.4, 0.8)},
+    "udpm-afhq64": UDPM_RUNS | {"image_size": 64, "unet_dropout": 0.1, "udpm.disc_dropout": 0.3,
+                                "udpm.grad_penalty": (0.1, 0.4, 0.8)},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_have_the_papers_numbers(name):
+    config = Config(**PRESETS[name])
+    assert {field: attrgetter(field)(config) for field in PAPERS[name]} == PAPERS[name]
+
+
+@pytest.mark.parametrize("command, helps", [
+    (trainer, ["{None}|INT training steps; None: 1,000", "STR whole recipe", "seed of the weights, the data order"]),
+    (sample, ["seed of the noise", "number of images to make"]), (evaluate, ["seed of the damage and the noise"]),
+    (compare, ["methods to train and measure now"])])
+def test_help_begins_with_what_the_flag_is_and_no_title_runs_into_it(command, helps, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    said = " ".join(re.sub(r"[│ ]\n[│ ]|^[|│] | [|│]$", " ", capsys.readouterr().out, flags=re.M).split())
+    assert all(help in said for help in helps), said
+    for name in ("what is trained", "the data", "training", "the network", "sampling", "what is kept", "the machine"):
+        assert f"---- {name}" not in said and f"{name.upper()}." not in said

@@ -12,7 +12,7 @@ import torch
 
 import trainer
 from images.corruptions import Draws
-from runs import TINY, TRAINER, checkpoint, finite, metrics, ranks, resume, start
+from runs import TINY, TRAINER, checkpoint, finite, metrics, ranks, resume, start, until
 from trainer import Trainer
 
 # groups of two channels: with groups of one, a bias before a norm has no gradient but rounding
@@ -102,11 +102,39 @@ def test_draws_are_the_rows_of_the_whole(rows, shape):
     assert [whole.one(0, 1000) for _ in range(3)] == [part.one(0, 1000) for _ in range(3)]
 
 
+@pytest.mark.parametrize("more, said", [
+    ("--seed 1", "process 1 differs from process 0 in seed"), ("--dataset OTHER", "in dataset, images"),
+    ("--init RUN", "in init")])
+def test_processes_that_differ_end_in_one_line(tmp_path, process, folder, finished, more, said):
+    """One was started with another seed, other images, or from another state: no step is made."""
+    more = more.replace("OTHER", str(folder)).replace("RUN", str(finished))
+    flags = f"{TINY} --batch-size 4 --max-steps 6 --out-dir {tmp_path}/out"
+    both = [process(trainer.main, (flags + other).split(), env=env)
+            for other, env in zip(("", f" {more}"), ranks(2))]
+    for each in both:
+        each.join(100)
+    logs = [each.log.read_text() for each in both]
+    assert [each.exitcode for each in both] == [2, 2], logs
+    assert all(said in log and "Traceback" not in log and "allowed are the same" in log for log in logs), logs
+    assert not any((tmp_path / "out").glob("*/checkpoints"))
+
+
+def test_a_process_that_dies_ends_the_other_in_one_line(tmp_path, process):
+    flags = f"{TINY} --batch-size 4 --max-steps 100000 --print-loss-every 1 --sample-every 1000000 --out-dir {tmp_path}"
+    first, second = [process(trainer.main, flags.split(), env=env) for env in ranks(2)]
+    until(lambda: first.log.exists() and "step 3" in first.log.read_text(), first, second)
+    second.kill()
+    first.join(100)
+    said = first.log.read_text()
+    assert first.exitcode == 1 and "Traceback" not in said, said
+    assert said.count("another process has ended") == 1
+
+
 def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
     """One of two is killed: torchrun starts both again, and by its name the run goes on from its checkpoint."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
                "--master-port", ranks(1)[0]["MASTER_PORT"], str(TRAINER)]
-    flags = f"{TINY} --max-steps 400 --checkpoint-every 10 --print-loss-every 10 --sample-every 1000 --name lost"
+    flags = f"{TINY} --max-steps 120 --checkpoint-every 5 --print-loss-every 10 --sample-every 1000 --name lost"
     with open(tmp_path / "log", "wb") as log:
         run = subprocess.Popen([*command, *flags.split(), "--out-dir", str(tmp_path)], stdout=log, stderr=log,
                                env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
@@ -122,8 +150,8 @@ def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-    first, second = re.findall(r"steps ([\d,]+) to 400", said)
-    assert first == "0" and int(second) >= 10 and checkpoint(tmp_path / "lost")["step"] == 400
+    first, second = re.findall(r"steps ([\d,]+) to 120", said)
+    assert first == "0" and int(second) >= 5 and checkpoint(tmp_path / "lost")["step"] == 120
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "lost") if "loss" in line)
 
 

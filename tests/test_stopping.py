@@ -1,7 +1,6 @@
 """The whole run, stopped: nothing is lost, whatever ends it, and a resumed run has the same bits."""
 import errno
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -36,36 +35,6 @@ from unet import Guided
 
 # ------------------------------------------------------------------------------------------------------------- resume
 
-@pytest.mark.parametrize("mode", ["--overfit", "--no-overfit"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, process, folder, mode):
-    """With everything that draws random numbers switched on: dropout, labels dropped, flips, shuffled epochs."""
-    flags = (
-        f"{mode} --dataset {folder} --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --sample-every 3 "
-        "--print-loss-every 2 --checkpoint-every 1"
-    )
-    victim = process(trainer.main, f"{TINY} --out-dir {tmp_path}/killed {flags} --max-steps 10000".split())
-    until(lambda: list(tmp_path.glob("killed/*/checkpoints/last.pt")), victim)
-    time.sleep(random.Random().uniform(0, 0.5))  # an arbitrary moment: half of the time it is writing
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.join()
-    assert victim.exitcode == -signal.SIGKILL
-
-    run = next((tmp_path / "killed").iterdir())
-    before = checkpoint(run)
-    steps = before["step"] + 4
-    resume(run, f"--max-steps {steps}")
-    straight = start(tmp_path / "straight", f"{flags} --max-steps {steps}")
-    after = checkpoint(run)
-    same(after, checkpoint(straight))
-    assert after["step"] == steps and not torch.equal(
-        after["players"][0]["stem.weight"], before["players"][0]["stem.weight"]
-    )
-    assert metrics(run) == metrics(straight)
-    assert [m["step"] for m in metrics(run) if "loss" in m] == sorted({*range(2, steps + 1, 2), steps})
-    assert [m["step"] for m in metrics(run) if "psnr" in m] == sorted({*range(3, steps + 1, 3), steps})
-    assert not list(run.rglob("*.tmp"))
-
-
 def test_how_often_one_looks_changes_no_training(tmp_path, finished):
     seldom = start(tmp_path, "--max-steps 4 --sample-every 1000 --print-loss-every 3 --checkpoint-every 1000")
     same(checkpoint(finished), checkpoint(seldom), ("step", "ema", "players", "optimizers", "skipped"))
@@ -85,19 +54,6 @@ def test_resume_by_folder_or_file_wherever_it_lies(tmp_path, copy, capsys):
         assert "steps 4 to 6" in capsys.readouterr().out
         same(checkpoint(run), checkpoint(straight))
         assert metrics(run) == metrics(straight)
-
-
-def test_lines_after_the_checkpoint_and_half_lines_are_dropped(copy):
-    before = metrics(copy)
-    with open(copy / "metrics.jsonl", "a") as f:  # died in the middle of step 6's line
-        f.write('{"step": 5, "loss": 99.0}\n{"step": 6, "lo')
-    resume(copy, "--max-steps 5")
-    after = metrics(copy)
-    assert (
-        after[: len(before)] == before
-        and [m["step"] for m in after[len(before) :]] == [5, 5]
-        and after[len(before)]["loss"] < 99
-    )
 
 
 DAMAGE = pytest.mark.parametrize(
@@ -139,11 +95,7 @@ def test_the_checkpoint_before_takes_a_damaged_ones_place(copy, capsys, damage):
 @pytest.mark.parametrize("flags, words", [
     ("", ["max_steps = 4", "step 4"]),
     ("--max-steps 3", ["max_steps = 3", "step 4"]),
-    ("--max-steps 6 --unet-channels 16", ["unet_channels = 16", "trained with 8"]),
-    ("--max-steps 6 --no-unet-use-classes", ["unet_use_classes = False"]),
-    ("--max-steps 6 --no-condition", ["condition = False"]),
     ("--max-steps 6 --method i2sb", ["method = 'i2sb'", "trained with 'interpolant'"]),
-    ("--max-steps 6 --name other", ["--name", "--resume"]),
 ])
 def test_a_resume_that_cannot_be_changes_nothing(finished, capsys, flags, words):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
@@ -224,11 +176,8 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
 
 @pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
 def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
-    at_step(
-        monkeypatch,
-        3,
-        lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)],
-    )
+    at_step(monkeypatch, 3,
+            lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
     assert checkpoint(run)["step"] == saved
 
@@ -270,24 +219,6 @@ def test_a_writer_that_fails_leaves_the_old_content(tmp_path):
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def write_for_ever(path):
-    for i in range(10**9):
-        logs.write_atomically(path, lambda f: [f.write(bytes([i % 256]) * 2**16) for _ in range(64)])
-
-
-def test_kill_while_writing_leaves_one_whole_content(tmp_path, process):
-    path = tmp_path / "file"
-    for _ in range(3):
-        path.unlink(missing_ok=True)
-        writer = process(write_for_ever, path)
-        until(path.exists, writer)
-        time.sleep(random.Random().uniform(0, 0.1))
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        content = path.read_bytes()
-        assert len(content) == 2**22 and len(set(content)) == 1
-
-
 def test_a_full_disk_ends_no_training(tmp_path, monkeypatch, capsys):
     """Neither pictures nor checkpoints can be written: warnings, training to the end, and then exit status 1."""
     def full(*args, **kwargs):
@@ -324,7 +255,7 @@ def interrupted(arguments, rank, moment):
     from the other."""
 
     def strike(*_):
-        if rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):
+        if running and rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     running, step, reduce = [], Trainer.train_step, torch.distributed.all_reduce

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dense import PLAIN, Toy, at_level, make_batch
+from images import lpips
 from methods import udpm
 from methods.udpm import UDPM
 from support.settings import PRESETS, from_plain
@@ -24,7 +25,7 @@ def test_weight_zero_needs_no_lpips(monkeypatch):
 
 def test_missing_lpips_names_the_two_ways_on(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    udpm.load_lpips.cache_clear()
+    lpips.load_lpips.cache_clear()
     path = str(tmp_path / "vgg16.pth")
     for refused in (lambda: UDPM(lpips_weight=(0, 1, 0)).check("generate", True), UDPM(lpips_path=path).settled,
                     lambda: UDPM(lpips_path=path).check("generate", True),
@@ -37,7 +38,7 @@ def test_missing_lpips_names_the_two_ways_on(monkeypatch, tmp_path):
 
 def test_papers_recipes_refuse_to_start_without_lpips(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    udpm.load_lpips.cache_clear()
+    lpips.load_lpips.cache_clear()
     for name in ("udpm-cifar10", "udpm-ffhq64", "udpm-afhq64"):
         assert PRESETS[name]["udpm"].lpips_weight == (4, 4, 0) and PRESETS[name]["label_drop"] == 0
         with pytest.raises(ValueError, match="pip install lpips"):
@@ -46,14 +47,14 @@ def test_papers_recipes_refuse_to_start_without_lpips(monkeypatch):
 
 def test_as_typed_it_does_without_a_missing_lpips_and_a_run_keeps_to_that(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    udpm.load_lpips.cache_clear()
+    lpips.load_lpips.cache_clear()
     UDPM().check("generate", True)
     with pytest.warns(UserWarning) as warned:
         settled = UDPM(disc_channels=8).settled()
     assert len(warned) == 1 and "pip install lpips" in str(warned[0].message) and "\n" not in str(warned[0].message)
     assert settled == UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
     # LPIPS is there by the time the run is resumed
-    monkeypatch.setattr(udpm, "load_lpips", lambda path: None)
+    monkeypatch.setattr(udpm, "load_lpips", lambda net, path: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert from_plain(UDPM, asdict(settled)).settled() == settled
@@ -74,7 +75,7 @@ def vgg_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.save({"features." + k: v for k, v in make_vgg().state_dict().items()}, path)
     yield str(path)
-    udpm.load_lpips.cache_clear()
+    lpips.load_lpips.cache_clear()
 
 
 def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
@@ -85,7 +86,7 @@ def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
     method = method.settled()
     assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing from the run's stream
 
-    package = udpm.load_lpips(vgg_file)
+    package = lpips.load_lpips("vgg", vgg_file)
     assert not any(p.requires_grad for p in package.parameters()) and not package.training
     vgg = make_vgg()
     vgg.load_state_dict({k.removeprefix("features."): v for k, v in torch.load(vgg_file, weights_only=True).items()})
@@ -100,7 +101,7 @@ def test_lpips_with_weights_from_a_file_is_its_formula(vgg_file, tmp_path):
         return sum((w * (x - y) ** 2).sum(1).mean((1, 2)) for w, x, y in zip(heads, features(a), features(b)))
 
     def distance(a, b):
-        return udpm.lpips_distance(a, b, vgg_file)
+        return lpips.lpips_distance(a, b, "vgg", vgg_file)
 
     batch, net = make_batch(channels=3, side=32), Toy(3)
     guess, truth = at_level(method, 2, lambda: method.noised_pair(net, batch)[1:])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,16 +19,12 @@ from PIL import Image
 import trainer
 from images import data
 from runs import SERVER, STATE, TINY, checkpoint, finite, leaves, metrics, until
+from support import run_folder
 from trainer import Trainer
 
-METHODS = {
-    "interpolant": "",
-    "sr3": "--solver auto",
-    "i2sb": "--solver auto",
-    "edm": "",
-    "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-    "regression": "--solver auto --sample-steps 1",
-}
+METHODS = {"interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "edm": "",
+           "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+           "regression": "--solver auto --sample-steps 1"}
 # everything that draws random numbers is switched on, and nothing falls on the same steps as everything else
 STEPS = (
     "--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "
@@ -308,11 +305,25 @@ def poison(what: str, value: float, first: int, last: int):
         while hooks:
             hooks.pop().remove()
         if what == "moments":
-            trainer.optimizers[0].state[weights]["exp_avg_sq"].view(-1)[0] = value
+            trainer.players[0].optimizer.state[weights]["exp_avg_sq"].view(-1)[0] = value
         if what == "weights":
             weights.data.view(-1)[0] = value
 
     in_step(first, last, before, after)
+
+
+def run_short(what: str, first: int, last: int):
+    """In these savings, counted from 1, there is no memory for a copy of the state, or no thread can be started."""
+    where, name = (run_folder, "copied") if what == "memory" else (threading.Thread, "start")
+    original, calls = getattr(where, name), itertools.count(1)
+
+    def short(value):
+        saving = "ema" in value if isinstance(value, dict) else getattr(value, "name", "") == "checkpoint"
+        if saving and first <= next(calls) <= last:
+            raise MemoryError if what == "memory" else RuntimeError("can't start new thread")
+        return original(value)
+
+    setattr(where, name, short)
 
 
 def small_files(size: int):

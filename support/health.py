@@ -10,7 +10,7 @@ from support.machine import average_over_processes
 DIVERGED = 100  # times the lowest loss: a run that stands above it replaces no checkpoint
 
 
-class Watch:
+class Health:
     """Counts on the device; the host looks when it reports and when it saves."""
 
     def __init__(self, device: torch.device):
@@ -21,8 +21,10 @@ class Watch:
 
     def count(self, loss: Tensor, skip: Tensor):
         """A step's loss, and whether it was skipped (1) or not (0), both scalars on the device."""
-        self.loss += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
-        self.skipped = torch.stack([self.skipped[0], self.skipped[1] * skip]) + skip
+        finite = loss.isfinite().to(loss.dtype)
+        self.loss += torch.stack([loss.nan_to_num(0, 0, 0), finite])
+        in_all, in_a_row = self.skipped
+        self.skipped = torch.stack([in_all + skip, (in_a_row + 1) * skip])
         self.first = torch.where(self.first.isnan(), loss, self.first)
 
     def report(self) -> tuple[float | None, int, int]:
@@ -57,8 +59,12 @@ class Watch:
         return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest,
                     first_loss=None if math.isnan(first) else first)
 
-    def load(self, checkpoint: dict):
-        self.loss, self.skipped = (checkpoint[name].to(self.loss.device) for name in ("loss", "skipped"))
+    def load(self, checkpoint: dict, anew: bool):
+        """anew: what is learned now is another thing, so that no loss from now on is compared with those of before."""
+        self.skipped = checkpoint["skipped"].to(self.loss.device)
+        if anew:
+            return
+        self.loss = checkpoint["loss"].to(self.loss.device)
         self.lowest = checkpoint.get("lowest_loss")
         if checkpoint.get("first_loss") is not None:
             self.first.fill_(float(checkpoint["first_loss"]))

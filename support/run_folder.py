@@ -1,0 +1,302 @@
+"""A run's folder as one object: its lock, the state it goes on from, its settings, log and checkpoints.
+
+What going on means, here and in command_line.read:
+
+- A folder is a run's only if a trainer marked it, in .lock. Runs of before are known by what they hold, config.json and
+  checkpoints/. In any other folder that is not empty, no trainer writes.
+- The lock comes before the look: a folder is locked, then its checkpoint is read.
+- No trainer writes into a folder whose newest state it did not load. An older checkpoint (previous.pt, step_N.pt), or
+  one that lies in no run's folder, goes on under the --name of a new run, a branch, and stays as it is.
+- An exported file holds no optimizer to go on with: by --init a new run begins with its weights.
+- Every setting that is given takes effect, or is refused by its name (checkpoints.refuse_fixed).
+- Classes are compared by name. The lowest loss starts anew where what is learned changed (checkpoints.learns_the_same).
+"""
+import json
+import os
+import shlex
+import stat
+import threading
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from images import SettingsError, one_line
+from support import checkpoints, machine
+from support.disk import flush_folder, open_regular, write_atomically
+from support.logs import Log
+from support.output import warn
+
+MARK = b"the folder of a run of trainer.py\n"  # in .lock
+
+
+class NoFolder:
+    """What the processes have that write nothing: as a RunFolder, but all of its methods do nothing."""
+
+    refused = False
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.begun, self.command = path, None, ""
+
+    def nothing(self, *_, **__):
+        pass
+
+    begin = log = wait = close = nothing
+
+    def is_done(self, config) -> bool:
+        return is_done(self.begun, config)
+
+
+class RunFolder:
+    """Holds the lock on a run's folder, which is made if need be, from the first moment on.
+
+    path     the folder
+    command  what to paste to go on
+    begun    the checkpoints.Run that goes on here, with its checkpoint; None: a new run
+    refused  whether the newest state was not fit to be saved
+    """
+
+    def __init__(self, path: Path):
+        """Raises SettingsError where another trainer has the folder, or it is no run's."""
+        self.path, self.begun, self.refused = path, None, False
+        self.command = f"python trainer.py --resume {shlex.quote(str(path))}"
+        self.logger = self.saver = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            strange = not is_run(path) and any(file.name != ".lock" for file in path.iterdir())
+        except OSError as failure:
+            raise SettingsError(f"name = {path.name!r}: no folder {path} can be made ({failure.strerror})") from None
+        if strange:
+            raise SettingsError(f"name = {path.name!r}: {path} holds something else than a run; allowed is a new name")
+        self.lock = lock_folder(path)
+
+    def is_done(self, config) -> bool:
+        """Whether the run that goes on here by its name has nothing left to do."""
+        return is_done(self.begun, config)
+
+    def begin(self, config, images, step: int, again: bool):
+        """Writes the settings and opens the log. `step`: where the run goes on; again: with that step's pictures.
+
+        Raises SettingsError where the files can't be written.
+        """
+        state = self.begun.checkpoint if self.begun else {}
+        # what every checkpoint says beside the state
+        self.about = dict(config=asdict(config), classes=images.classes, pair_factor=images.pair_factor,
+                          absolute_paths=checkpoints.absolute_paths(config), code=machine.code_version())
+        remove_leftovers(self.path)
+        metrics = self.path / "metrics.jsonl"
+        if not has_checkpoint(self.path):  # a run that died before its first checkpoint; this one writes the same lines
+            set_aside(metrics)
+        elif "damaged" in state:  # else the next save would put it in the place of previous.pt, the good one
+            set_aside(Path(state["damaged"]))
+        self.write_settings()
+        if images.left_out:
+            write_text(self.path / "left_out.txt", "\n".join(images.left_out) + "\n")
+        if again:
+            forget_samples(metrics, step)
+        flush_folder(self.path.parent)
+        wandb = dict(project=config.wandb_project, entity=config.wandb_entity, id=state.get("wandb_id"))
+        wandb = wandb | dict(config=self.about["config"] | dict(code=self.about["code"])) if config.use_wandb else None
+        self.logger = Log(self.path, step, wandb, config.use_tensorboard)
+        self.about["wandb_id"] = self.logger.wandb_id
+        self.saver = Saver(self)
+
+    def log(self, step: int, pictures: dict | None = None, **numbers):
+        """As of Log."""
+        self.logger.attempt("the run's folder", self.make_again)
+        self.logger(step, pictures, **numbers)
+
+    def save(self, state: dict, keep: bool):
+        """Writes it while training goes on; keep: it stays, as step_N.pt."""
+        self.refused = False
+        self.saver(state | self.about, keep)
+
+    def make_again(self):
+        """Where somebody moved or removed the folder, the run goes on in another one of its name."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            return
+        warn(f"{self.path} was gone and is made again, without what it held")
+        self.lock = lock_folder(self.path)
+        self.write_settings()
+
+    def write_settings(self):
+        settings = self.about["config"] | dict(code=self.about["code"])
+        write_text(self.path / "config.json", json.dumps(settings, indent=1))
+
+    def wait(self) -> bool:
+        """Whether the newest state is on the disk, once all is written."""
+        return not self.saver or self.saver.wait() and not self.refused
+
+    def close(self):
+        """Waits for what is being written, and lets other trainers in."""
+        self.wait()
+        if self.logger:
+            self.logger.close()
+        if self.lock:
+            self.lock.close()
+        self.logger = self.lock = None
+
+
+def is_done(run: checkpoints.Run | None, config) -> bool:
+    """Whether a command that names the run finds it at its last step, with all its pictures."""
+    if run is None or config.resume is not None:
+        return False
+    return run.step >= config.steps and not config.pictures_due(run.step, run.checkpoint.get("sampled", run.step))
+
+
+# -------------------------------------------------------------------------------------------------- which folder it is
+
+def new_path(out_dir: str, method: str, task: str) -> Path:
+    """Where a run without a name goes: a folder named by its method, task and the time, which is made.
+
+    Raises SettingsError.
+    """
+    name = f"{method}-{task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for attempt in range(100):
+        folder = Path(out_dir) / (f"{name}-{attempt}" if attempt else name)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as failure:
+            raise SettingsError(f"out_dir = {out_dir!r}: no folder can be made there ({failure.strerror})") from None
+    raise SettingsError(f"out_dir = {out_dir!r}: it holds 100 runs of this second")
+
+
+def named_path(out_dir: str, name: str) -> Path:
+    """out_dir/name. Raises SettingsError."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise SettingsError(f"name = {name!r}: allowed is a folder's name, without slashes")
+    return Path(out_dir) / name
+
+
+def resumed_path(resume: str) -> Path:
+    """The folder in which the run goes on that was named by its folder or its last.pt. Raises SettingsError."""
+    path = Path(resume)
+    folder = path if path.is_dir() else checkpoints.run_folder(path)
+    if not path.exists() or path.is_dir() and not has_checkpoint(path):
+        raise SettingsError(f"resume = {resume!r}: there is no run with a checkpoint")
+    if not is_run(folder) or path.is_file() and path.resolve() != (folder / "checkpoints/last.pt").resolve():
+        raise SettingsError(f"resume = {resume!r}: is not the newest state of a run that a trainer made, and goes on "
+                            "as a new run: add --name NEW")
+    return folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a trainer made it."""
+    with suppress(OSError, SettingsError), open_regular(folder / ".lock", os.O_RDONLY) as file:
+        if file.read(len(MARK)) == MARK:
+            return True
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has a state that it could go on from."""
+    return any((folder / "checkpoints").glob("*.pt"))
+
+
+def lock_folder(folder: Path):
+    """An open file that keeps every other trainer out of the run's folder until it, or this process, is gone.
+
+    Raises SettingsError where another one has it. A disk that knows no locks is used without, with a warning.
+    """
+    file = None
+    try:
+        import fcntl  # not on Windows
+        file = open_regular(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
+    except (ImportError, OSError) as failure:
+        warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
+    if file and file.read(len(MARK)) != MARK:
+        with suppress(OSError):  # a full disk; what can't be written there is told by the next file
+            file.seek(0)
+            file.write(MARK)
+    return file
+
+
+# ----------------------------------------------------------------------------------------------------- what is in it
+
+class Saver:
+    """Writes a run's checkpoints in a thread, so that training waits for a copy in memory and not for the disk.
+
+    One at a time. The thread is no daemon: Python does not leave before it has written.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.logger, self.thread, self.written = folder, folder.logger, None, True
+
+    def __call__(self, checkpoint: dict, keep: bool):
+        """Waits for the checkpoint before. Its tensors may change as soon as this returns. keep: of save_checkpoint."""
+        self.wait()
+        try:
+            self.thread = threading.Thread(target=self.write, args=(copied(checkpoint), keep), name="checkpoint")
+            self.thread.start()
+        except (MemoryError, RuntimeError):  # no memory for a copy, or no thread to be had: training waits for the disk
+            self.thread = None
+            self.write(checkpoint, keep)
+
+    def write(self, checkpoint: dict, keep: bool):
+        def save():
+            self.folder.make_again()
+            self.logger.flush()  # the lines that the checkpoint vouches for
+            return checkpoints.save_checkpoint(self.folder.path, checkpoint, keep)
+
+        self.written = self.logger.attempt("the checkpoint", save) is not None
+
+    def wait(self) -> bool:
+        """-> whether the last checkpoint is on the disk."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        return self.written
+
+
+def copied(value):
+    """Nested dicts and lists with copies of their tensors on the CPU."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: copied(inner) for name, inner in value.items()}
+    return [copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def write_text(path: Path, text: str):
+    """Raises SettingsError where there is no room for it, or no permission."""
+    try:
+        write_atomically(path, lambda f: f.write(text.encode(errors="surrogateescape")))
+    except OSError as failure:
+        raise SettingsError(f"{path} can't be written ({one_line(failure)})") from None
+
+
+def forget_samples(metrics: Path, step: int):
+    """Drops the line of that step's sampling, which comes again."""
+    with suppress(OSError), open_regular(metrics, os.O_RDONLY) as file:  # what fails here the log will say
+        lines = file.readlines()
+        kept = [line for line in lines if not (line.startswith(b'{"step": %d,' % step) and b'"nfe"' in line)]
+        if kept != lines:
+            write_atomically(metrics, lambda f: f.writelines(kept))
+
+
+def set_aside(file: Path):
+    """A file that must not be taken for a good one any more, nor be lost: damaged_NAME, or NAME.before of a text."""
+    name = f"{file.name}.before" if file.suffix == ".jsonl" else f"damaged_{file.name}"
+    if file.exists() and stat.S_ISREG(file.lstat().st_mode):
+        os.replace(file, file.with_name(name))
+
+
+def remove_leftovers(run: Path):
+    """What a process that was killed while it wrote has left behind, in the folders that the trainer writes."""
+    for folder, names in ((run, ".*.tmp"), (run / "samples", ".*.tmp"), (run / "checkpoints", ".*.pt*")):
+        if folder.is_symlink():
+            continue
+        for leftover in folder.glob(names):
+            with suppress(OSError):
+                leftover.unlink()
