@@ -1,15 +1,12 @@
 """What the benchmarks share: what is measured, timing in turns, and the tables and files that tell of it."""
 import contextlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +23,6 @@ from support.command_line import parse
 from support.machine import bf16_helps, pick_device
 from support.settings import PRESETS
 from trainer import Config
-
-PROCESSES = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -119,7 +114,6 @@ def in_turns(work: dict[str, Timer], repeats: int, seconds: float) -> dict[str, 
 def failed(failure: Exception) -> str:
     if isinstance(failure, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-    if isinstance(failure, (torch.cuda.OutOfMemoryError, BrokenProcessPool)):  # the system kills what takes too much
         return "out of memory"
     return f"{type(failure).__name__}: {one_line(failure)[:150]}"
 
@@ -137,12 +131,6 @@ def rows(times: dict[str, list[float] | str], plain: str | None, images: int) ->
             row["ratio"] = statistics.median(p / s for p, s in zip(times[plain], turns))
         result.append(row)
     return result
-
-
-def fresh(function: Callable, *args):
-    """function(*args) in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
-        return pool.submit(function, *args).result()
 
 
 def synchronize(device: torch.device):

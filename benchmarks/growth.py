@@ -1,29 +1,35 @@
-"""The training step in a process of its own: its time, arithmetic, memory and start-up, by size or by way to run it.
+"""The training step by size: its time, its arithmetic, and the memory that it needs.
 
     python benchmarks/growth.py                    batch, image side and network width, one at a time
     python benchmarks/growth.py --preset cifar10-sr --widths 64 128
-    python benchmarks/growth.py --variants         precision and memory format, one at a time; --compile, --peer
+    python benchmarks/growth.py --presets          memory of every preset, of those too large for here too
 
-Prints a Markdown table, with the power laws that fit it best, and writes JSON. benchmarks/README.md explains the
-columns.
+Memory is counted, not measured: the step runs on tensors without content (FakeTensorMode), and torch's MemTracker
+follows what is alive. A device's allocator and libraries come on top. Prints a Markdown table, with the power laws that
+fit it best, and writes JSON. benchmarks/README.md explains the columns.
 """
-import contextlib
 import math
 import statistics
 import sys
-import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks.common import Common, cells, command, failed, fresh, in_turns, markdown, rows, timer
-from benchmarks.step import Variant, flops_per_image, make_step, one_batch, variants
+from benchmarks.common import Common, cells, command, failed, in_turns, markdown, rows, timer
+from benchmarks.step import flops_per_image, make_step, one_batch, unet, variants
+from images.corruptions import task_names
 from support.bounds import Count
-from support.machine import pick_device, set_up
+from support.machine import set_up
+from support.settings import PRESETS
 from trainer import Config
+
+FIXED = 20  # bytes per parameter: weight, gradient, AdamW's two moments, and the average, float32 each
 
 
 @dataclass
@@ -35,69 +41,75 @@ class Options(Common):
     image_sizes: tuple[Count, ...] = (32, 64, 128)  # sides, pixels
     # channels of the network's first level; None: half the preset's to twice it
     widths: tuple[Count, ...] | None = None
-    variants: bool = False  # in place of sizes: each way to run the network, at the preset's own size
-    batch_size: Count | None = None  # of --variants; None: the preset's
-    compile: bool = False  # of --variants: also compiled. TORCHINDUCTOR_CACHE_DIR names the folder of its cache
-    peer: bool = False  # of --variants: also diffusers' UNet2DModel of the same widths (pip install diffusers)
+    presets: bool = False  # memory of each preset in place of all that
+
+
+def count_memory(config: Config) -> dict:
+    """Bytes of weights and optimizer; the most of activations and temporaries alive at any moment of a step, without
+    and with activation checkpointing."""
+    parameters, activations = alive(config)
+    _, fewer = alive(replace(config, unet_checkpointing=True))
+    return dict(parameters=parameters, fixed=FIXED * parameters, activations=activations, with_checkpointing=fewer)
+
+
+def alive(config: Config) -> tuple[int, int]:
+    """Parameters of the network, and what its step has alive at most besides them and their gradients, bytes."""
+    c, paired = config, "paired" in task_names(config.task)
+    with torch.no_grad():  # methods make their tables once: now, of real numbers
+        few = torch.zeros(1, c.channels, c.image_size, c.image_size)
+        c.chosen.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net, z1 = unet(c), torch.randn(c.batch_size, *few.shape[1:])
+        y = torch.zeros(c.batch_size, dtype=torch.long) if c.unet_use_classes else None
+        batch = c.damaged(z1, y, z1 if paired else None)
+        tracker = MemTracker()
+        tracker.track_external(net)
+        with tracker:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = c.chosen.loss(net, batch).mean()
+            loss.backward()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        held = sum(size for kind, size in peak.items() if getattr(kind, "name", "") in ("PARAM", "GRAD", "BUFFER"))
+        return sum(p.numel() for p in net.parameters()), peak["Total"] - held
 
 
 def measure(o: Options, report: dict):
-    """A fresh process for each row: memory is measured as if nothing else had run."""
-    config, device = o.config(batch_size=o.batch_size)
-    report["config"] = asdict(config)
-    if o.variants:
-        todo = [("way to run it", config, variant) for variant in variants(device, o.compile, o.peer)]
-    else:
-        batch, width = config.batch_size, config.unet_channels
-        batches, widths = o.batch_sizes, o.widths
-        if batches is None:
-            batches = sorted({max(1, batch // 4), max(1, batch // 2), batch, 2 * batch, 4 * batch})
-        if widths is None:
-            widths = sorted({max(8, width // 2), width, 2 * width})
-        sizes = dict(batch_size=batches, image_size=o.image_sizes, unet_channels=widths)
-        todo = [(field, replace(config, **{field: number}), variants(device)[-1])
-                for field, numbers in sizes.items() for number in numbers]
-    report["rows"] = []
-    for varies, sized, variant in todo:
-        row = dict(name=variant.name, varies=varies, batch_size=sized.batch_size, image_size=sized.image_size,
-                   unet_channels=sized.unet_channels)
-        try:
-            row |= fresh(one_step, sized, variant, o.repeats, o.seconds, time.time())
-        except Exception as failure:
-            row["error"] = failed(failure)
-        report["rows"].append(row)
+    warnings.simplefilter("ignore")
+    if o.presets:
+        kinds = {name: Config(**preset) for name, preset in PRESETS.items()}
+        report["presets"] = {name: dict(batch_size=c.batch_size, image_size=c.image_size) | count_memory(c)
+                             for name, c in kinds.items() if not c.chosen.levels}
+        table = [[name, f"{row['parameters'] / 1e6:.1f}M", row["batch_size"], row["image_size"], *memory_cells(row)]
+                 for name, row in report["presets"].items()]
+        print(markdown("Memory of a training step.", ["preset", "parameters", "batch", "side", *MEMORY], table))
+        return
+    config, device = o.config()
+    set_up(device)
+    batch, width = config.batch_size, config.unet_channels
+    batches = o.batch_sizes or sorted({max(1, batch // 4), max(1, batch // 2), batch, 2 * batch, 4 * batch})
+    widths = o.widths or sorted({max(8, width // 2), width, 2 * width})
+    sizes = dict(batch_size=batches, image_size=o.image_sizes, unet_channels=widths)
+    report |= dict(config=asdict(config), rows=[])
+    for field, numbers in sizes.items():
+        for number in numbers:
+            c = replace(config, **{field: number})
+            row = dict(varies=field, batch_size=c.batch_size, image_size=c.image_size, unet_channels=c.unet_channels)
+            row |= dict(flops=flops_per_image(c, device)) | count_memory(c)
+            try:
+                work = dict(step=timer(make_step(c, variants(device)[-1], one_batch(c, device))))
+                row |= rows(in_turns(work, o.repeats, o.seconds), None, c.batch_size)[0]
+            except Exception as failure:
+                row["error"] = failed(failure)
+            report["rows"].append(row)
     print(show(report))
 
 
-def one_step(config: Config, variant: Variant, repeats: int, seconds: float, began: float) -> dict:
-    """Seconds of a step; from `began` to the end of the first one; bytes in memory at most, after that one."""
-    device = pick_device(config.device)
-    set_up(device)
-    torch.backends.cudnn.benchmark = True
-    step = make_step(config, variant, one_batch(config, device))
-    timer(step).timeit(1)
-    start_up = time.time() - began
-    if not variant.graph:  # which has its memory from its capture on
-        forget_peak(device)
-    (row,) = rows(in_turns({variant.name: timer(step)}, repeats, seconds), None, config.batch_size)
-    return row | dict(start_up=start_up, peak=peak(device), flops=flops_per_image(config, device, variant.peer))
+MEMORY = ("weights, optimizer, GiB", "activations, GiB", "in all, GiB", "with checkpointing, GiB")
 
 
-def forget_peak(device: torch.device):
-    """The first step compiles, and tries algorithms out: that is not what training needs."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # Linux only
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: torch.device) -> int | None:
-    """Peak bytes allocated on the GPU, or resident in this process; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # getrusage's peak would be inherited from the parent process
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+def memory_cells(row: dict) -> list[str]:
+    fixed, activations, fewer = row["fixed"], row["activations"], row["with_checkpointing"]
+    return [f"{size / 2**30:.2f}" for size in (fixed, activations, fixed + activations, fixed + fewer)]
 
 
 def exponent(x: list[float], y: list[float]) -> float:
@@ -108,14 +120,9 @@ def exponent(x: list[float], y: list[float]) -> float:
 def show(report: dict) -> str:
     table, laws = [], []
     for row in report["rows"]:
-        milliseconds, images_per_second, _ = cells(row)
-        line = [row["name"], row["batch_size"], row["image_size"], row["unet_channels"], milliseconds,
-                images_per_second]
-        if "seconds" in row:
-            memory = "" if row["peak"] is None else f"{row['peak'] / 2**30:.2f} GiB"
-            line += [f"{row['flops'] / 1e9:.3g}", f"{row['flops'] * row['images_per_second'] / 1e12:.3g}", memory,
-                     f"{row['start_up']:.1f}"]
-        table.append(line + [""] * (10 - len(line)))
+        tflops = f"{row['flops'] * row['images_per_second'] / 1e12:.3g}" if "seconds" in row else ""
+        table.append([row["batch_size"], row["image_size"], row["unet_channels"], *cells(row)[:2],
+                      f"{row['flops'] / 1e9:.3g}", tflops, *memory_cells(row)])
     for field in ("batch_size", "image_size", "unet_channels"):
         some = [row for row in report["rows"] if row["varies"] == field and "seconds" in row]
         x = [row[field] for row in some]
@@ -123,12 +130,8 @@ def show(report: dict) -> str:
             time = exponent(x, [row["seconds"] for row in some])
             arithmetic = exponent(x, [row["flops"] * row["batch_size"] for row in some])
             laws.append(f"A step's time grows as {field}^{time:.2f}, its arithmetic as {field}^{arithmetic:.2f}.")
-            if field == "batch_size" and all(row["peak"] for row in some):
-                memory = statistics.linear_regression(x, [row["peak"] for row in some])
-                laws.append(f"Memory: {memory.intercept / 2**30:.2f} GiB + {memory.slope / 2**20:.3g} MiB per image.")
-    head = ["forward + backward + step", "batch", "side", "width", "ms (min-max)", "images/s", "GFLOP per image",
-            "TFLOP/s", "peak memory", "start-up s"]
-    return markdown("The training step, each row in a process of its own.", head, table) + "\n" + "\n".join(laws)
+    head = ["batch", "side", "width", "ms (min-max)", "images/s", "GFLOP per image", "TFLOP/s", *MEMORY]
+    return markdown("Growth of the training step.", head, table) + "\n" + "\n".join(laws)
 
 
 def main(arguments: list[str] | None = None) -> int:

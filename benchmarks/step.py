@@ -25,7 +25,6 @@ class Variant:
     bf16: bool = True
     channels_last: bool = True
     compile: bool = False
-    graph: bool = False  # the whole step replayed as one CUDA graph
     peer: bool = False  # diffusers' network in place of ours
 
 
@@ -39,8 +38,6 @@ def variants(device: torch.device, compiled: bool = False, peer: bool = False) -
     last = result[-1]
     if compiled:
         result.append(replace(last, name=f"{last.name}, compiled", compile=True))
-    if device.type == "cuda":
-        result += [replace(v, name=f"{v.name}, CUDA graph", graph=True) for v in result if v == last or v.compile]
     if peer:
         result += [Variant(f"{PEER}, as it comes: {fp32}, NCHW", bf16=False, channels_last=False, peer=True),
                    replace(last, name=f"{PEER}, {last.name}", peer=True)]
@@ -62,7 +59,7 @@ def one_batch(config: Config, device: torch.device, count: int | None = None) ->
     return config.damaged(z1, y if config.unet_use_classes else None)
 
 
-def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], torch.Tensor | None]:
+def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], torch.Tensor]:
     """Forward, backward, clipping and AdamW on a batch that stays where it is: nothing but the network's own cost.
 
     -> a call that makes a step and returns its loss.
@@ -73,8 +70,7 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
     net = unet(config, variant.peer).to(device, memory_format=layout)
     if variant.compile:
         net.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), config.base_lr, weight_decay=0.0, fused=True, capturable=variant.graph)
+    optimizer = torch.optim.AdamW(net.parameters(), config.base_lr, weight_decay=0.0, fused=True)
 
     def step():
         optimizer.zero_grad()
@@ -85,25 +81,7 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
         optimizer.step()
         return loss
 
-    return captured(step) if variant.graph else step
-
-
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """The step as a CUDA graph: the host starts one graph instead of thousands of kernels."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(step=step):  # whose network and optimizer live as long as their graph
-        graph.replay()
-
-    return replay
+    return step
 
 
 def flops_per_image(config: Config, device: torch.device, peer: bool = False) -> int:
