@@ -76,7 +76,7 @@ def measure_loop(o: Options, config: Config, device: torch.device, report: dict,
     workers = o.workers or min(8, cores)
     plain = PlainLoop(config, trainer.images.to("cpu"), device, workers)
     name = f"plain recipe, {workers} DataLoader workers"
-    ours = trainer.train_step if part == "loop" else lambda: trainer.batch(trainer.step)
+    ours = trainer.train_step if part == "loop" else lambda: trainer.batches(trainer.step)
     work = {name: lambda n: plain.run(n, train=part == "loop"), "trainer.py": timer(ours, device)}
     report[part] = rows(in_turns(work, o.repeats, o.seconds), name, config.batch_size)
 

@@ -13,9 +13,11 @@ from images.corruptions import Batch, cond_channels, task_names
 from images.pictures import grid, psnr, strip, titled
 from support.checkpoints import Run
 from support.disk import free_memory
-from support.machine import processes
+from support.machine import pick_device, processes
 from unet import Counted, Guided, Unet
 
+COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
+COMPILE_UP_TO = 64  # channels, on a CPU: there the compiler takes too long over wider networks, and gains little
 EMBEDDING = "embed_class.0.weight"  # of Unet: a row per class, and the null label's
 
 # c is a trainer.Config in all of these
@@ -38,14 +40,14 @@ def check_fits(c, num_classes: int, device: torch.device, copies: int):
     """Raises SettingsError where so many copies of the network's weights are more than the memory that is free."""
     try:
         with torch.device("meta"):  # where tensors have a shape, and no memory
-            weights = sum(p.numel() for p in make_unet(c, num_classes).parameters())
-    except RuntimeError:  # there are more numbers than can be counted
-        weights = math.inf
+            numbers = weights(make_unet(c, num_classes))
+    except RuntimeError:  # there are more than can be counted
+        numbers = math.inf
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    need = 4 * copies * weights
+    need = 4 * copies * numbers
     if free is not None and need > free:
         raise SettingsError(f"unet_channels = {c.unet_channels}, unet_dim_mults = {c.unet_dim_mults}: the network has "
-                            f"{weights / 1e6:,.0f} million weights, which take {need / 1e9:,.1f} GB of memory, and "
+                            f"{numbers / 1e6:,.0f} million weights, which take {need / 1e9:,.1f} GB of memory, and "
                             f"{free / 1e9:,.1f} GB are free; lower them")
 
 
@@ -59,6 +61,20 @@ def load_network(run: Run, ema: bool = True) -> Unet:
         reason = one_line(failure)[:100]
         raise SettingsError(f"run = {run.path!r}: its weights do not fit its settings ({reason} ...)") from None
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def compiles(c) -> bool:
+    """Whether the run compiles its network; auto: long runs, of one network at one size (each further size would take
+    as long to compile again)."""
+    if c.compile == "auto":
+        narrow = c.unet_channels <= COMPILE_UP_TO or pick_device(c.device).type == "cuda"
+        return c.steps >= COMPILE_FROM and narrow and not c.chosen.levels
+    return c.compile == "on"
+
+
+def weights(net: nn.Module) -> int:
+    """How many numbers it has to learn."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def compile_network(net: nn.Module, rehearse):
