@@ -81,7 +81,7 @@ def measure(o: Options, report: dict):
         if {"loop", "data", "sample", "save"} & set(o.parts):
             with contextlib.redirect_stdout(io.StringIO()):  # overfit: draws a batch of images, not 10,000
                 trainer = Trainer(replace(config, overfit=True, out_dir=folder, compile="on" if compiled else "off"))
-            trainer.config = replace(trainer.config, overfit=False)
+            trainer.config = trainer.batches.config = replace(trainer.config, overfit=False)
             if task_names(config.task) == ["sr"]:  # the plain recipe is for that task
                 for part in ("loop", "data"):
                     if part in o.parts:
@@ -136,7 +136,7 @@ def measure_loop(o: Options, config: Config, device: torch.device, report: dict,
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = o.workers or min(8, cores)
     plain, name = PlainLoop(config, trainer.images.to("cpu"), device, workers), f"plain recipe, {workers} workers"
-    theirs, ours = plain.batch, lambda: trainer.batch(trainer.step)
+    theirs, ours = plain.batch, lambda: trainer.batches(trainer.step)
     if part == "loop":
         theirs, ours = plain.step, trainer.train_step
     work = {name: timer(theirs, plain.use_up), "trainer.py": timer(ours)}

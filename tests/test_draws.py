@@ -18,7 +18,8 @@ from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from pixels import get, photo, put
-from support.model import NoisePerImage, make_unet
+from support.model import make_unet
+from support.noise import NoisePerImage
 from support.settings import from_plain
 from trainer import Config
 from untrained import METHODS, make_run, run
@@ -273,18 +274,21 @@ def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UDPM, "latent", latent)
         for name, flags in dict(a=(), b=("--seed", 1), swapped=("--swap", 2, 1), redrawn=("--perturb", 3, 0.6)).items():
-            assert run(path, "--count", 2, "--output", tmp_path / name, *flags) == 0
+            assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
     a, b, swapped, redrawn = seen  # level 3, 2, 1
     for i, level in enumerate((3, 2, 1)):
         torch.testing.assert_close(swapped[i], (b if level == 2 else a)[i])
     first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
     torch.testing.assert_close(redrawn[1], first[1])
     torch.testing.assert_close(redrawn[2], first[2])
-    fresh = (redrawn[0] - 0.8 * first[0]) / 0.6
+    torch.testing.assert_close(redrawn[0][0], a[0][0])  # as it was, for comparison
+    fresh = (redrawn[0][1:] - 0.8 * first[0][1:]) / 0.6
     assert (fresh[0] - fresh[1]).abs().max() > 0.1 and 0.3 < fresh.std() < 2
+    assert run(path, "--count", 1, "--output", tmp_path / "x", "--perturb", 3, 0.6) == 2
+    assert "perturb = (3, 0.6): allowed is with --count or --draws above 1" in capsys.readouterr().err
     for flags, words in ((("--swap", 4, 1), "level = 4"), (("--perturb", 1, 1.5), "perturb"),
                          (("--swap", 1, 1, "--perturb", 1, 0.5), "swap")):
         assert run(path, "--count", 2, "--output", tmp_path / "x", *flags) == 2 and words in capsys.readouterr().err
     other = make_run(tmp_path / "edm", method="edm", task="generate", sample_steps=2)
     assert run(other, "--count", 2, "--output", tmp_path / "x", "--swap", 1, 1) == 2
-    assert "for UDPM only" in capsys.readouterr().err
+    assert "of UDPM only" in capsys.readouterr().err

@@ -458,7 +458,7 @@ def test_with_random_crops_a_resumed_run_has_the_same_bits(photos, tmp_path, tas
 def test_overfitting_one_crop_of_each_photograph(photos, tmp_path):
     """What is trained on is what is shown, and the same at each step."""
     run = make(f"--out-dir {tmp_path / 'runs'} --dataset {photos} --crop random")
-    assert all(torch.equal(run.batch(step).z1[:2], run.held_out().z1) for step in (0, 5))
+    assert all(torch.equal(run.batches(step)[0].z1[:2], run.batches.shown().z1) for step in (0, 5))
 
 
 def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):

@@ -15,7 +15,7 @@ from images.pictures import to_float, to_uint8
 from ode_int import SolverError
 from pixels import doubled, get, photo, put
 from runs import ranks
-from support import model
+from support import trained_model
 from untrained import METHODS, make_run, run
 
 # files ---------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_picture_past_memory_is_told_with_its_size(tmp_path, capsys, monkeypat
     identity = make_run(tmp_path / "run", identity=True)
     put(tmp_path / "in/large.png", photo(300, 200)), put(tmp_path / "in/small.png", photo(5, 5))
     put(tmp_path / "in/strip.png", photo(1, 1001))
-    monkeypatch.setattr(model, "free_memory", lambda: 50 * 10**6)
+    monkeypatch.setattr(trained_model, "free_memory", lambda: 50 * 10**6)
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "large.png: its 0.06 million pixels (300x200) would take about 0.0624 GB" in error
