@@ -30,8 +30,9 @@ import tyro
 
 import ode_int
 from evaluation.costs import samplers, training_flops
-from evaluation.judge import METRICS, Judge
-from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
+from evaluation.judge import Judge
+from evaluation.metrics import COLUMNS, METRICS
+from evaluation.report import cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
 from support import bounds, machine
