@@ -53,7 +53,7 @@ class Config:
     preset: str = "auto"
     # way to make clean images; regression: the baseline
     method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
-    task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, generate, paired, or a mixture: sr,jpeg
+    task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
 
