@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import ode_int
 from evaluation.classifier import Classifier, cached, digest, pieces
-from evaluation.metrics import METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without
+from evaluation.metrics import (
+    METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without)
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
 from images.lpips import FOREIGN
@@ -168,7 +169,8 @@ class Judge:
         errors, without = {}, {}
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
-            without = {metric: mean_without(values[metric]) for metric in found if metric in TABLE and TABLE[metric].arrow}
+            without = {metric: mean_without(values[metric]) for metric in found
+                       if metric in TABLE and TABLE[metric].arrow}
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
             found[metric] = across(ours, self.gaussians[metric])
