@@ -76,10 +76,12 @@ def groups(results: list[dict]) -> list[list[dict]]:
 
 
 def title(result: dict, results: list[dict]) -> str:
-    """The method if that says which run it is, else the run's folder."""
-    methods = [r["method"] for r in results]
-    if methods.count(result["method"]) == 1:
-        return result["method"]
+    """The method if that says which run it is, else the run's folder; and what sampling changed of its settings."""
+    changed = ", ".join(f"{name} {value}" for name, value in result.get("changed", {}).items())
+    alike = [r for r in results if r["method"] == result["method"]]
+    of_one_run = len({r.get("run_name", r["name"]) for r in alike}) == 1
+    if of_one_run and len({json.dumps(r.get("changed")) for r in alike}) == len(alike):
+        return f"{result['method']}, {changed}" if changed else result["method"]
     more = len(result.get("seeds", [0])) - 1
     return result["name"] + (f" and {more} more" if more else "")
 
@@ -190,7 +192,7 @@ DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5,
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
 BELOW = {"psnr": 2, "accuracy": 8}  # dB, %
-AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image"}
+AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance"}
 
 
 def few_ticks(axis, low: float, high: float):
@@ -213,6 +215,8 @@ def plot(results: list[dict], against: str = "nfe"):
     from matplotlib.patches import Patch
 
     results = mean_over_seeds(results)
+    if against == "guidance":
+        results = by_guidance(results)
     panels = [m for m in PANELS if any(m in row for result in results for row in result["rows"])] or ["seconds"]
     figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups(results)), len(panels), squeeze=False)
@@ -235,12 +239,26 @@ def plot(results: list[dict], against: str = "nfe"):
     return figure
 
 
+def by_guidance(results: list[dict]) -> list[dict]:
+    """Results that differ in the scale of guidance alone -> one, each of whose rows has its scale; where the method's
+    own sampler was measured, its rows alone."""
+    found = {}
+    for result in results:
+        others = {name: value for name, value in result.get("changed", {}).items() if name != "guidance"}
+        key = result["method"], result.get("run_name", result["name"]), json.dumps([result["problem"], others])
+        merged = found.setdefault(key, result | dict(rows=[], changed=others))
+        own = [row for row in result["rows"] if row["default"]] or result["rows"]
+        merged["rows"] += [row | dict(guidance=result["training"]["guidance"]) for row in own]
+    return list(found.values())
+
+
 def draw_runs(ax, metric: str, group: list[dict], name: Callable, against: str):
     """The curves of one panel."""
     for number, result in enumerate(r for r in group if r["method"] != "regression"):
-        rows = [row for row in result["rows"] if row.get(metric) is not None and row.get(against)]
+        rows = [row for row in result["rows"] if None not in (row.get(metric), row.get(against))]
         style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6])
-        curve = sorted(best_solvers(rows, metric), key=lambda row: row[against])
+        curve = rows if against == "guidance" else best_solvers(rows, metric)
+        curve = sorted(curve, key=lambda row: row[against])
         x, y = ([row[key] for row in curve] for key in (against, metric))
         ax.plot(x, y, label=name(result), ms=3, **style)
         errors = [row.get("errors", {}).get(metric) or 0 for row in curve]
@@ -274,8 +292,10 @@ def draw_baselines(ax, metric: str, group: list[dict], name: Callable):
 def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
     better = COLUMNS[metric][0].translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
-    ax.set(xscale="log", xlabel=AXES[against], ylabel=better)
-    few_ticks(ax.xaxis, *ax.get_xlim())
+    ax.set(xlabel=AXES[against], ylabel=better)
+    if against != "guidance":
+        ax.set_xscale("log")
+        few_ticks(ax.xaxis, *ax.get_xlim())
     if metric in ("frechet", "fid"):
         ax.set_yscale("log")
         few_ticks(ax.yaxis, *ax.get_ylim())
@@ -297,7 +317,10 @@ def write_report(results: list[dict], folder: Path):
         print("no plot: pip install matplotlib", file=sys.stderr)
     else:
         with matplotlib.rc_context(PAPER):
-            for file, against in (("quality", "nfe"), ("quality-seconds", "seconds")):
+            plots = {"quality": "nfe", "quality-seconds": "seconds"}
+            if any("guidance" in result.get("changed", {}) for result in results):
+                plots["quality-guidance"] = "guidance"
+            for file, against in plots.items():
                 figure = plot(results, against)
                 for kind in ("pdf", "png"):
                     how = dict(format=kind, dpi=300, bbox_inches="tight")  # tight: long names are not cut off
