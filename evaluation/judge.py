@@ -34,15 +34,13 @@ from tqdm import tqdm
 
 import ode_int
 from evaluation.classifier import Classifier, cached, digest, pieces
-from evaluation.metrics import (
-    METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without)
+from evaluation.metrics import METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
 from images.lpips import FOREIGN
 from images.pictures import to_float, to_uint8
 from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
 from trainer import Config
-
 
 
 class Judge:

@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from evaluation import judge as judging
 from evaluation import errors as errors_of
+from evaluation import judge as judging
 from evaluation import metrics
 from images.corruptions import Damage
 from images.pictures import psnr, psnr_of_each, to_float, to_uint8
