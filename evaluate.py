@@ -4,6 +4,8 @@
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
     python evaluate.py RUN --guidance 1 2 3                    a row each, also of pictures: RUN.png, quality-guidance
     python evaluate.py RUN --edm.S-churn 40                    its method's sampler with other settings than its own
+    python evaluate.py RUN --pictures restored/                another program's pictures of the held-out images: a row
+    python evaluate.py RUN/checkpoints/step_*.pt               checkpoints of one run: also quality-step, a curve
     torchrun --nproc-per-node 4 evaluate.py RUN [RUN ...]      four processes share the images, same figures
 
 Into --output go one JSON file a run, written anew after each row, table.md, and as .pdf and .png quality (against NFE)
@@ -71,6 +73,8 @@ class Options(MethodFlags):
     solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
     # scales of classifier-free guidance: each is a row, and a point of quality-guidance; None: the run's own
     guidance: tuple[float, ...] | None = None
+    # folders of pictures that other programs made of the run's held-out images, by the names of those: a row each
+    pictures: tuple[str, ...] = ()
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
     metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
@@ -228,6 +232,11 @@ def as_asked(run: Run, o: Options, arguments: list[str], methods: set[str]) -> l
     return asked
 
 
+def called(run: Run, changed: dict) -> str:
+    """A run's name, and what sets these figures of it apart."""
+    return run.name + "".join(f"-{name}-{value}" for name, value in changed.items())
+
+
 def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[list[dict], list[tuple]]:
     """-> a result of each run, and what is to be measured: (result, network, settings, judge, samplers, problem).
 
@@ -238,7 +247,14 @@ def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[lis
         runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
         methods = {run.config.method for run in runs.values()}
         asked = {path: as_asked(run, o, arguments, methods) for path, run in runs.items()}
-        names = [earlier[path]["name"] if path in earlier else runs[path].name for path in o.runs]
+        steps = {}  # of the checkpoints of one run
+        for run in runs.values():
+            steps.setdefault(run.name, set()).add(run.step)
+        for path, run in runs.items():
+            if len(steps[run.name]) > 1:
+                asked[path] = [(config, dict(step=run.step) | new) for config, new in asked[path]]
+        names = [earlier[path]["name"] if path in earlier else called(runs[path], asked[path][0][1])
+                 for path in o.runs]
         if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file "
                                 "may have another")
@@ -252,13 +268,14 @@ def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[lis
         key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels, c.crop
         if key not in judges:
             judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
+            with machine.settings_for_all():
+                judges[key].take_pictures(o.pictures, c)
         judge = judges[key]
         with first_process_first():  # a loss with LPIPS downloads weights
             result, net = describe(runs[path], o, judge)
         batch = first_images(judge, c, net.num_classes, 2)
         for c, new in asked[path]:
-            words = "".join(f"-{name}-{value}" for name, value in new.items())
-            own = result | dict(name=result["name"] + words, changed=new, config=asdict(c), rows=[],
+            own = result | dict(name=called(runs[path], new), changed=new, config=asdict(c), rows=[],
                                 training=result["training"] | dict(guidance=c.guidance))
             settings, own["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
             if not settings:  # its own count is the only one it can do

@@ -34,9 +34,11 @@ from tqdm import tqdm
 
 import ode_int
 from evaluation.classifier import Classifier, cached, digest, pieces
+from evaluation.elsewhere import find_pictures, read_pictures
 from evaluation.metrics import METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
+from images.files import user_path
 from images.lpips import FOREIGN
 from images.pictures import to_float, to_uint8
 from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
@@ -56,6 +58,7 @@ class Judge:
         self.metrics = metrics
         self.seed = seed
         self.why = {}
+        self.pictures = {}  # name -> {test image: file}
         self.rank, self.world = processes()
         with first_process_first():  # which downloads or packs, if need be
             self.images = images = data.load(
@@ -215,8 +218,25 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def take_pictures(self, folders: tuple[str, ...], config: Config):
+        """Pictures made elsewhere, a folder each, are baselines from now on. Raises SettingsError."""
+        for folder in folders:
+            paths = find_pictures(folder, self.images, torch.cat(self.batches))
+            read_pictures(list(paths.values()), config.channels, config.image_size)  # what is wrong shows now
+            self.pictures[user_path(folder).resolve().name] = paths
+
     def baselines(self, config: Config) -> list[dict]:
-        """The damaged input, the task's classical answer if it has one, and the truth against the truth."""
+        """The damaged input, the task's classical answer if it has one, pictures made elsewhere, and the truth against
+        the truth."""
+        def elsewhere(paths: dict):
+            mine = iter(self.batches[self.rank::self.world])
+
+            def make(batch):
+                files = [paths[row] for row in next(mine).tolist()]
+                return to_float(read_pictures(files, config.channels, config.image_size).to(self.device))
+
+            return {}, make
+
         def damaged(batch):
             return batch.zlo
 
@@ -227,6 +247,7 @@ class Judge:
             answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.unknown)
         elif task_names(config.task) == ["generate"]:
             answers = {}
+        answers |= {name: elsewhere(paths) for name, paths in self.pictures.items()}
         rows = []
         for name, (knobs, make) in answers.items():
             row = dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make)

@@ -191,7 +191,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "truth against truth": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
-AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance"}
+AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance",
+        "step": "training steps"}
+SWEEPS = ("guidance", "step")  # of those, what the results of one run may differ in
 
 
 def few_ticks(axis, low: float, high: float):
@@ -214,8 +216,8 @@ def plot(results: list[dict], against: str = "nfe"):
     from matplotlib.patches import Patch
 
     results = mean_over_seeds(results)
-    if against == "guidance":
-        results = by_guidance(results)
+    if against in SWEEPS:
+        results = swept(results, against)
     measured = {metric for result in results for row in result["rows"] for metric in row}
     panels = [m for m in COLUMNS if COLUMNS[m].panel and m in measured] or ["seconds"]
     figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
@@ -239,16 +241,17 @@ def plot(results: list[dict], against: str = "nfe"):
     return figure
 
 
-def by_guidance(results: list[dict]) -> list[dict]:
-    """Results that differ in the scale of guidance alone -> one, each of whose rows has its scale; where the method's
-    own sampler was measured, its rows alone."""
+def swept(results: list[dict], against: str) -> list[dict]:
+    """Results of one run that differ in the scale of guidance alone, or in the step -> one, each of whose rows has its
+    own; where the method's own sampler was measured, its rows alone."""
     found = {}
     for result in results:
-        others = {name: value for name, value in result.get("changed", {}).items() if name != "guidance"}
+        others = {name: value for name, value in result.get("changed", {}).items() if name != against}
         key = result["method"], result.get("run_name", result["name"]), json.dumps([result["problem"], others])
         merged = found.setdefault(key, result | dict(rows=[], changed=others))
         own = [row for row in result["rows"] if row["default"]] or result["rows"]
-        merged["rows"] += [row | dict(guidance=result["training"]["guidance"]) for row in own]
+        value = result["training"]["guidance"] if against == "guidance" else result["costs"]["steps"]
+        merged["rows"] += [row | {against: value} for row in own]
     return list(found.values())
 
 
@@ -257,7 +260,7 @@ def draw_runs(ax, metric: str, group: list[dict], name: Callable, against: str):
     for number, result in enumerate(r for r in group if r["method"] != "regression"):
         rows = [row for row in result["rows"] if None not in (row.get(metric), row.get(against))]
         style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6])
-        curve = rows if against == "guidance" else best_solvers(rows, metric)
+        curve = rows if against in SWEEPS else best_solvers(rows, metric)
         curve = sorted(curve, key=lambda row: row[against])
         x, y = ([row[key] for row in curve] for key in (against, metric))
         ax.plot(x, y, label=name(result), ms=3, **style)
@@ -293,7 +296,7 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
     better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
     ax.set(xlabel=AXES[against], ylabel=better)
-    if against != "guidance":
+    if against not in SWEEPS:
         ax.set_xscale("log")
         few_ticks(ax.xaxis, *ax.get_xlim())
     if COLUMNS[metric].panel == "log":
@@ -318,8 +321,9 @@ def write_report(results: list[dict], folder: Path):
     else:
         with matplotlib.rc_context(PAPER):
             plots = {"quality": "nfe", "quality-seconds": "seconds"}
-            if any("guidance" in result.get("changed", {}) for result in results):
-                plots["quality-guidance"] = "guidance"
+            for kind in SWEEPS:
+                if any(kind in result.get("changed", {}) for result in results):
+                    plots[f"quality-{kind}"] = kind
             for file, against in plots.items():
                 figure = plot(results, against)
                 for kind in ("pdf", "png"):
