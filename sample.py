@@ -14,7 +14,6 @@ if __name__ == "__main__":
     from support.output import quiet_interrupt
     quiet_interrupt()
 
-import math
 import os
 import re
 import sys
@@ -22,7 +21,6 @@ import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,22 +34,25 @@ import ode_int
 from images import DatasetError, SettingsError, files, one_line
 from images.data import MAX_BATCH
 from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
-from images.pictures import grid, row_titles, titled, to_float, to_uint8
+from images.pictures import deviation, grid, row_titles, titled, to_float, to_uint8
 from support import bounds
 from support.bounds import Count, Positive, Seed, between
 from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
 from support.machine import partition
-from support.model import Model, batched
+from support.noise import noise_of
 from support.output import unbreakable_output
+from support.progress import Progress
+from support.sampler_settings import MethodFlags, given_flags
 from support.trace import Frames, save_trace
+from support.trained_model import Model, batched
 from trainer import Config
 
 GRID = 1024  # images that grid.png shows
 
 
 @dataclass
-class Options:
+class Options(MethodFlags):
     """What to do with the run: --input restores, --count makes new images, --export writes the weights."""
 
     run: tyro.conf.Positional[str]  # a run's folder, a checkpoint, or an exported .safetensors file
@@ -106,7 +107,8 @@ class Options:
             raise SettingsError("one of --input (restore), --count (make images) and --export is needed, and one only")
         need("guidance", lambda g: g == 1 or self.label, "1, and any other number with a --label only")
         need("draws", lambda n: n == 1 or self.input, "more than 1 with --input only")
-        need("interpolate", lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
+        for name in ("interpolate", "perturb"):  # the first is the one that the others differ from
+            need(name, lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
         need("interpolate", lambda _: not self.swap and not self.perturb, "one of --interpolate, --swap and --perturb")
         need("swap", lambda _: not self.perturb, "one of --interpolate, --swap and --perturb")
         need("perturb", lambda edit: 0 <= edit[1] <= 1, "a level, and a strength from 0 to 1")
@@ -123,65 +125,6 @@ class Options:
 def open_model(run: str | Path, *, ema: bool = True, **how) -> Model:
     """A run's folder, a checkpoint or an exported file -> Model, whose arguments `how` are. Raises SettingsError."""
     return Model(open_run(run, Config), ema=ema, **how)
-
-
-def parse_labels(text: str | None, model: Model) -> list[int | None]:
-    """"all", or names and numbers joined by commas -> numbers; None -> [None], no label. Raises SettingsError."""
-    if text is None:
-        return [None]
-    if text == "all" and model.classes:
-        return list(range(len(model.classes)))
-    if text in model.classes:  # it may hold a comma
-        return [model.label_number(text)]
-    return list(dict.fromkeys(model.label_number(name.strip()) for name in text.split(",")))
-
-
-def noise(o: Options, model: Model, name: str, i: int, n: int) -> list[tuple]:
-    """What the noise of the i-th of an input's n images is the sum of, see support.model.NoisePerImage."""
-    if o.interpolate is not None:
-        (a, b), angle = o.interpolate, math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
-        return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]
-    if o.swap is not None:
-        level, seed = o.swap
-        return at_level(model, level, 0.0, (o.seed, name, i), (seed, name, i))
-    if o.perturb is not None:
-        level, strength = o.perturb
-        return at_level(model, level, math.sqrt(1 - strength**2), (o.seed, name, 0), (o.seed, name, "redrawn", i))
-    return [(1.0, (o.seed, name, i))]
-
-
-def at_level(model: Model, level: int, kept: float, key: tuple, other: tuple) -> list[tuple]:
-    """UDPM's latent of `key`, but of the map of `level` the share `kept`; `other` gives the rest of unit noise."""
-    levels = model.config.chosen.levels
-    if not 1 <= level <= levels:
-        allowed = f"1 to {levels}" if levels else f"for UDPM only, this run is of {model.config.method}"
-        raise SettingsError(f"level = {level}: allowed is {allowed}")
-    edited = levels - level  # the coarsest map is drawn first
-
-    def weight(draw: int) -> float:
-        return kept if draw == edited else 1.0
-
-    return [(weight, key), (lambda draw: math.sqrt(1 - weight(draw) ** 2), other)]
-
-
-class Progress:
-    """A bar that also moves while a large image is made, and what an image took."""
-
-    def __init__(self, model: Model, total: int, traced: bool):
-        self.model, self.traced, self.clock = model, traced, time.perf_counter()
-        self.bar = tqdm(total=total, disable=None, dynamic_ncols=True, unit="image", miniters=0)
-
-        def tick(*_):
-            self.bar.update(0)
-
-        model.net.register_forward_pre_hook(tick)
-
-    def cost(self) -> str:
-        """--trace's own evaluations included. An evaluation in tiles counts as one."""
-        self.bar.close()
-        n, seconds = max(self.model.images, 1), time.perf_counter() - self.clock
-        trace = " with the trace" if self.traced else ""
-        return f"{self.model.rows / n:.0f} NFE{trace}, {seconds / n:.3g} s an image"
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -204,11 +147,26 @@ def output_folder(o: Options, kind: str) -> Path:
 
 # ----------------------------------------------------------------------------------------------------------- restoring
 
+@dataclass
+class Draw:
+    """One restoration to make."""
+
+    name: str  # of the file
+    number: int  # among the draws of its image
+    image: Tensor  # (C, H, W) uint8
+    hole: Tensor | None  # (1, H, W), 1 where it is to be made; None: everywhere
+
+    @property
+    def kind(self) -> tuple:
+        """Draws of one kind make a batch."""
+        return self.image.shape, self.hole is None
+
+
 class Restorer:
     """Restores files, neighbours of equal size together. What fails does not stop the others; it is told at the end."""
 
     def __init__(self, o: Options, model: Model):
-        self.options, self.model, self.labels = o, model, parse_labels(o.label, model)
+        self.options, self.model, self.labels = o, model, model.label_numbers(o.label)
         self.failures, self.taken, self.made = {}, set(), defaultdict(list)  # by name; paths; draws by name
         if model.tasks == ["generate"]:
             raise SettingsError(f"input = {o.input!r}: the run makes images from noise; --count N does")
@@ -234,14 +192,18 @@ class Restorer:
 
     def run(self) -> int:
         """Exit status: 0 all are restored, 1 some are not."""
-        model = self.model
-        progress = Progress(model, self.options.draws * len(self.names), self.options.trace)
+        progress = Progress(self.model, self.options.draws * len(self.names), self.options.trace)
         try:
-            # draws of one size, with or without a hole, in batches
-            for ((_, height, width), _), group in groupby(self.draws(), lambda draw: (draw[2].shape, draw[3] is None)):
-                while some := list(islice(group, model.at_a_time(model.factor * height, model.factor * width))):
-                    self.restore(*zip(*some))
+            some = []  # the next batch
+            for draw in self.draws():
+                if some and (draw.kind != some[0].kind or len(some) == self.model.at_a_time(*draw.image.shape[1:])):
+                    self.restore(some)
                     progress.bar.update(len(some))
+                    some = []
+                some.append(draw)
+            if some:
+                self.restore(some)
+                progress.bar.update(len(some))
             done = f"{len(self.names) - len(self.failures)} of {len(self.names)} images restored"
             print(f"{done}, in {self.folder}: {progress.cost()}")
         finally:  # also when it is interrupted
@@ -250,7 +212,7 @@ class Restorer:
         return int(bool(self.failures))
 
     def draws(self):
-        """Yields name, number of the draw, image (C, H, W) uint8, and where it is to be made, (1, H, W), None: all."""
+        """Yields the draws of each file in turn, and notes the files that can't be restored."""
         o = self.options
         for name in self.names:
             try:
@@ -266,7 +228,7 @@ class Restorer:
                 self.failures[name] = failure
                 continue
             for i in range(o.draws):
-                yield name, i, image, hole
+                yield Draw(name, i, image, hole)
 
     def outputs(self, name: str) -> list[str]:
         """The files to be written for an input: its draws, then the others."""
@@ -296,11 +258,11 @@ class Restorer:
             raise DatasetError(f"{path}: nothing to fill in: no --masks that is white there, no transparency")
         return hole.float() if hole.any() else None
 
-    def restore(self, names, numbers, images, holes):
-        """Draws of one size -> files."""
-        o, zlo = self.options, self.model.full_size(to_float(torch.stack(images)))
-        hole = None if holes[0] is None else torch.stack(holes)
-        streams = [noise(o, self.model, name, i, o.draws) for name, i in zip(names, numbers)]
+    def restore(self, draws: list[Draw]):
+        """Draws of one kind -> files."""
+        o, zlo = self.options, self.model.full_size(to_float(torch.stack([draw.image for draw in draws])))
+        hole = None if draws[0].hole is None else torch.stack([draw.hole for draw in draws])
+        streams = [noise_of(o, self.model, draw.name, draw.number, o.draws) for draw in draws]
         frames = Frames(zlo.shape[2:]) if o.trace else None
         try:
             sample = self.model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
@@ -308,9 +270,10 @@ class Restorer:
             reason = failure
             if isinstance(failure, torch.OutOfMemoryError):
                 reason = "out of GPU memory; lower --batch-size or --tile"
-            self.failures |= {name: f"{self.root / name}: {reason}" for name in names}
+            self.failures |= {draw.name: f"{self.root / draw.name}: {reason}" for draw in draws}
             return
-        for row, (name, i, picture) in enumerate(zip(names, numbers, to_uint8(sample))):
+        for row, (draw, picture) in enumerate(zip(draws, to_uint8(sample))):
+            name, i = draw.name, draw.number
             try:
                 paths = self.outputs(name)
                 save_png(Path(paths[i]), to_image(picture))
@@ -335,9 +298,8 @@ class Restorer:
     def save_statistics(self, name: str, draws: Tensor):
         """Pictures of the mean over the draws (n, C, H, W) in levels of 255, and of their standard deviation."""
         n, paths = len(draws), self.outputs(name)
-        std = draws.var(0).mean(0, keepdim=True).sqrt()
         save_png(Path(paths[n]), to_image(draws.mean(0).round().byte()))
-        save_png(Path(paths[n + 1]), to_image((8 * std).round().clamp(max=255).byte()))
+        save_png(Path(paths[n + 1]), to_image((8 * deviation(draws)).round().clamp(max=255).byte()))
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -347,7 +309,7 @@ def generate(o: Options, model: Model) -> int:
 
     The i-th images of all labels share their noise.
     """
-    labels, count = parse_labels(o.label, model), o.count
+    labels, count = model.label_numbers(o.label), o.count
     if "generate" not in model.tasks:
         raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}), "
                             "which --input FOLDER names")
@@ -359,7 +321,7 @@ def generate(o: Options, model: Model) -> int:
     paths = [Path(f"{folder}/{kind}_{i + 1:04d}.png") for kind in kinds for i in range(count)]
     grids = [f"{folder}/grid{end}" for end in (".png", "_trace.png", "_trace.gif")]
 
-    every = [(label, noise(o, model, "", i, count)) for label in labels for i in range(count)]
+    every = [(label, noise_of(o, model, "", i, count)) for label in labels for i in range(count)]
     number, of = partition(o.partition)
     every, mine, side = every[number::of], paths[number::of], model.config.image_size
     refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
@@ -397,12 +359,15 @@ def export_model(o: Options) -> int:
     return 0
 
 
-def run(o: Options) -> int:
+def run(o: Options, arguments: list[str]) -> int:
     if o.export:
         return export_model(o)
-    model = open_model(o.run, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
-                       factor=o.factor, tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision)
-    c = model.config
+    opened = open_run(o.run, Config)
+    c = opened.config
+    settings = {c.method: given_flags(o, arguments, c, {c.method})}
+    model = Model(opened, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
+                  factor=o.factor, tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision,
+                  **settings)
     if model.num_classes and not c.trains_null_label and o.label is None:
         print("note: images without labels were no part of the training; give a --label")
     return Restorer(o, model).run() if o.input else generate(o, model)
@@ -413,9 +378,10 @@ def main(arguments: list[str] | None = None) -> int:
     unbreakable_output()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        o = parse(Options, arguments, __doc__)
         o.check()
-        return run(o)
+        return run(o, arguments)
     except SettingsError as failure:
         reason, status = failure, 2
     except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk

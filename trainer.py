@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ode_int
-from images import SettingsError, data, one_line
+from images import SettingsError, data
 from images.corruptions import Batch, Damage, Draws, task_names
 from methods import Method
 from methods.edm import EDM
@@ -33,13 +33,12 @@ from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, model, output, run_folder
+from support.batches import Batches
 from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
 from support.health import Health
 from support.run_folder import NoFolder, RunFolder
 from support.settings import check
 
-COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
-COMPILE_UP_TO = 64  # channels, on a CPU: there the compiler takes too long over wider networks, and gains little
 MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
 
 
@@ -54,7 +53,7 @@ class Config:
     preset: str = "auto"
     # way to make clean images; regression: the baseline
     method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
-    task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, generate, paired, or a mixture: sr,jpeg
+    task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
 
@@ -165,14 +164,6 @@ class Config:
         return 1000 if self.overfit else 100_000
 
     @property
-    def compiles(self) -> bool:
-        """auto: long runs, of one network at one size (each further size would take as long to compile again)."""
-        if self.compile == "auto":
-            narrow = self.unet_channels <= COMPILE_UP_TO or machine.pick_device(self.device).type == "cuda"
-            return self.steps >= COMPILE_FROM and narrow and not self.chosen.levels
-        return self.compile == "on"
-
-    @property
     def dropped(self) -> float:
         """The share of labels that training drops: none when overfitting, unless guidance needs it."""
         return self.label_drop if not self.overfit or self.guidance != 1 else 0.0
@@ -243,14 +234,12 @@ class Trainer:
                 crop=config.crop).to(self.device)
             chosen = config.chosen.settled()
         # what was left open is chosen once: a resumed run takes the same
-        config = replace(config, dataset=config.dataset or self.images.name, compile="on" if config.compiles else "off",
-                         **{config.method: chosen})
-        self.config = config
-        self.feed = data.Feed(self.images, self.device, config.batch_size, config.seed, self.rank, self.world,
-                              config.overfit)
-        if self.world > 1:
-            self.agree()
-        self.num_classes = len(self.images.classes) if config.unet_use_classes else 0
+        compiled = "on" if model.compiles(config) else "off"
+        self.config = config = replace(config, dataset=config.dataset or self.images.name, compile=compiled,
+                                       **{config.method: chosen})
+        self.batches = Batches(config, self.images, self.device)
+        self.batches.agree()
+        self.num_classes = self.batches.num_classes
         if config.guidance != 1 and not self.num_classes:
             raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
         self.try_sampler()
@@ -270,16 +259,9 @@ class Trainer:
         if self.world > 1:
             machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
         self.open_folder(folder)
-        if config.compiles:
+        if config.compile == "on":
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
-
-    def agree(self):
-        """Raises SettingsError, one line, where another process has other settings or images than this one."""
-        images, index = self.images, torch.linspace(0, len(self.images.train) - 1, 64).long()
-        some = machine.digest(x for x in images.batch(index, self.device, "train") if x is not None)
-        counts = len(images.train), len(images.test), images.classes
-        machine.agree(**asdict(self.config), images=(counts, some))
 
     def player(self, module: nn.Module, loss: Callable) -> Player:
         c, shared = self.config, machine.data_parallel(module)
@@ -292,64 +274,37 @@ class Trainer:
         if folder is None:
             folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(c.out_dir, c.method, c.task))
         self.folder = folder
-        if self.rank == 0:
-            self.announce()
+        self.announce()
         folder.begin(c, self.images, self.step, again=c.pictures_due(self.step, self.sampled))
+
+    def announce(self):
+        c, n, print0 = self.config, self.images, machine.print0
+        millions = " + ".join(f"{model.weights(each.module) / 1e6:.3g}M" for each in self.players)
+        gpus = f" x {self.world}" if self.world > 1 else ""
+        what = "overfitting one batch" if c.overfit else "training on batches"
+        print0(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
+               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
+        print0(f"{millions} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
+        print0(f"{what} of {c.batch_size}, steps {self.step:,} to {c.steps:,}, in {self.folder.path}")
 
     @torch.no_grad()
     def try_sampler(self):
         """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
-        model.run_sampler(self.config.for_pictures, model.zero_net(self.config), self.held_out()[:1])
+        model.run_sampler(self.config.for_pictures, model.zero_net(self.config), self.batches.shown()[:1])
 
     def try_loss(self):
         """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
         loss = self.players[0].loss
         for step in range(max(1, 8 * self.config.chosen.levels)):
             with machine.autocast(self.device, self.precision):
-                loss(self.net, self.batch(step)).mean().backward()
-
-    def announce(self):
-        c, n = self.config, self.images
-        millions = [f"{sum(p.numel() for p in each.module.parameters()) / 1e6:.3g}M" for each in self.players]
-        print(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
-              f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
-        gpus = f" x {self.world}" if self.world > 1 else ""
-        print(f"{' + '.join(millions)} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
-        what = f"overfitting one batch of {c.batch_size}" if c.overfit else f"training on batches of {c.batch_size}"
-        print(f"{what}, steps {self.step:,} to {c.steps:,}, in {self.folder.path}")
+                loss(self.net, self.batches(step)[0]).mean().backward()
 
     # ------------------------------------------------------------------------------------------------------ training
-
-    def batch(self, step: int) -> Batch:
-        """This process's share of the step's batch, in one piece."""
-        return self.pieces(step, self.config.batch_size)[0]
-
-    def pieces(self, step: int, size: int) -> list[Batch]:
-        """This process's share of the step's batch, damaged, in pieces of at most `size`; made of (seed, step)."""
-        share = self.feed(step)
-        return [self.piece(step, start, *(None if x is None else x[start:start + size] for x in share))
-                for start in range(0, len(share[0]), size)]
-
-    def piece(self, step: int, start: int, z1: Tensor, y: Tensor | None, zlo: Tensor | None) -> Batch:
-        """`start`: the number of its first image in this process's share."""
-        c = self.config
-        rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
-        draws = Draws(machine.stream(self.device, "train", c.seed, step), machine.stream("cpu", "host", c.seed, step),
-                      rows, c.batch_size)
-        if c.flip and not c.overfit:
-            flip = draws.rand(z1, 1, 1, 1) < 0.5
-            z1 = torch.where(flip, z1.flip(3), z1)
-            zlo = None if zlo is None else torch.where(flip, zlo.flip(3), zlo)
-        if not self.num_classes:
-            y = None
-        elif c.dropped:
-            y = torch.where(draws.rand(z1) < c.dropped, self.num_classes, y)
-        return c.damaged(z1, y, zlo, draws)
 
     def train_step(self):
         """One step of every player. Its losses stay on the device."""
         c, losses, skips = self.config, [], []
-        pieces = self.pieces(self.step, c.micro_batch or c.batch_size)
+        pieces = self.batches(self.step)
         machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
         for player in self.players:
@@ -442,25 +397,9 @@ class Trainer:
             machine.print0(f"step {self.step:,}: {line}")
         if in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(f"the last {in_a_row} gradients were not finite and their steps were skipped: "
-                                     f"{self.advice()}")
-
-    def advice(self) -> str:
-        """What to do about a run that diverges."""
-        lower = f"lower base_lr ({self.config.base_lr})"
-        if not self.folder.path or not run_folder.has_checkpoint(self.folder.path):
-            return f"{lower} and start again"
-        return f"go on from the last good checkpoint, {self.folder.command}, and {lower} or add --precision fp32"
+                                     f"{self.folder.advice(self.config.base_lr)}")
 
     # ------------------------------------------------------------------------------------------------------ pictures
-
-    def held_out(self) -> Batch:
-        """What samplings show: the overfitted batch, or test images; always the same ones, damaged the same way."""
-        c, images = self.config, self.images
-        split, size = ("train", c.batch_size) if c.overfit else ("test", c.sample_count)
-        index = data.batch_indices(len(getattr(images, split)), size, c.seed, 0)[:c.sample_count]
-        z1, y, zlo = images.batch(index, self.device, split)
-        machine.reseed("show", c.seed)
-        return c.damaged(z1, y if self.num_classes else None, zlo)
 
     @torch.no_grad()
     def show(self) -> float:
@@ -469,13 +408,13 @@ class Trainer:
         Returns the seconds that it all took. The first process makes them, the others wait in their next step.
         """
         began = time.perf_counter()
-        if self.rank:
-            self.sampled = self.step
-            return 0.0
         try:
-            with self.signals.interruption(), machine.autocast(self.device, self.precision):
-                batch = self.held_out()
-                numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
+            if self.rank == 0:
+                with self.signals.interruption(), machine.autocast(self.device, self.precision):
+                    batch = self.batches.shown()
+                    numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
+                self.folder.log(self.step, pictures, **numbers)
+                self.folder.tell_pictures(self.step, len(batch.zlo), **numbers)
         except ode_int.SolverError as failure:
             output.warn(f"no samples at step {self.step:,}: {failure}")
         except (MemoryError, RuntimeError) as failure:
@@ -485,13 +424,6 @@ class Trainer:
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
             return time.perf_counter() - began
-        else:
-            self.folder.log(self.step, pictures, **numbers)
-            decibels = ""
-            if "psnr" in numbers:
-                decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), "
-            tqdm.write(f"step {self.step:,}: {decibels}{numbers['nfe']:.0f} NFE, {numbers['seconds']:.1f} s for "
-                       f"{len(batch.zlo)} images, {self.folder.path / 'samples' / f'step_{self.step:06d}.png'}")
         self.sampled = self.step
         return time.perf_counter() - began
 
@@ -510,7 +442,8 @@ class Trainer:
                 optimizers=[player.optimizer.state_dict() for player in self.players], **self.health.state())
             if why := self.health.unfit(state):
                 if not self.folder.refused:
-                    output.warn(f"step {self.step:,} is not saved: {why}; {self.advice()}")
+                    advice = self.folder.advice(self.config.base_lr)
+                    output.warn(f"step {self.step:,} is not saved: {why}; {advice}")
                 self.folder.refused = True
                 return
             self.folder.save(state, self.config.keeps_at(self.step))
@@ -548,21 +481,8 @@ def main(arguments: list[str] | None = None) -> int:
         trainer = Trainer(config, folder)
         folder = trainer.folder
         stopped = trainer.run()
-    except SettingsError as failure:
-        print(f"trainer.py: {failure}", file=sys.stderr)
-        return 2
-    except FloatingPointError as failure:
-        machine.print0(f"trainer.py: {failure}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as failure:
-        if machine.is_out_of_memory(failure):
-            why = "out of memory; lower batch_size, sample_count or unet_channels"
-        elif machine.lost_another(failure):
-            why = f"another process has ended, and so does this one ({one_line(failure)[:100]})"
-        else:
-            raise
-        print(f"trainer.py: {why}", file=sys.stderr)
-        return 1
+    except (ValueError, ArithmeticError, MemoryError, RuntimeError) as failure:
+        return machine.failed("trainer.py", failure, "lower batch_size, sample_count or unet_channels")
     except KeyboardInterrupt:
         number = trainer.signals.number if trainer else 0
         return 128 + (number or signal.SIGINT)

@@ -25,9 +25,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.timing import describe, machine, markdown, save, synchronize
-from images import SettingsError, data
-from support.command_line import parse
+from benchmarks.common import command, markdown, synchronize
+from images import data
+from support import bounds
+from support.bounds import Count, Positive
 from support.machine import pick_device
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -37,24 +38,19 @@ PROCESSES = multiprocessing.get_context("spawn")
 class Options:
     """What to measure. Times are wall-clock seconds."""
 
-    images: int = 100_000  # JPEG files
-    side: int = 256  # of the images in a batch, pixels
+    images: Count = 100_000  # JPEG files
+    side: Count = 256  # of the images in a batch, pixels
     crop: Literal["center", "random"] = "center"  # as trainer.py's; random: the files' sides are 1 to 2 times as long
-    batch_size: int = 256  # images
-    seconds: float = 10.0  # that a row of batches takes at most
+    batch_size: Count = 256  # images
+    seconds: Positive = 10.0  # that a row of batches takes at most
     device: str = "auto"  # where the batches go. auto: cuda if there is one; or cuda, cuda:1, cpu
     folder: str | None = None  # an existing one, with room for it all; None: where the system keeps temporary files
     out: str | None = None  # the JSON file; None: in runs/, named by the time
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        for name in ("images", "side", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} = {getattr(self, name)}: allowed is 1 or more")
-        if not self.seconds > 0:
-            raise SettingsError(f"seconds = {self.seconds}: allowed is a number above 0")
-        if self.folder is not None and not os.path.isdir(self.folder):
-            raise SettingsError(f"folder = {self.folder}: allowed is an existing folder")
+        bounds.check(self)
+        bounds.require(self, "folder", self.folder is None or os.path.isdir(self.folder), "an existing folder")
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures
@@ -149,13 +145,23 @@ def memory() -> dict:
     return result
 
 
-def fresh(function, *args) -> dict:
+def fresh(function, *args):
     """function(*args) in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
         return pool.submit(function, *args).result()
 
 
-def measure(o: Options, root: Path, report: dict):
+def measure(o: Options, report: dict):
+    o, report["options"] = replace(o, device=str(pick_device(o.device))), asdict(o)
+    root = Path(tempfile.mkdtemp(prefix="packs-", dir=o.folder)).resolve()
+    try:
+        measure_all(o, root, report)
+    finally:
+        shutil.rmtree(root)
+    print(show(report))
+
+
+def measure_all(o: Options, root: Path, report: dict):
     drawn = time.perf_counter()
     draw_all(root / "files", o)
     report["drawing_seconds"] = time.perf_counter() - drawn
@@ -191,26 +197,7 @@ def show(report: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
-    started = time.time()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        o = parse(Options, arguments, __doc__)
-        o.check()
-        device = pick_device(o.device)
-        report = dict(command=" ".join(["python benchmarks/data.py", *arguments]), machine=machine(device),
-                      options=asdict(o))
-        print(describe(report))
-        root = Path(tempfile.mkdtemp(prefix="packs-", dir=o.folder)).resolve()
-        try:
-            measure(replace(o, device=str(device)), root, report)
-        finally:
-            shutil.rmtree(root)
-    except SettingsError as failure:
-        print(f"data.py: {failure}", file=sys.stderr)
-        return 2
-    print(show(report))
-    print(f"written to {save(report, o.out, 'data', started)}")
-    return 0
+    return command("data", Options, measure, __doc__, arguments)
 
 
 if __name__ == "__main__":

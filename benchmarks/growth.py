@@ -1,57 +1,115 @@
-"""How batch, image side and network width change a training step's time and memory, one at a time.
+"""The training step by size: its time, its arithmetic, and the memory that it needs.
 
-    python benchmarks/growth.py                                     the preset that trainer.py takes here
+    python benchmarks/growth.py                    batch, image side and network width, one at a time
     python benchmarks/growth.py --preset cifar10-sr --widths 64 128
+    python benchmarks/growth.py --presets          memory of every preset, of those too large for here too
 
-Prints a Markdown table, with the power laws that fit it best, and writes JSON. benchmarks/README.md explains the
-columns.
+Memory is counted, not measured: the step runs on tensors without content (FakeTensorMode), and torch's MemTracker
+follows what is alive. A device's allocator and libraries come on top. Prints a Markdown table, with the power laws that
+fit it best, and writes JSON. benchmarks/README.md explains the columns.
 """
 import math
 import statistics
 import sys
-import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks.step import eager, in_process, variants
-from benchmarks.timing import Common, cells, describe, machine, markdown, save, size
-from images import SettingsError
-from support.command_line import parse
+from benchmarks.common import Common, cells, command, failed, in_turns, markdown, rows, timer
+from benchmarks.step import flops_per_image, make_step, one_batch, unet, variants
+from images.corruptions import task_names
+from support.bounds import Count
+from support.machine import set_up
+from support.settings import PRESETS
 from trainer import Config
+
+FIXED = 20  # bytes per parameter: weight, gradient, AdamW's two moments, and the average, float32 each
 
 
 @dataclass
 class Options(Common):
     """What to measure. Times are wall-clock seconds."""
 
-    batch_sizes: tuple[int, ...] | None = None  # images a step; None: a quarter of the preset's to four times it
-    image_sizes: tuple[int, ...] = (32, 64, 128)  # sides, pixels
-    widths: tuple[int, ...] | None = None  # channels of the network's first level; None: half the preset's to twice it
+    # images per step; None: a quarter of the preset's to four times it
+    batch_sizes: tuple[Count, ...] | None = None
+    image_sizes: tuple[Count, ...] = (32, 64, 128)  # sides, pixels
+    # channels of the network's first level; None: half the preset's to twice it
+    widths: tuple[Count, ...] | None = None
+    presets: bool = False  # memory of each preset in place of all that
 
 
-def measure_growth(o: Options, config: Config, device: torch.device, report: dict):
-    """A fresh process for each batch, side and width: memory is measured as if nothing else had run."""
+def count_memory(config: Config) -> dict:
+    """Bytes of weights and optimizer; the most of activations and temporaries alive at any moment of a step, without
+    and with activation checkpointing."""
+    parameters, activations = alive(config)
+    _, fewer = alive(replace(config, unet_checkpointing=True))
+    return dict(parameters=parameters, fixed=FIXED * parameters, activations=activations, with_checkpointing=fewer)
+
+
+def alive(config: Config) -> tuple[int, int]:
+    """Parameters of the network, and what its step has alive at most besides them and their gradients, bytes."""
+    c, paired = config, "paired" in task_names(config.task)
+    with torch.no_grad():  # methods make their tables once: now, of real numbers
+        few = torch.zeros(1, c.channels, c.image_size, c.image_size)
+        c.chosen.loss(lambda x, *_: torch.zeros_like(x), c.damaged(few, None, few if paired else None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net, z1 = unet(c), torch.randn(c.batch_size, *few.shape[1:])
+        y = torch.zeros(c.batch_size, dtype=torch.long) if c.unet_use_classes else None
+        batch = c.damaged(z1, y, z1 if paired else None)
+        tracker = MemTracker()
+        tracker.track_external(net)
+        with tracker:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = c.chosen.loss(net, batch).mean()
+            loss.backward()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        held = sum(size for kind, size in peak.items() if getattr(kind, "name", "") in ("PARAM", "GRAD", "BUFFER"))
+        return sum(p.numel() for p in net.parameters()), peak["Total"] - held
+
+
+def measure(o: Options, report: dict):
+    warnings.simplefilter("ignore")
+    if o.presets:
+        kinds = {name: Config(**preset) for name, preset in PRESETS.items()}
+        report["presets"] = {name: dict(batch_size=c.batch_size, image_size=c.image_size) | count_memory(c)
+                             for name, c in kinds.items() if not c.chosen.levels}
+        table = [[name, f"{row['parameters'] / 1e6:.1f}M", row["batch_size"], row["image_size"], *memory_cells(row)]
+                 for name, row in report["presets"].items()]
+        print(markdown("Memory of a training step.", ["preset", "parameters", "batch", "side", *MEMORY], table))
+        return
+    config, device = o.config()
+    set_up(device)
     batch, width = config.batch_size, config.unet_channels
-    batches, widths = o.batch_sizes, o.widths
-    if batches is None:
-        batches = sorted({max(1, batch // 4), max(1, batch // 2), batch, 2 * batch, 4 * batch})
-    if widths is None:
-        widths = sorted({max(8, width // 2), width, 2 * width})
-    variant = eager(variants(device, compiled=False))
-    report["variant"], report["grow"] = variant.name, []
-    for field, numbers in dict(batch_size=batches, image_size=o.image_sizes, unet_channels=widths).items():
+    batches = o.batch_sizes or sorted({max(1, batch // 4), max(1, batch // 2), batch, 2 * batch, 4 * batch})
+    widths = o.widths or sorted({max(8, width // 2), width, 2 * width})
+    sizes = dict(batch_size=batches, image_size=o.image_sizes, unet_channels=widths)
+    report |= dict(config=asdict(config), rows=[])
+    for field, numbers in sizes.items():
         for number in numbers:
-            sized = replace(config, **{field: number})
-            sizes = dict(batch_size=sized.batch_size, image_size=sized.image_size, unet_channels=sized.unet_channels)
-            row = dict(varies=field) | sizes | in_process(sized, variant, o.repeats, o.seconds)
-            if "turns" in row:
-                row["seconds"] = statistics.median(row["turns"])
-                row["images_per_second"] = sized.batch_size / row["seconds"]
-            report["grow"].append(row)
+            c = replace(config, **{field: number})
+            row = dict(varies=field, batch_size=c.batch_size, image_size=c.image_size, unet_channels=c.unet_channels)
+            row |= dict(flops=flops_per_image(c, device)) | count_memory(c)
+            try:
+                work = dict(step=timer(make_step(c, variants(device)[-1], one_batch(c, device))))
+                row |= rows(in_turns(work, o.repeats, o.seconds), None, c.batch_size)[0]
+            except Exception as failure:
+                row["error"] = failed(failure)
+            report["rows"].append(row)
+    print(show(report))
+
+
+MEMORY = ("weights, optimizer, GiB", "activations, GiB", "in all, GiB", "with checkpointing, GiB")
+
+
+def memory_cells(row: dict) -> list[str]:
+    fixed, activations, fewer = row["fixed"], row["activations"], row["with_checkpointing"]
+    return [f"{size / 2**30:.2f}" for size in (fixed, activations, fixed + activations, fixed + fewer)]
 
 
 def exponent(x: list[float], y: list[float]) -> float:
@@ -59,49 +117,26 @@ def exponent(x: list[float], y: list[float]) -> float:
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
-def show_growth(report: dict) -> str:
+def show(report: dict) -> str:
     table, laws = [], []
-    for row in report["grow"]:
-        milliseconds, images_per_second, _ = cells(row)
-        gflop = tflops = ""
-        if "turns" in row:
-            gflop = f"{row['flop_an_image'] / 1e9:.3g}"
-            tflops = f"{row['flop_an_image'] * row['images_per_second'] / 1e12:.3g}"
-        sizes = [row[field] for field in ("batch_size", "image_size", "unet_channels")]
-        table.append([*sizes, milliseconds, images_per_second, gflop, tflops, size(row.get("peak_bytes"))])
-    for field in dict.fromkeys(row["varies"] for row in report["grow"]):
-        some = [row for row in report["grow"] if row["varies"] == field and "turns" in row]
+    for row in report["rows"]:
+        tflops = f"{row['flops'] * row['images_per_second'] / 1e12:.3g}" if "seconds" in row else ""
+        table.append([row["batch_size"], row["image_size"], row["unet_channels"], *cells(row)[:2],
+                      f"{row['flops'] / 1e9:.3g}", tflops, *memory_cells(row)])
+    for field in ("batch_size", "image_size", "unet_channels"):
+        some = [row for row in report["rows"] if row["varies"] == field and "seconds" in row]
         x = [row[field] for row in some]
         if len(set(x)) > 1:
             time = exponent(x, [row["seconds"] for row in some])
-            arithmetic = exponent(x, [row["flop_an_image"] * row["batch_size"] for row in some])
+            arithmetic = exponent(x, [row["flops"] * row["batch_size"] for row in some])
             laws.append(f"A step's time grows as {field}^{time:.2f}, its arithmetic as {field}^{arithmetic:.2f}.")
-            if field == "batch_size" and all(row["peak_bytes"] for row in some):
-                memory = statistics.linear_regression(x, [row["peak_bytes"] for row in some])
-                laws.append(f"Memory: {size(memory.intercept)} + {memory.slope / 2**20:.3g} MiB an image.")
-    head = ["batch", "side", "width", "ms a step (min-max)", "images/s", "GFLOP an image", "TFLOP/s", "peak memory"]
-    return markdown(f"Growth of the training step, {report['variant']}.", head, table) + "\n" + "\n".join(laws) + "\n"
+    head = ["batch", "side", "width", "ms (min-max)", "images/s", "GFLOP per image", "TFLOP/s", *MEMORY]
+    return markdown("Growth of the training step.", head, table) + "\n" + "\n".join(laws)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
-    started = time.time()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        o = parse(Options, arguments, __doc__)
-        config, device = o.config()
-        if o.quick:
-            o = replace(o, repeats=2, seconds=0.01)
-    except SettingsError as failure:
-        print(f"growth.py: {failure}", file=sys.stderr)
-        return 2
-    command = " ".join(["python benchmarks/growth.py", *arguments])
-    report = dict(command=command, machine=machine(device), config=asdict(config))
-    print(describe(report))
-    measure_growth(o, config, device, report)
-    print(show_growth(report))
-    print(f"written to {save(report, o.out, 'growth', started)}")
-    return 0
+    return command("growth", Options, measure, __doc__, arguments)
 
 
 if __name__ == "__main__":

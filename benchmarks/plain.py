@@ -1,6 +1,4 @@
 """The plain recipe: what one writes first, which everything is compared with."""
-import time
-
 import torch
 import torchdiffeq
 from PIL import Image
@@ -8,7 +6,6 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms.functional import to_tensor
 
 from benchmarks.step import unet
-from benchmarks.timing import synchronize
 from images import data
 from images.corruptions import Batch
 from support.machine import reseed
@@ -42,35 +39,22 @@ class PlainLoop:
         pairs = PlainPairs(images, config)
         endless = RandomSampler(pairs, replacement=True, num_samples=2**40)
         pinned = device.type == "cuda"
-        self.loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=pinned)
-        self.batches = None
-        self.ahead = workers * self.loader.prefetch_factor  # batches that are ready soon after the workers start
+        loader = DataLoader(pairs, config.batch_size, sampler=endless, num_workers=workers, pin_memory=pinned)
+        self.batches, self.ahead = iter(loader), workers * loader.prefetch_factor
         reseed("weights", config.seed)
         self.net = unet(config).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), config.base_lr, weight_decay=0.0)
 
-    def run(self, n: int, train: bool) -> float:
-        """Seconds of n batches, or steps, once the head start of the workers is used up.
+    def batch(self) -> list[torch.Tensor]:
+        return [x.to(self.device, non_blocking=True) for x in next(self.batches)]
 
-        The workers stay for the next call: a step after a fork would be slow, for it writes to pages that it shares
-        with them.
-        """
-        self.batches = self.batches or iter(self.loader)
+    def use_up(self):
+        """Takes the batches that the workers have made while nothing was asked of them."""
         for _ in range(1 + self.ahead):
-            self.take(train=False)
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(n):
-            self.take(train)
-        synchronize(self.device)
-        return time.perf_counter() - start
+            self.batch()
 
-    def take(self, train: bool):
-        z1, zlo, y = (x.to(self.device, non_blocking=True) for x in next(self.batches))
-        if train:
-            self.step(z1, zlo, y)
-
-    def step(self, z1, zlo, y):
+    def step(self):
+        z1, zlo, y = self.batch()
         c, one = self.config, torch.ones_like(z1[:, :1])
         batch = Batch(z1, zlo, one, 0 * one, zlo if c.condition else None, y if c.unet_use_classes else None)
         self.optimizer.zero_grad()

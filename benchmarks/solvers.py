@@ -8,7 +8,6 @@ makes of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler ste
 best there. FD is evaluation/judge.py's Frechet distance to held-out images. Prints a Markdown table and writes JSON.
 """
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,13 +20,14 @@ import tyro
 from torch import Tensor
 
 import ode_int
-from benchmarks.speed import trained
-from benchmarks.timing import describe, machine, markdown, save
+from benchmarks.common import command, markdown
 from evaluation.judge import Judge
 from images import SettingsError
-from support.command_line import parse
+from support import bounds
+from support.bounds import Count, Positive
+from support.checkpoints import open_run
 from support.machine import bf16_helps, pick_device, set_up
-from support.model import run_sampler
+from support.model import load_network, run_sampler
 from trainer import Config
 from unet import Counted, Guided
 
@@ -38,12 +38,12 @@ class Options:
 
     run: tyro.conf.Positional[str]  # a run's folder, or a checkpoint; its method has an ODE
     solvers: tuple[Literal["euler", "midpoint", "heun", "rk4"], ...] = tuple(ode_int.FIXED_STEP)  # with each of `steps`
-    steps: tuple[int, ...] = (2, 3, 4, 5, 7, 10, 15, 20)  # of those
-    tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4)  # of dopri5, absolute and relative, beside the reference at 1e-5
+    steps: tuple[Count, ...] = (2, 3, 4, 5, 7, 10, 15, 20)  # of those
+    tolerances: tuple[Positive, ...] = (1e-2, 1e-3, 1e-4)  # of dopri5, beside the reference at 1e-5
     # of the fixed steps; None: bf16 where the chip computes in it
     precisions: tuple[Literal["bf16", "fp32"], ...] | None = None
-    count: int = 500  # images
-    batch_size: int = 100  # images at a time; dopri5's steps depend on it a little
+    count: Count = 500  # images
+    batch_size: Count = 100  # images at a time; dopri5's steps depend on it a little
     frechet: bool = True  # also the Frechet distance, by a classifier that is trained once, some minutes on a CPU
     dataset: str | None = None  # folder of the data, if it moved; None: the run's
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
@@ -51,16 +51,10 @@ class Options:
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        for name in ("count", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} = {getattr(self, name)}: allowed is 1 or more")
-        if not all(n >= 1 for n in self.steps):
-            raise SettingsError(f"steps = {self.steps}: allowed are numbers from 1")
-        if not all(x > 0 for x in self.tolerances):
-            raise SettingsError(f"tolerances = {self.tolerances}: allowed are numbers above 0")
+        bounds.check(self)
 
 
-def levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
+def rms_in_levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
     """RMS of x - reference (B, C, H, W), both clamped, in levels of 255: of all pixels, of the worst image's."""
     error = (x.clamp(-1, 1) - reference.clamp(-1, 1)).mul(127.5).square().flatten(1).mean(1)
     return error.mean().sqrt().item(), error.max().sqrt().item()
@@ -80,7 +74,7 @@ def candidates(o: Options, config: Config, device: torch.device) -> list[tuple[s
     return result
 
 
-def measure(o: Options, config: Config, net, judge, device: torch.device) -> list[dict]:
+def measure_all(o: Options, config: Config, net, judge, device: torch.device) -> list[dict]:
     """A row a candidate: NFE, distance, Frechet distance, seconds."""
     table, reference = [], None
     for name, setting, precision in candidates(o, config, device):
@@ -101,7 +95,7 @@ def measure(o: Options, config: Config, net, judge, device: torch.device) -> lis
             continue
         x = torch.cat(samples)
         reference = x if reference is None else reference
-        rms, worst = levels(x, reference)
+        rms, worst = rms_in_levels(x, reference)
         nfe, seconds = counted.rows / len(x), scores["seconds"]
         table.append(row | dict(nfe=nfe, rms=rms, rms_worst=worst, frechet=scores.get("frechet"), seconds=seconds))
         print(f"{name}, {precision}: {nfe:.0f} NFE, RMS {rms:.3f} levels", file=sys.stderr)
@@ -118,53 +112,43 @@ def cheapest(table: list[dict], rms: float = 1.0, share: float = 0.02) -> dict |
 
 
 def show(report: dict) -> str:
-    cells = []
+    table = []
     for row in report["table"]:
         numbers = [row.get("error", ""), "", "", "", ""]
         if "rms" in row:
             numbers = [f"{row['nfe']:.0f}", f"{row['rms']:.3f}", f"{row['rms_worst']:.3f}", f"{row['seconds']:.3g}",
                        "" if row["frechet"] is None else f"{row['frechet']:.3f}"]
-        cells.append([row["name"], row["precision"], *numbers])
-    head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s an image", "FD"]
+        table.append([row["name"], row["precision"], *numbers])
+    head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s per image", "FD"]
     best, first = cheapest(report["table"]), report["table"][0]
     within = "one level" if first["frechet"] is None else "one level and 2% of FD"
     choice = (f"Fewest evaluations within {within}: {best['name']}, {best['precision']}: {best['nfe']:.0f} NFE "
               f"instead of {first['nfe']:.0f}.")
     missing = f"\nNo FD: {report['no_frechet']}." if report["no_frechet"] else ""
-    return markdown(f"{report['count']} held-out images, {report['run']}.", head, cells) + f"\n{choice}{missing}\n"
+    return markdown(f"{report['count']} held-out images, {report['run']}.", head, table) + f"\n{choice}{missing}\n"
+
+
+def measure(o: Options, report: dict):
+    device = pick_device(o.device)
+    set_up(device)
+    run = open_run(o.run, Config)
+    net, config = load_network(run).to(device), replace(run.config, dataset=o.dataset or run.config.dataset)
+    if not config.chosen.has_ode:
+        raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, and {config.method} has "
+                            "none")
+    judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
+    try:
+        table = measure_all(o, config, net, judge, device)
+    except ode_int.SolverError as failure:
+        raise SettingsError(f"run = {o.run!r}: dopri5 fails at 1e-5 ({failure})") from None
+    report |= dict(run=o.run, config=asdict(config), count=judge.count, table=table,
+                   no_frechet=judge.why.get("frechet") if o.frechet else "switched off")
+    print(show(report))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 dopri5 failed at 1e-5, 2 bad input."""
-    started = time.time()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        o = parse(Options, arguments, __doc__)
-        o.check()
-        device = pick_device(o.device)
-        set_up(device)
-        config, net = trained(o.run, device)
-        config = replace(config, dataset=o.dataset or config.dataset)
-        if not config.chosen.has_ode:
-            raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, and {config.method} "
-                                "has none")
-        about = machine(device)
-        judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
-        table = measure(o, config, net, judge, device)
-    except SettingsError as failure:
-        print(f"solvers.py: {failure}", file=sys.stderr)
-        return 2
-    except ode_int.SolverError as failure:
-        print(f"solvers.py: {failure}", file=sys.stderr)
-        return 1
-    no_frechet = judge.why.get("frechet") if o.frechet else "switched off"
-    report = dict(command=" ".join(["python benchmarks/solvers.py", *arguments]), machine=about, run=o.run,
-                  config=asdict(config), count=judge.count, table=table, no_frechet=no_frechet)
-    path = save(report, o.out, "solvers", started)
-    print(describe(report))
-    print(show(report))
-    print(f"written to {path}")
-    return 0
+    """Exit status: 0 done, 2 bad input."""
+    return command("solvers", Options, measure, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from images import SettingsError
+from images.chain import chain
 from images.jpeg import jpeg, nearest_level
 from support import bounds
 from support.bounds import above, ascending, between, length, odd, one_of
@@ -39,6 +40,8 @@ TASKS = {
     "blur": Task(("kernel", "width", "sigma")),
     "noise": Task(("std",), repeatable=False),
     "jpeg": Task(("quality",), block=16),
+    "chain": Task(("chain_blur", "chain_factors", "chain_noise", "chain_quality", "chain_skips", "chain_twice",
+                   "chain_untouched"), repeatable=False, block=16),
     "generate": Task(leaves_unknown=True),
     "paired": Task(repeatable=False, smaller_by="pairs"),
 }
@@ -141,6 +144,23 @@ class Damage:
     std: Annotated[float | tuple[float, float], above(0, 255), ascending()] = 15.0
     # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
     quality: Annotated[int | tuple[int, int], between(1, 100), ascending()] = 10
+    # chain: standard deviations of the gaussian blur along its two axes, pixels, between these two; half of the images
+    # draw one for both axes
+    chain_blur: Annotated[tuple[float, float], between(0, 100), ascending()] = (0.0, 2.5)
+    # chain: how many times smaller each side gets, before noise and JPEG, by any of four filters, each image by one of
+    # these factors; the bicubic filter enlarges it again
+    chain_factors: Annotated[tuple[int, ...], between(2, 16), length(1)] = (2, 3, 4)
+    # chain: standard deviation of the noise in levels of 255, between these two; half of the images have Poisson's,
+    # which is as strong where the image is mid-grey, and half of them grey noise
+    chain_noise: Annotated[tuple[float, float], between(0, 255), ascending()] = (0.0, 15.0)
+    # chain: JPEG quality, between these two; half of the images have 4:4:4 colour, the others 4:2:0
+    chain_quality: Annotated[tuple[int, int], between(1, 100), ascending()] = (30, 98)
+    # chain: shares of the images that skip blur, reduction, noise and JPEG, in this order
+    chain_skips: Annotated[tuple[float, float, float, float], between(0, 1)] = (0.4, 0.3, 0.4, 0.2)
+    # chain: share of the JPEGs that were another JPEG before, whose blocks lay elsewhere
+    chain_twice: Annotated[float, between(0, 1)] = 0.25
+    # chain: share of the images to which nothing happens
+    chain_untouched: Annotated[float, between(0, 1)] = 0.1
 
     def __post_init__(self):
         """Raises SettingsError, one line, for a field of another type or out of its bounds."""
@@ -193,6 +213,8 @@ class Damage:
         elif name == "jpeg":
             low, high = as_tuple(self.quality)[0], as_tuple(self.quality)[-1]
             levels = jpeg(levels, low if low == high else draws.randint(low, high + 1, levels))
+        elif name == "chain":
+            levels = chain(levels, self, draws)
         else:
             raise NotImplementedError(f"task {name!r} has no branch in Damage._apply")
         return from_levels(levels), one, 0 * one

@@ -48,10 +48,17 @@ def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     return nearest_level(x.transpose(3, 4).flatten(4, 5).flatten(2, 3) + 128)[..., :height, :width]
 
 
-def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
-    height, width = plane.shape[2:]
-    x = nearest_level(plane - 1e-3)  # halves downwards, here only
+def _colour(plane: Tensor, dct: Tensor, step: Tensor, halved: Tensor | None) -> Tensor:
+    """Cb or Cr (B, 1, H, W) coded -> offsets from 128, of the same shape. For `halved` see `jpeg`."""
+    plane = nearest_level(plane - 1e-3)  # halves downwards, here only
+    if halved is None:
+        return _halved_colour(plane, dct, step)
+    return torch.where(halved, _halved_colour(plane, dct, step), _code(plane, dct, step) - 128)
+
+
+def _halved_colour(x: Tensor, dct: Tensor, step: Tensor) -> Tensor:
+    """Whole levels of Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
+    height, width = x.shape[2:]
     # libjpeg repeats the last column until the halved rows fill their blocks, but the last row only until it has a
     # partner: `_code` repeats the halved row
     x = F.pad(x, (0, -width % 16, 0, height % 2), mode="replicate")
@@ -64,11 +71,12 @@ def _colour(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
     return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
 
 
-def jpeg(levels: Tensor, quality: int | Tensor) -> Tensor:
+def jpeg(levels: Tensor, quality: int | Tensor, halved: Tensor | None = None) -> Tensor:
     """Levels (B, 1 or 3, H, W) -> the levels after a JPEG file of that quality, one for all images or (B,).
 
-    Colour is halved (4:2:0). Against what PIL (libjpeg) reads back from its own file, 1 to 6% of the values differ, by
-    at most 35 levels: those that a tie in rounding puts on the other side.
+    Colour is halved (4:2:0) in images where `halved` (B, 1, 1, 1) is True, or in all of them; else it is not (4:4:4).
+    Against what PIL (libjpeg) reads back from its own file, 1 to 6% of the values differ, by at most 35 levels: those
+    that a tie in rounding puts on the other side.
     """
     # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
     dct, luma, chroma = tables(levels.device)
@@ -79,8 +87,8 @@ def jpeg(levels: Tensor, quality: int | Tensor) -> Tensor:
         raise SettingsError(f"task = 'jpeg': needs images of 1 or 3 channels, not {levels.shape[1]}")
     r, g, b = levels.split(1, 1)
     y = _code(nearest_level(0.299 * r + 0.587 * g + 0.114 * b), dct, luma)
-    cb = _colour(-0.168736 * r - 0.331264 * g + 0.5 * b + 128, dct, chroma)
-    cr = _colour(0.5 * r - 0.418688 * g - 0.081312 * b + 128, dct, chroma)
+    cb = _colour(-0.168736 * r - 0.331264 * g + 0.5 * b + 128, dct, chroma, halved)
+    cr = _colour(0.5 * r - 0.418688 * g - 0.081312 * b + 128, dct, chroma, halved)
     return nearest_level(torch.cat((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), 1))
 
 

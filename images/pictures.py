@@ -79,3 +79,12 @@ def strip(trace: list, frames: int = 9) -> np.ndarray:
     columns = [grid(torch.stack([state, clean], 1).flatten(0, 1), columns=1) for _, state, clean in chosen]
     rows = row_titles(["state", "clean estimate"] * len(chosen[0][1]), len(columns[0]))
     return titled(["", *(f"t = {t:.2f}" for t, _, _ in chosen)], [rows, *columns])
+
+
+def deviation(draws: Tensor) -> Tensor:
+    """Restorations of one image (n, ..., C, H, W) -> (..., 1, H, W), their standard deviation over the draws.
+
+    The root of the channels' mean variance; 0 of a single draw.
+    """
+    n = len(draws)
+    return draws.var(0, correction=1 if n > 1 else 0).mean(-3, keepdim=True).sqrt()

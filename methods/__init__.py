@@ -24,6 +24,9 @@ class Method:
     has_ode = False  # whether `velocity` gives one
     no_ode = "has no ODE"  # what the error message says where it gives none
     upscale = 1  # sides of the network's output in units of its input's
+    # names of the fields that the network's training does not depend on, so that they may be changed when sampling
+    free_at_sampling = ()
+    not_in_ode = ()  # those of them that only the method's own sampler reads, not `velocity`
     levels = 0  # how often the method halves an image's sides
 
     def __post_init__(self):

@@ -51,6 +51,9 @@ class EDM(Method):
     S_noise: Annotated[float, between(0, 10**6)] = 1.0
 
     has_ode = True
+    # the network is told sigma, and training draws it by P_mean and P_std: where the sampler goes is its own affair
+    not_in_ode = ("rho", "sampler", "S_churn", "S_min", "S_max", "S_noise")
+    free_at_sampling = ("sigma_min", "sigma_max", *not_in_ode)
 
     def __post_init__(self):
         super().__post_init__()

@@ -36,6 +36,8 @@ class I2SB(Method):
     ot_ode: bool = False  # limit without noise: straight lines, a deterministic sampler
     clip_denoise: bool = False  # clamping of the sampler's clean estimates to [-1, 1]
 
+    # all others are of the marginals q(zt | z1, damaged) trained on: ot_ode too, which takes the noise out of them
+    free_at_sampling = ("clip_denoise",)
     no_ode = "has an ODE with --i2sb.ot-ode only"
 
     @property

@@ -55,6 +55,8 @@ class Interpolant(Method):
                                 "damaged image (--no-condition), unless interpolant.coupling = 'independent'")
 
     has_ode = True
+    # one v gives the score, and with it any eps; path, coupling and sigma are of the marginals that v is trained on
+    free_at_sampling = not_in_ode = ("eps0",)
 
     @property
     def solver(self) -> str:

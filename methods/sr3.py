@@ -47,6 +47,8 @@ class SR3(Method):
     clamp: bool = True
 
     has_ode = True
+    # the network is told gamma, not the step: any schedule will do whose gammas are within those trained on
+    free_at_sampling = ("T", "schedule", "beta_start", "beta_end", "warmup", "clamp")
 
     def __post_init__(self):
         super().__post_init__()

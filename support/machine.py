@@ -7,6 +7,7 @@ import platform
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -274,6 +275,26 @@ def lost_another(failure: BaseException) -> bool:
     """Whether an exception says that another process is gone, as what torch raises from within a backward pass."""
     words = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(failure, ProcessLost) or processes()[1] > 1 and any(word in str(failure) for word in words)
+
+
+def failed(command: str, failure: Exception, memory_advice: str) -> int:
+    """Tells of a failure in one line -> the command's exit status: 2 bad input, 1 it broke off.
+
+    Raises the failure again where it is a fault of the program.
+    """
+    if is_out_of_memory(failure):
+        print(f"{command}: out of memory; {memory_advice}", file=sys.stderr)
+    elif lost_another(failure):
+        why = one_line(failure)[:100]
+        print(f"{command}: another process has ended, and so does this one ({why})", file=sys.stderr)
+    elif isinstance(failure, FloatingPointError):
+        print0(f"{command}: {failure}", file=sys.stderr)
+    elif isinstance(failure, SettingsError):
+        print(f"{command}: {failure}", file=sys.stderr)
+        return 2
+    else:
+        raise failure
+    return 1
 
 
 def print0(text: str, file=None):

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from images import SettingsError, one_line
 from support import checkpoints, machine
@@ -44,10 +45,14 @@ class NoFolder:
     def nothing(self, *_, **__):
         pass
 
-    begin = log = wait = close = nothing
+    begin = log = tell_pictures = wait = close = nothing
 
     def is_done(self, config) -> bool:
         return is_done(self.begun, config)
+
+    def advice(self, base_lr: float) -> str:
+        """What to do about a run that diverges."""
+        return f"lower base_lr ({base_lr}) and start again"
 
 
 class RunFolder:
@@ -108,6 +113,21 @@ class RunFolder:
         """As of Log."""
         self.logger.attempt("the run's folder", self.make_again)
         self.logger(step, pictures, **numbers)
+
+    def advice(self, base_lr: float) -> str:
+        """What to do about a run that diverges."""
+        if not has_checkpoint(self.path):
+            return f"lower base_lr ({base_lr}) and start again"
+        return (f"go on from the last good checkpoint, {self.command}, and lower base_lr ({base_lr}) or add "
+                "--precision fp32")
+
+    def tell_pictures(self, step: int, count: int, nfe: float, seconds: float, **numbers):
+        """A line about a sampling of `count` images."""
+        decibels = ""
+        if "psnr" in numbers:
+            decibels = f"PSNR {numbers['psnr']:.2f} dB (input {numbers['psnr_zlo']:.2f} dB), "
+        tqdm.write(f"step {step:,}: {decibels}{nfe:.0f} NFE, {seconds:.1f} s for {count} images, "
+                   f"{self.path / 'samples' / f'step_{step:06d}.png'}")
 
     def save(self, state: dict, keep: bool):
         """Writes it while training goes on; keep: it stays, as step_N.pt."""

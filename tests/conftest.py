@@ -130,10 +130,7 @@ def judge(config):
 @pytest.fixture(scope="session")
 def runs(drawings, tmp_path_factory):
     """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
-    own = {
-        "interpolant": "--solver euler --sample-steps 1",
-        "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-    }
+    own = {"interpolant": "--solver euler --sample-steps 1", "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8"}
 
     def make(out):
         for method, flags in own.items():

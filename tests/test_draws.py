@@ -18,7 +18,8 @@ from methods.interpolant import Interpolant
 from methods.sr3 import SR3
 from methods.udpm import UDPM
 from pixels import get, photo, put
-from support.model import NoisePerImage, make_unet
+from support.model import make_unet
+from support.noise import NoisePerImage
 from support.settings import from_plain
 from trainer import Config
 from untrained import METHODS, make_run, run
@@ -75,25 +76,13 @@ def test_draws_have_a_mean_and_a_standard_deviation(tmp_path):
 def test_generation_by_label(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="edm", sample_steps=2, task="generate")
     made = {}
-    for name, more in dict(
-        all=("--label", "all"),
-        two=("--label", "T-shirt/top, 0"),
-        one=("--label", 2),
-        none=(),
-        half=("--label", 2, "--guidance", 0),
-        strong=("--label", 2, "--guidance", 3),
-    ).items():
+    for name, more in dict(all=("--label", "all"), two=("--label", "T-shirt/top, 0"), one=("--label", 2), none=(),
+                           half=("--label", 2, "--guidance", 0), strong=("--label", 2, "--guidance", 3)).items():
         assert run(path, "--count", 2, "--output", tmp_path / name, *more) == 0
         assert f": {6 if name == 'strong' else 3} NFE" in capsys.readouterr().out  # guidance calls twice
         made[name] = {p.name: get(p).astype(int) for p in sorted((tmp_path / name).iterdir()) if p.name != "grid.png"}
-    assert list(made["all"]) == [
-        "T-shirt-top_0001.png",
-        "T-shirt-top_0002.png",
-        "cat_0001.png",
-        "cat_0002.png",
-        "dog_0001.png",
-        "dog_0002.png",
-    ]
+    assert list(made["all"]) == ["T-shirt-top_0001.png", "T-shirt-top_0002.png", "cat_0001.png", "cat_0002.png",
+                                 "dog_0001.png", "dog_0002.png"]
     assert list(made["two"]) == [n for n in made["all"] if "dog" not in n]
     shirt, other = made["one"]["T-shirt-top_0001.png"], made["one"]["T-shirt-top_0002.png"]
     for name in ("all", "two"):
@@ -168,18 +157,8 @@ def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
     counts = []
     for tolerance in (1e-2, 1e-4):
         assert (
-            run(
-                path,
-                "--input",
-                tmp_path / "in.png",
-                "--output",
-                tmp_path / "out",
-                "--overwrite",
-                "--solver",
-                "auto",
-                "--tolerance",
-                tolerance,
-            )
+            run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto",
+                "--tolerance", tolerance)
             == 0
         )
         counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
@@ -243,19 +222,8 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
         "--unet-blocks 1 --no-use-wandb"
     )
     assert (
-        trainer.main(
-            [
-                *arguments.split(),
-                "--precision",
-                "fp32",
-                "--solver",
-                "heun",
-                "--sample-steps",
-                "1",
-                "--out-dir",
-                str(tmp_path / "runs"),
-            ]
-        )
+        trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir",
+                     str(tmp_path / "runs")])
         == 0
     )
     folder, = (tmp_path / "runs").iterdir()
@@ -306,18 +274,21 @@ def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UDPM, "latent", latent)
         for name, flags in dict(a=(), b=("--seed", 1), swapped=("--swap", 2, 1), redrawn=("--perturb", 3, 0.6)).items():
-            assert run(path, "--count", 2, "--output", tmp_path / name, *flags) == 0
+            assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
     a, b, swapped, redrawn = seen  # level 3, 2, 1
     for i, level in enumerate((3, 2, 1)):
         torch.testing.assert_close(swapped[i], (b if level == 2 else a)[i])
     first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
     torch.testing.assert_close(redrawn[1], first[1])
     torch.testing.assert_close(redrawn[2], first[2])
-    fresh = (redrawn[0] - 0.8 * first[0]) / 0.6
+    torch.testing.assert_close(redrawn[0][0], a[0][0])  # as it was, for comparison
+    fresh = (redrawn[0][1:] - 0.8 * first[0][1:]) / 0.6
     assert (fresh[0] - fresh[1]).abs().max() > 0.1 and 0.3 < fresh.std() < 2
+    assert run(path, "--count", 1, "--output", tmp_path / "x", "--perturb", 3, 0.6) == 2
+    assert "perturb = (3, 0.6): allowed is with --count or --draws above 1" in capsys.readouterr().err
     for flags, words in ((("--swap", 4, 1), "level = 4"), (("--perturb", 1, 1.5), "perturb"),
                          (("--swap", 1, 1, "--perturb", 1, 0.5), "swap")):
         assert run(path, "--count", 2, "--output", tmp_path / "x", *flags) == 2 and words in capsys.readouterr().err
     other = make_run(tmp_path / "edm", method="edm", task="generate", sample_steps=2)
     assert run(other, "--count", 2, "--output", tmp_path / "x", "--swap", 1, 1) == 2
-    assert "for UDPM only" in capsys.readouterr().err
+    assert "of UDPM only" in capsys.readouterr().err

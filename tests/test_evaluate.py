@@ -37,18 +37,8 @@ def test_the_same_again_and_raw_weights(results, runs, tmp_path, monkeypatch):
     for flags in ((), ("--no-ema",)):
         assert (
             evaluate.main(
-                [
-                    runs[0],
-                    *FLAGS[4:],
-                    "--nfe",
-                    "3",
-                    "--no-default",
-                    "--metrics",
-                    "psnr",
-                    "--output",
-                    str(tmp_path),
-                    *flags,
-                ]
+                [runs[0], *FLAGS[4:], "--nfe", "3", "--no-default", "--metrics", "psnr", "--output", str(tmp_path),
+                 *flags]
             )
             == 0
         )

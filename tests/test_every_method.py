@@ -150,22 +150,10 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm, foreach: clip(parameters, norm))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.found_inf)
-    config = trainer.Config(
-        method=method,
-        task=task,
-        overfit=False,
-        image_size=16,
-        batch_size=4,
-        unet_channels=8,
-        unet_dim_mults=(1,),
-        unet_blocks=1,
-        dataset=str(pictures / "clean"),
-        paired_path=str(pictures / "damaged") if task == "paired" else None,
-        use_wandb=False,
-        compile="off",
-        out_dir=str(tmp_path),
-        udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8),
-    )
+    config = trainer.Config(method=method, task=task, overfit=False, image_size=16, batch_size=4, unet_channels=8,
+                            unet_dim_mults=(1,), unet_blocks=1, dataset=str(pictures / "clean"),
+                            paired_path=str(pictures / "damaged") if task == "paired" else None, use_wandb=False,
+                            compile="off", out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
     monkeypatch.setattr(trainer.machine, "pick_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(trainer.machine, "stream", lambda *_: None)  # there are none on this device
     run = Trainer(config)

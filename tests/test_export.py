@@ -17,16 +17,8 @@ def test_export_samples_the_same_bits(tmp_path, capsys):
         assert run(path, "--export", tmp_path / f"{name}.safetensors", *more) == 0
         assert run(path, "--count", 2, "--label", 1, "--output", tmp_path / name, *more) == 0
         assert (
-            run(
-                tmp_path / f"{name}.safetensors",
-                "--count",
-                2,
-                "--label",
-                "dog",
-                "--output",
-                tmp_path / f"{name}-again",
-                *more,
-            )
+            run(tmp_path / f"{name}.safetensors", "--count", 2, "--label", "dog", "--output",
+                tmp_path / f"{name}-again", *more)
             == 0
         )
         np.testing.assert_array_equal(get(tmp_path / f"{name}-again/grid.png"), get(tmp_path / name / "grid.png"))

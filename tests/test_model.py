@@ -28,11 +28,12 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def test_the_example_of_the_docs(tmp_path, monkeypatch):
     make_run(tmp_path / "runs/NAME", identity=True)
-    put(tmp_path / "photo.png", photo(9, 14))
+    put(tmp_path / "photo.png", photo(9, 14)), put(tmp_path / "small.png", photo(5, 5))
     monkeypatch.chdir(tmp_path)
     code, = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs/sampling.md").read_text(), re.S)
     exec(code, {})
     np.testing.assert_array_equal(get(tmp_path / "restored.png"), photo(9, 14).repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(get(tmp_path / "mean.png"), photo(5, 5).repeat(2, 0).repeat(2, 1))  # of the last one
 
 
 def test_a_tensor_in_a_tensor_out(tmp_path):
@@ -75,6 +76,35 @@ def test_a_list_of_images_is_restored_one_by_one(tmp_path):
     model = open_model(make_run(tmp_path / "run", identity=True))
     made = model.restore([Image.fromarray(photo(3, 5)), Image.fromarray(photo(6, 4))])
     assert [image.size for image in made] == [(6, 10), (12, 8)]
+
+
+def test_draws_of_images_of_several_sizes_in_batches(tmp_path):
+    model, sizes = open_model(make_run(tmp_path / "run", method="edm", sample_steps=2), batch_size=16), []
+    model.net.register_forward_pre_hook(lambda net, inputs: sizes.append(tuple(inputs[0].shape)))
+    images = [Image.fromarray(photo(w, h, seed=w)) for w, h in ((6, 4), (8, 8), (4, 6), (6, 4))]
+    made = model.restore(images, draws=3, seed=5)
+    assert [shape[0] for shape in sizes[::3]] == [6, 3, 3]  # by size, the two of one size together; 3 calls a batch
+    for image, (draws, mean, std) in zip(images, made):
+        levels = np.stack([pixels(each) for each in draws]).astype(float)
+        assert levels.shape == (3, 2 * image.height, 2 * image.width, 3) and (levels[0] != levels[1]).mean() > 0.3
+        assert abs(pixels(mean) - levels.mean(0)).max() <= 0.5
+        np.testing.assert_allclose(std, np.sqrt(levels.var(0, ddof=1).mean(-1)), rtol=1e-4)
+        assert abs(pixels(model.restore(image, seed=5)).astype(int) - levels[0]).max() <= 1  # the first is the only one
+    one, = model.restore(images[:1], draws=1)
+    assert len(one.draws) == 1 and (one.std == 0).all()
+    with pytest.raises(SettingsError, match="^draws = 0: allowed is"):
+        model.restore(images, draws=0)
+
+
+def test_draws_of_tensors(tmp_path):
+    model = open_model(make_run(tmp_path / "run", method="edm", sample_steps=2))
+    zlo = torch.rand(2, 3, 4, 5) * 2 - 1
+    draws, mean, std = model.restore(zlo, draws=4)
+    assert draws.shape == (4, 2, 3, 8, 10) and mean.shape == (2, 3, 8, 10) and std.shape == (2, 1, 8, 10)
+    torch.testing.assert_close(mean, draws.mean(0))
+    torch.testing.assert_close(std[:, 0], draws.var(0).mean(1).sqrt())
+    torch.testing.assert_close(draws[0], model.restore(zlo), rtol=0, atol=1e-4)
+    assert (draws[0, 0] - draws[0, 1]).abs().max() > 0.1 and (draws[0] - draws[1]).abs().max() > 0.1
 
 
 def test_the_seed_and_the_label_decide_and_nothing_else(tmp_path):

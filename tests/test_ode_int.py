@@ -179,7 +179,7 @@ def test_no_image_hides_in_its_batch():
 class Net:
     """-x, as a network; knows what it was asked."""
 
-    num_classes = 7
+    num_classes, upscale = 7, 1
 
     def __init__(self):
         self.labels = []
@@ -324,23 +324,15 @@ def test_precision_is_full_for_dopri5_and_the_callers_for_the_others(solver, fla
     if solver == "dopri5":
         torch.testing.assert_close(sample, -ode.z * np.exp(-1), rtol=0, atol=3e-5)
 
-    with (
-        pytest.raises(KeyError),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-    ):  # a network's own error, not the solver's
+    with (pytest.raises(KeyError),
+          torch.autocast("cpu", dtype=torch.bfloat16)):  # a network's own error, not the solver's
         solve(ODE(lambda t, z: {}["missing"], start(), 0.0, 1.0, net), solver)
     assert tf32() == flags
 
 
 def test_the_state_is_fp32_where_the_field_is_bf16():
     """2000 steps of 1/2000: a bf16 state would stop growing at 0.25, where its spacing is twice the step's."""
-    grown = integrate(
-        lambda t, z: torch.ones_like(z, dtype=torch.bfloat16),
-        torch.zeros(SHAPE, dtype=torch.bfloat16),
-        0.0,
-        1.0,
-        "euler",
-        2000,
-    )
+    grown = integrate(lambda t, z: torch.ones_like(z, dtype=torch.bfloat16), torch.zeros(SHAPE, dtype=torch.bfloat16),
+                      0.0, 1.0, "euler", 2000)
     assert grown.dtype == torch.float32
     torch.testing.assert_close(grown, torch.ones(SHAPE), rtol=0, atol=5e-3)

@@ -64,16 +64,6 @@ def own_folder(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- whole
 
-def test_a_pack_of_an_older_layout_is_made_again(photos, decoded, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(packs, "VERSION", packs.VERSION - 1)
-        load(str(photos), 12)
-    for count in (20, 0):
-        decoded.clear()
-        load(str(photos), 12)
-        assert len(decoded) == count
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_pack_holds_the_pixels_of_the_files(photos, decoded, channels):
     images = load(str(photos), 12, channels)
@@ -413,9 +403,7 @@ def test_what_is_not_trained_on_is_cropped_from_the_middle(photos):
     assert torch.equal(fed(images, [8], overfit=True)[0][0], to_float(first))  # the overfitted batch too
 
 
-@pytest.mark.parametrize("height, width, kept", [
-    (8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50)),
-])
+@pytest.mark.parametrize("height, width, kept", [(8, 20, (12, 30)), (20, 6, (40, 12)), (12, 50, (12, 50))])
 def test_small_photographs_are_enlarged_until_a_crop_fits(tmp_path, height, width, kept):
     (tmp_path / "small").mkdir()
     for i in range(2):
@@ -473,7 +461,7 @@ def test_with_random_crops_a_resumed_run_has_the_same_bits(photos, tmp_path, tas
 def test_overfitting_one_crop_of_each_photograph(photos, tmp_path):
     """What is trained on is what is shown, and the same at each step."""
     run = make(f"--out-dir {tmp_path / 'runs'} --dataset {photos} --crop random")
-    assert all(torch.equal(run.batch(step).z1[:2], run.held_out().z1) for step in (0, 5))
+    assert all(torch.equal(run.batches(step)[0].z1[:2], run.batches.shown().z1) for step in (0, 5))
 
 
 def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):

@@ -15,7 +15,7 @@ from images.pictures import to_float, to_uint8
 from ode_int import SolverError
 from pixels import doubled, get, photo, put
 from runs import ranks
-from support import model
+from support import trained_model
 from untrained import METHODS, make_run, run
 
 # files ---------------------------------------------------------------------------------------------------------------
@@ -50,14 +50,9 @@ def test_odd_files(tmp_path, capsys):
     made = {p.relative_to(tmp_path / "out").as_posix(): get(p) for p in (tmp_path / "out").rglob("*.*")}
     triple = np.stack([grey] * 3, 2)
     over_white = np.where(rgb[..., :1] < 128, rgb, 255)
-    expected = {
-        "portrait.png": get(tmp_path / "in/portrait.jpg"),
-        "below/grey.png": triple,
-        "deep.png": triple,
-        "exif.png": np.rot90(rgb, -1),
-        "alpha.png": over_white,
-        "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB")),
-    }
+    expected = {"portrait.png": get(tmp_path / "in/portrait.jpg"), "below/grey.png": triple, "deep.png": triple,
+                "exif.png": np.rot90(rgb, -1), "alpha.png": over_white,
+                "palette.png": np.asarray(Image.open(tmp_path / "in/palette.gif").convert("RGB"))}
     assert made.keys() == expected.keys()
     for name, pixels in expected.items():
         np.testing.assert_array_equal(made[name], doubled(pixels), err_msg=name)
@@ -66,13 +61,8 @@ def test_odd_files(tmp_path, capsys):
 def test_a_grey_run_takes_colour_files(tmp_path):
     put(tmp_path / "in.png", photo(5, 6))
     assert (
-        run(
-            make_run(tmp_path / "run", identity=True, channels=1),
-            "--input",
-            tmp_path / "in.png",
-            "--output",
-            tmp_path / "out",
-        )
+        run(make_run(tmp_path / "run", identity=True, channels=1), "--input", tmp_path / "in.png", "--output",
+            tmp_path / "out")
         == 0
     )
     np.testing.assert_array_equal(
@@ -322,7 +312,7 @@ def test_a_picture_past_memory_is_told_with_its_size(tmp_path, capsys, monkeypat
     identity = make_run(tmp_path / "run", identity=True)
     put(tmp_path / "in/large.png", photo(300, 200)), put(tmp_path / "in/small.png", photo(5, 5))
     put(tmp_path / "in/strip.png", photo(1, 1001))
-    monkeypatch.setattr(model, "free_memory", lambda: 50 * 10**6)
+    monkeypatch.setattr(trained_model, "free_memory", lambda: 50 * 10**6)
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "large.png: its 0.06 million pixels (300x200) would take about 0.0624 GB" in error

@@ -19,7 +19,7 @@ from methods.udpm import UDPM
 from ode_int import ODE
 from runs import TINY, metrics
 from sample import open_model
-from support.model import NoisePerImage
+from support.noise import NoisePerImage
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ def lens(r, s, d):
     return r * r * (a - math.sin(2 * a) / 2) + s * s * (b - math.sin(2 * b) / 2)
 
 
-AREAS = {
-    "disc": math.pi * 0.9**2, "ring": math.pi * (0.97**2 - 0.53**2), "square": 1.56**2,
-    "triangle": 3 * math.sqrt(3) * 0.55**2, "star": 5 * 1.1 * 0.48 * math.sin(math.pi / 5),
-    "cross": 2 * 1.9 * 0.56 - 0.56**2, "moon": math.pi * 0.95**2 - lens(0.95, 0.78, 0.42),
-    "stripes": 17.6**2 / 2, "checks": 17.6**2 / 2, "waves": None,
-}
+AREAS = {"disc": math.pi * 0.9**2, "ring": math.pi * (0.97**2 - 0.53**2), "square": 1.56**2,
+         "triangle": 3 * math.sqrt(3) * 0.55**2, "star": 5 * 1.1 * 0.48 * math.sin(math.pi / 5),
+         "cross": 2 * 1.9 * 0.56 - 0.56**2, "moon": math.pi * 0.95**2 - lens(0.95, 0.78, 0.42),
+         "stripes": 17.6**2 / 2, "checks": 17.6**2 / 2, "waves": None}
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)

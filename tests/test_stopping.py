@@ -176,11 +176,8 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
 
 @pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
 def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
-    at_step(
-        monkeypatch,
-        3,
-        lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)],
-    )
+    at_step(monkeypatch, 3,
+            lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
     assert checkpoint(run)["step"] == saved
 

@@ -77,11 +77,8 @@ from trainer import Config, Trainer
         ("--dataset nowhere", "dataset nowhere cifar10 shapes"),
         ("--device frob", "device frob cpu"),
         ("--precision fp16", "precision fp16 auto bf16 fp32"),
-        pytest.param(
-            "--device cuda",
-            "device cuda cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
-        ),
+        pytest.param("--device cuda", "device cuda cpu",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(tmp_path, capsys, flags, words):
@@ -222,7 +219,7 @@ def test_labels_drop_and_images_flip_in_their_share(tmp_path, folder, flags, nul
     known = {tuple(x.flatten().tolist()): (y, mirrored) for mirrored in (False, True) for x, y in zip(
         run.images.train.flip(3) if mirrored else run.images.train, run.images.train_y.tolist())}
     nulls, flips, seen = 0, 0, set()
-    batches = [run.batch(step) for step in range(100)]
+    batches = [run.batches(step)[0] for step in range(100)]
     for batch in batches:
         for z1, y in zip(to_uint8(batch.z1).flatten(1).tolist(), batch.y.tolist()):
             label, mirrored = known[tuple(z1)]
@@ -245,14 +242,14 @@ def test_paired_images_flip_together(tmp_path, folder):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(target)
     run = make(f"--out-dir {tmp_path / 'out'} --dataset {folder} --task paired --paired-path {negative} --no-overfit")
     for step in range(10):
-        batch = run.batch(step)
+        batch = run.batches(step)[0]
         assert torch.allclose(batch.zlo, -batch.z1, atol=1e-6)
 
 
 def test_no_test_image_is_trained_on(tmp_path, folder):
     run = make(f"--out-dir {tmp_path} --dataset {folder} --no-overfit --sample-count 4")
     trained = {tuple(x.flatten().tolist()) for images in (run.images.train, run.images.train.flip(3)) for x in images}
-    shown = {tuple(x.flatten().tolist()) for x in to_uint8(run.held_out().z1)}
+    shown = {tuple(x.flatten().tolist()) for x in to_uint8(run.batches.shown().z1)}
     assert len(shown) == 4 and not shown & trained
 
 

@@ -180,10 +180,8 @@ def test_dropout_drops_its_share_before_the_second_convolution_and_only_in_train
 def test_any_size_is_padded_by_its_edge_and_cropped(height, width, upscale):
     net = make(dim=8, dim_mults=(1, 2, 2), upscale=upscale)  # stride 4
     x, t, y, cond = inputs(2, height, width)
-    rows, columns = (
-        torch.arange(math.ceil(height / 4) * 4).clamp(max=height - 1),
-        torch.arange(math.ceil(width / 4) * 4).clamp(max=width - 1),
-    )
+    rows, columns = (torch.arange(math.ceil(height / 4) * 4).clamp(max=height - 1),
+                     torch.arange(math.ceil(width / 4) * 4).clamp(max=width - 1))
     padded = net(x[:, :, rows][..., columns], t, y, cond[:, :, rows][..., columns])
     out = net(x, t, y, cond)
     assert out.shape == (2, 3, height * upscale, width * upscale)

@@ -13,13 +13,9 @@ from trainer import Config
 
 CLASSES = ["cat", "dog", "T-shirt/top"]
 
-METHODS = dict(
-    interpolant=dict(solver="heun", sample_steps=2),
-    sr3=dict(sr3=SR3(T=3)),
-    i2sb=dict(i2sb=I2SB(n=3)),
-    edm=dict(sample_steps=2),
-    udpm=dict(unet_channels=16, udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8)),
-)
+METHODS = dict(interpolant=dict(solver="heun", sample_steps=2), sr3=dict(sr3=SR3(T=3)), i2sb=dict(i2sb=I2SB(n=3)),
+               edm=dict(sample_steps=2),
+               udpm=dict(unet_channels=16, udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8)))
 
 
 def make_run(folder: Path, identity=False, **settings) -> str:

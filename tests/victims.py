@@ -22,14 +22,9 @@ from runs import SERVER, STATE, TINY, checkpoint, finite, leaves, metrics, until
 from support import run_folder
 from trainer import Trainer
 
-METHODS = {
-    "interpolant": "",
-    "sr3": "--solver auto",
-    "i2sb": "--solver auto",
-    "edm": "",
-    "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-    "regression": "--solver auto --sample-steps 1",
-}
+METHODS = {"interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "edm": "",
+           "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+           "regression": "--solver auto --sample-steps 1"}
 # everything that draws random numbers is switched on, and nothing falls on the same steps as everything else
 STEPS = (
     "--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "

@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 import torchdiffeq
 import torchvision
+from torch.utils.benchmark import Timer
 
 from images import SettingsError, one_line
 from images.corruptions import task_names
+from support import bounds
+from support.bounds import Count, Positive
+from support.command_line import parse
 from support.machine import bf16_helps, pick_device
 from support.settings import PRESETS
 from trainer import Config
@@ -28,30 +32,24 @@ class Common:
     # method, network and batch of this preset of trainer.py; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
-    repeats: int = 5  # turns that each time is the median of (samplers: 3 at most)
-    seconds: float = 1.0  # that a turn takes at least
+    repeats: Count = 5  # turns that each time is the median of (samplers: 3 at most)
+    seconds: Positive = 1.0  # that a turn takes at least
     out: str | None = None  # the JSON file; None: in runs/, named by the time
     quick: bool = False  # a tiny network and short turns: shows that the script works, measures nothing
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-                    raise SettingsError(f"{name} = {number}: allowed is 1 or more")
-        if not self.seconds > 0:
-            raise SettingsError(f"seconds = {self.seconds}: allowed is a number above 0")
-        if self.preset != "auto" and self.preset not in PRESETS:
-            raise SettingsError(f"preset = {self.preset!r}: allowed are auto, {', '.join(PRESETS)}")
+        bounds.check(self)
+        bounds.require(self, "preset", self.preset in ("auto", *PRESETS), f"auto, {', '.join(PRESETS)}")
+        if self.quick:
+            self.repeats, self.seconds = 2, 0.01
 
     def config(self, **sizes: int | None) -> tuple[Config, torch.device]:
-        """The training run that is measured. Raises SettingsError.
+        """The training run that is measured, on drawn pictures: no speed depends on what is in them.
 
-        It sees drawn pictures: no speed depends on what is in them.
+        Raises SettingsError.
         """
-        self.check()
-        device = pick_device(self.device)
-        name = self.preset
+        device, name = pick_device(self.device), self.preset
         if name == "auto":
             name = "small" if device.type == "cpu" else "cifar10-sr"
         config = replace(Config(**PRESETS[name]), preset=name, dataset="shapes", paired_path=None, use_wandb=False,
@@ -66,53 +64,51 @@ class Common:
         return config, device
 
 
-def timer(call: Callable[[], object], device: torch.device) -> Callable[[int], float]:
-    """n -> the seconds that n calls take, until the device has done them."""
-    def turn(n: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(n):
-            call()
-        synchronize(device)
-        return time.perf_counter() - start
+def command(name: str, options, measure: Callable, description: str, arguments: list[str] | None) -> int:
+    """A benchmark's main: measure(options, report) prints its tables and fills the report, which is written as JSON.
 
-    return turn
+    Exit status: 0 done, 2 bad input, which is told in one line.
+    """
+    started = time.localtime()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        o = parse(options, arguments, description)
+        o.check()
+        report = dict(command=" ".join([f"python benchmarks/{name}.py", *arguments]),
+                      machine=machine(pick_device(o.device)))
+        print(describe(report))
+        measure(o, report)
+    except SettingsError as failure:
+        print(f"{name}.py: {failure}", file=sys.stderr)
+        return 2
+    path = Path(o.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S', started)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+    return 0
 
 
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# -------------------------------------------------------------------------------------------------------------- timing
+
+def timer(call: Callable[[], object], ready: Callable[[], object] = lambda: None) -> Timer:
+    """Of call(), until the device has done it, with as many threads as there are; ready() is not timed."""
+    return Timer("call()", "ready()", globals=dict(call=call, ready=ready), num_threads=torch.get_num_threads())
 
 
-def in_turns(work: dict[str, Callable[[int], float]], repeats: int, seconds: float) -> dict[str, list[float] | str]:
-    """{name: n -> seconds of n calls} -> {name: seconds a call, one number a turn}, in the order A B C A B C ...
+def in_turns(work: dict[str, Timer], repeats: int, seconds: float) -> dict[str, list[float] | str]:
+    """{name: timer} -> {name: seconds of a call, one number for each turn}, in the order A B C A B C ...
 
     A turn makes as many calls as fill `seconds`. What fails, out of memory say, drops out, and its result is the error.
     """
-    count, times = {}, {name: [] for name in work}
-    for turn in range(-1, repeats):  # turn -1 warms up, and tells how many calls a turn needs
-        for name, run in work.items():
-            if not isinstance(times[name], list):
-                continue
-            say(f"turn {turn + 1} of {repeats}: {name}" if turn >= 0 else f"warm-up: {name}")
-            try:
-                if turn >= 0:
-                    times[name].append(run(count[name]) / count[name])
-                    continue
-                once = run(1)
-                if once < seconds:  # else the call is so long that what the first one sets up hardly counts
-                    once = run(1)
-                count[name] = max(1, round(seconds / max(once, 1e-9)))
-            except Exception as failure:
-                times[name] = failed(failure)
-    say("")
+    times = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, each in work.items():
+            if isinstance(times[name], list):
+                try:
+                    times[name].append(each.blocked_autorange(min_run_time=seconds).median)
+                except Exception as failure:
+                    times[name] = failed(failure)
     return times
-
-
-def say(what: str):
-    """What is being done, on the terminal's last line."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def failed(failure: Exception) -> str:
@@ -123,19 +119,23 @@ def failed(failure: Exception) -> str:
 
 
 def rows(times: dict[str, list[float] | str], plain: str | None, images: int) -> list[dict]:
-    """A row for each name: median seconds a call of `images` images, images/s, times as fast as `plain`."""
+    """A row for each name: median seconds of a call for `images` images, images/s, times as fast as `plain`."""
     result = []
     for name, turns in times.items():
-        row = dict(name=name)
         if isinstance(turns, str):
-            row |= dict(error=turns)
-        else:
-            seconds = statistics.median(turns)
-            row |= dict(turns=turns, seconds=seconds, images_per_second=images / seconds)
-            if isinstance(times.get(plain), list):
-                row |= dict(ratio=statistics.median(p / s for p, s in zip(times[plain], turns)))
+            result.append(dict(name=name, error=turns))
+            continue
+        seconds = statistics.median(turns)
+        row = dict(name=name, turns=turns, seconds=seconds, images_per_second=images / seconds)
+        if isinstance(times.get(plain), list):
+            row["ratio"] = statistics.median(p / s for p, s in zip(times[plain], turns))
         result.append(row)
     return result
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -147,10 +147,6 @@ def cells(row: dict) -> list[str]:
     low, middle, high = (1000 * x for x in (min(row["turns"]), row["seconds"], max(row["turns"])))
     ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
     return [f"{middle:.4g} ({low:.4g}-{high:.4g})", f"{row['images_per_second']:,.4g}", ratio]
-
-
-def size(number: float | None) -> str:
-    return "" if number is None else f"{number / 2**30:.2f} GiB"
 
 
 def markdown(title: str, head: list[str], table: list[list]) -> str:
@@ -169,7 +165,7 @@ def machine(device: torch.device) -> dict:
         torchvision=torchvision.__version__, torchdiffeq=torchdiffeq.__version__)
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        result |= dict(gpu=torch.cuda.get_device_name(device), gpu_bytes=gpu.total_memory, cuda=torch.version.cuda,
+        result |= dict(gpu=gpu.name, gpu_bytes=gpu.total_memory, cuda=torch.version.cuda,
                        cudnn=torch.backends.cudnn.version())
     return result
 
@@ -182,11 +178,3 @@ def describe(report: dict) -> str:
         busy = (f"\nThe machine was busy before this run (load {m['load']:.1f} on {m['cores']} cores): "
                 "do not trust these figures.")
     return f"{chip}; torch {m['torch']}, Python {m['python']}\n`{report['command']}`{busy}\n"
-
-
-def save(report: dict, given: str | None, kind: str, started: float) -> Path:
-    """Writes the report to the file that was named, or to one of the time the run started."""
-    path = Path(given or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
