@@ -34,8 +34,9 @@ from PIL import Image
 
 import ode_int
 from evaluation.costs import samplers, training_flops
-from evaluation.judge import METRICS, Judge
-from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
+from evaluation.judge import Judge
+from evaluation.metrics import COLUMNS, METRICS
+from evaluation.report import cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
 from images.files import save_png

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from evaluation.errors import COLUMNS, SURE, best, mean_over_seeds
+from evaluation.errors import SURE, best, mean_over_seeds
+from evaluation.metrics import COLUMNS
 from support.disk import write_atomically
 
-PANELS = ("psnr", "lpips", "frechet", "fid", "accuracy")
 ABOUT = """\
 Samples are compared as uint8. Consistency: squared error on [0, 1] of the sample damaged again, against the input.
 Bias: mean of sample - truth, in levels of 255. Accuracy: share of the samples that the classifier puts into their
@@ -46,7 +46,7 @@ def cell(row: dict, column: str) -> str:
     values, spreads = flat(row.get(column)), flat(row.get("spread", row.get("errors", {})).get(column))
     if values == [None]:
         return "–"
-    form = COLUMNS[column][1]
+    form = COLUMNS[column].format
     written = [form.format(value) for value in values]
     if spreads != [None]:
         spreads = [form.replace("+", "").format(spread) for spread in spreads]
@@ -120,7 +120,7 @@ def table(results: list[dict]) -> str:
 def figures(group: list[dict], name: Callable) -> list[str]:
     """Of runs on one problem: a row for each baseline, then for each sampler of each run."""
     columns = [m for m in COLUMNS if any(m in row for result in group for row in result["rows"])]
-    lines = [line("run", "sampler", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * len(columns)]
+    lines = [line("run", "sampler", *(COLUMNS[m].heading for m in columns)), "|---|---|" + "---:|" * len(columns)]
     for row in group[0]["baselines"]:
         lines.append(line(row["name"], "", *(cell(row, m) for m in columns)))
     rows = [row for result in group for row in result["rows"]]
@@ -151,7 +151,7 @@ def notes(group: list[dict], name: Callable) -> list[str]:
     unmeasured = []
     for result in group:
         for metric, reason in result["left_out"].items():
-            metric = COLUMNS.get(metric, [metric])[0].strip(" ↑↓")
+            metric = COLUMNS[metric].title if metric in COLUMNS else metric
             unmeasured.append((f"{metric} is not measured: {reason}", name(result)))
     found = told(unmeasured, n)
     if missing := [f"{name(r)} {', '.join(map(str, r['nfe_left_out']))}" for r in group if r["nfe_left_out"]]:
@@ -191,7 +191,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "truth against truth": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
-BELOW = {"psnr": 2, "accuracy": 8}  # dB, %
 AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance"}
 
 
@@ -208,7 +207,7 @@ def plot(results: list[dict], against: str = "nfe"):
     """A matplotlib Figure: problems in rows, metrics in columns, a curve a run, against a column of AXES.
 
     A curve has the best solver at each NFE, its band is one error to each side. Large open markers are the papers' own
-    samplers, horizontal lines baselines. What is more than BELOW the best of the worst curve is out of view.
+    samplers, horizontal lines baselines. What is more than `below` the best of the worst curve is out of view.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -217,7 +216,8 @@ def plot(results: list[dict], against: str = "nfe"):
     results = mean_over_seeds(results)
     if against == "guidance":
         results = by_guidance(results)
-    panels = [m for m in PANELS if any(m in row for result in results for row in result["rows"])] or ["seconds"]
+    measured = {metric for result in results for row in result["rows"] for metric in row}
+    panels = [m for m in COLUMNS if COLUMNS[m].panel and m in measured] or ["seconds"]
     figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups(results)), len(panels), squeeze=False)
     name = partial(title, results=results)
@@ -276,7 +276,7 @@ def best_solvers(rows: list[dict], metric: str) -> list[dict]:
     for row in rows:
         if row["sampler"] != "dopri5":
             found.setdefault(round(row["nfe"], 3), []).append(row)
-    sign = -1 if COLUMNS[metric][0].endswith("↓") else 1
+    sign = -1 if COLUMNS[metric].arrow == "↓" else 1
     return [max(alike, key=lambda row: sign * row[metric]) for alike in found.values()]
 
 
@@ -291,18 +291,18 @@ def draw_baselines(ax, metric: str, group: list[dict], name: Callable):
 
 def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
-    better = COLUMNS[metric][0].translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
+    better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
     ax.set(xlabel=AXES[against], ylabel=better)
     if against != "guidance":
         ax.set_xscale("log")
         few_ticks(ax.xaxis, *ax.get_xlim())
-    if metric in ("frechet", "fid"):
+    if COLUMNS[metric].panel == "log":
         ax.set_yscale("log")
         few_ticks(ax.yaxis, *ax.get_ylim())
-    if metric in BELOW:  # what is far below everyone's best would hide the differences
+    if math.isfinite(COLUMNS[metric].below):  # what is far below everyone's best would hide the differences
         tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
         tops += [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - BELOW[metric]))
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - COLUMNS[metric].below))
     ax.spines[["top", "right"]].set_visible(False)
 
 

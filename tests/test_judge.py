@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from evaluation import judge as judging
+from evaluation import metrics
 from evaluation.classifier import cached, digest
 from images import data
 from images.corruptions import Damage
@@ -49,7 +50,7 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
     def pooled(x):
         return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
-    monkeypatch.setattr(judging, "load_inception", lambda device: pooled)
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=lambda side, device: pooled))
     judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
     score = judge(config, False, lambda batch: 0.5 * batch.z1)
     z1 = judge.images.test[torch.cat(judge.batches)][:40]
@@ -238,9 +239,19 @@ def test_packages_that_are_not_there(config, monkeypatch):
 
 
 def test_a_fault_of_the_program_is_no_missing_package(config, monkeypatch):
-    def faulty(device):
+    def faulty(side, device):
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr(judging, "load_inception", faulty)
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=faulty))
     with pytest.raises(AttributeError):
         judging.Judge(config, torch.device("cpu"), ("fid",), count=8)
+
+
+def test_a_new_metric_is_one_entry_of_the_table(config, monkeypatch):
+    def mae(of):
+        return (of.x.double() - of.truth.double()).abs().flatten(1).mean(1)
+
+    monkeypatch.setitem(metrics.TABLE, "mae", metrics.Metric("MAE", "{:.1f}", "↓", score=mae))
+    judge = judging.Judge(config, torch.device("cpu"), ("mae",), count=8)
+    score = judge(config, False, lambda batch: batch.z1 + 3 / 127.5)
+    assert score["mae"] == pytest.approx(3) and score["errors"]["mae"] == pytest.approx(0) and score["without"]["mae"]
