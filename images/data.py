@@ -62,6 +62,8 @@ MAX_BATCH = 2**20  # images
 
 @dataclass
 class Images:
+    """A data set. A folder's images are maps of a file: `train[0] += 1` changes a copy in memory, never the file."""
+
     train: Tensor | Photos  # (N, C, H, W) uint8; Photos where random crops are taken
     test: Tensor | Photos  # (M, C, H, W) uint8, held out
     train_y: Tensor | None  # (N,) int64; None where the set has no classes

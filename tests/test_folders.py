@@ -68,9 +68,10 @@ def test_a_folder_packed_before_keeps_its_split(tmp_path, monkeypatch, limit):
         grown = load("photos", 8, limit=limit)
         assert [value for value in values(grown.test) if value < 40] == [5, 15, 25, 35]
         assert not set(values(grown.train)) & set(values(grown.test))
-    (pack / "sides.json").write_text("{")
-    with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
-        load("photos", 8, limit=limit)
+    for damaged in ("{", "[" * 100_000):
+        (pack / "sides.json").write_text(damaged)
+        with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
+            load("photos", 8, limit=limit)
 
 
 def test_a_single_image_is_its_own_test(tmp_path):

@@ -191,6 +191,10 @@ def test_cached(tmp_path):
     (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
     cached(path, make)
     assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
+    whole = Path(path).read_bytes()
+    at = whole.index(torch.arange(3).numpy().tobytes())
+    Path(path).write_bytes(whole[:at + 8] + b"\x45" + whole[at + 9:])  # a stored 1 became 69
+    assert cached(path, make)["weights"].tolist() == [0, 1, 2] and len(calls) == 3
 
 
 def test_digest_sees_every_value():
