@@ -78,6 +78,8 @@ class Options(MethodFlags):
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
     metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
+    # .npz file of mu and sigma of Inception's features, as ADM and clean-fid publish them: FID of all samples to these
+    fid_statistics: str | None = None
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
     classifier_epochs: Annotated[int, between(1, 10**9)] = 8
     ema: bool = True  # averaged weights; --no-ema: the raw ones
@@ -97,6 +99,7 @@ class Options(MethodFlags):
         """Raises SettingsError, one line that names field, value and what is allowed."""
         bounds.check(self)
         require(self, "guidance", self.guidance != (), "one number or more")
+        require(self, "fid_statistics", not self.fid_statistics or "fid" in self.metrics, "None without the metric fid")
         require(self, "nfe", self.nfe or self.default, "one number or more, with --no-default")
 
 
@@ -127,6 +130,8 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
         split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy,
         seed=o.seed)
+    if o.fid_statistics:
+        problem["fid_statistics"] = Path(o.fid_statistics).name
     training = dict(
         network=network, labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
         weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit)
@@ -267,7 +272,8 @@ def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[lis
         c = runs[path].config
         key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels, c.crop
         if key not in judges:
-            judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
+            judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache),
+                                o.fid_statistics)
             with machine.settings_for_all():
                 judges[key].take_pictures(o.pictures, c)
         judge = judges[key]

@@ -35,7 +35,19 @@ from tqdm import tqdm
 import ode_int
 from evaluation.classifier import Classifier, cached, digest, pieces
 from evaluation.elsewhere import find_pictures, read_pictures
-from evaluation.metrics import METRICS, TABLE, Samples, across, across_without, gaussian, jackknife, mean_without
+from evaluation.metrics import (
+    COLUMNS,
+    METRICS,
+    TABLE,
+    Samples,
+    across,
+    across_without,
+    frechet,
+    gaussian,
+    jackknife,
+    mean_without,
+    read_statistics,
+)
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
 from images.files import user_path
@@ -49,11 +61,12 @@ class Judge:
     """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
 
     metrics: names out of METRICS. epochs: of the classifier's training. cache: folder where it is kept afterwards.
+    fid_statistics: see metrics.read_statistics; FID of all samples to these is measured too, as "fid_given".
     `why`: metric -> why it is not measured.
     """
 
     def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0,
-                 epochs=8, cache=Path("runs/cache")):
+                 epochs=8, cache=Path("runs/cache"), fid_statistics: str | None = None):
         self.device = device
         self.metrics = metrics
         self.seed = seed
@@ -105,6 +118,9 @@ class Judge:
 
             key = digest(metric, self.key if metric == "frechet" else "torch-fidelity", self.digest)
             self.truth[metric] = shared("features", key, make)
+        self.given = None  # the Gaussian of Inception's features that all samples are held against as well
+        if fid_statistics and "fid" in self.truth:
+            self.given = read_statistics(fid_statistics, self.truth["fid"].shape[1])
         # metric -> the Gaussians of the truth's two halves
         self.gaussians = {metric: [gaussian(half) for half in self.halves(f)] for metric, f in self.truth.items()}
 
@@ -175,11 +191,14 @@ class Judge:
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
             found[metric] = across(ours, self.gaussians[metric])
+        if self.given:
+            found["fid_given"] = frechet(gaussian(values["fid"]), self.given)
         if "frechet" in self.truth and self.half > 2:
             halves = self.halves(values["frechet"]), self.halves(self.truth["frechet"])
             without["frechet"] = across_without(*halves)
             errors["frechet"] = jackknife(without["frechet"])
-        wanted = [metric for metric in TABLE if metric in self.metrics and metric in found]
+        asked = [metric for metric in TABLE if metric in self.metrics]
+        wanted = [metric for metric in (*asked, "fid_given") if metric in found]
         return {metric: found[metric] for metric in (*wanted, "seconds")} | dict(
             errors={metric: errors[metric] for metric in wanted if metric in errors},
             without={metric: without[metric] for metric in wanted if metric in without})
@@ -254,7 +273,7 @@ class Judge:
             del row["seconds"]  # no network was asked
             rows.append(row)
         truth = self(config, True, lambda batch: batch.z1)
-        imperfect = [metric for metric in truth if metric in TABLE and TABLE[metric].imperfect]
+        imperfect = [metric for metric in truth if metric in COLUMNS and COLUMNS[metric].imperfect]
         if imperfect:
             errors = {metric: truth["errors"][metric] for metric in imperfect if metric in truth["errors"]}
             best = {metric: truth[metric] for metric in imperfect}

@@ -4,13 +4,15 @@ A new metric is an entry of TABLE: `score` or `load`, a title, a format, and an 
 """
 import math
 import statistics
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from images import SettingsError
+from images import SettingsError, one_line
 from images.corruptions import Batch
 from images.lpips import load_lpips, lpips_distance
 from images.pictures import psnr_of_each, to_float
@@ -66,6 +68,22 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     features = features.double()
     mean = features.mean(0)
     return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
+
+
+def read_statistics(path: str, size: int) -> tuple[Tensor, Tensor]:
+    """mu (d,) and sigma (d, d) of an .npz file, as ADM and clean-fid publish them for FID -> a Gaussian as `gaussian`
+    gives it. Raises SettingsError for another file, or features of another `size`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = (torch.from_numpy(np.asarray(file[name], np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as failure:
+        raise SettingsError(f"fid_statistics = {path!r}: allowed is an .npz file of mu and sigma "
+                            f"({one_line(failure)[:100]})") from None
+    if mu.shape != (size,) or sigma.shape != (size, size) or not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise SettingsError(f"fid_statistics = {path!r}: allowed are finite numbers, mu of {size:,} and sigma of "
+                            f"{size:,} x {size:,}, and it has {tuple(mu.shape)} and {tuple(sigma.shape)}")
+    squares, directions = torch.linalg.eigh(sigma)
+    return mu, squares.clamp(min=0).sqrt()[:, None] * directions.T
 
 
 def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
@@ -158,4 +176,6 @@ TABLE = {
     "frechet": Metric("FD", "{:.2f}", "↓", "log", features=True, imperfect=True),  # the judge's own classifier
 }
 METRICS = tuple(TABLE)
-COLUMNS = {"nfe": Metric("NFE", "{:.4g}"), **TABLE, "seconds": Metric("s/image", "{:.2g}")}
+COLUMNS = {"nfe": Metric("NFE", "{:.4g}"), **TABLE,
+           "fid_given": Metric("FID to the given statistics", "{:.2f}", "↓", "log", imperfect=True),
+           "seconds": Metric("s/image", "{:.2g}")}

@@ -221,6 +221,16 @@ def test_pairs_are_cropped_alike(tmp_path):
         assert error[..., 4:-4, 4:-4].max() <= 1.5 and clean.float().std() > 20
 
 
+def test_a_single_image_without_partner_is_named(tmp_path):
+    for name in ("a", "b", "c", "lone"):
+        solid(tmp_path / "clean" / f"{name}.png", 10)
+        if name != "lone":
+            solid(tmp_path / "damaged" / f"{name}.png", 20)
+    with pytest.warns(UserWarning, match="^1 images are in only one of .*: lone"):
+        images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    assert images.left_out == [f"{tmp_path / 'clean' / 'lone.png'}: has no partner in {tmp_path / 'damaged'}"]
+
+
 def test_missing_partners_are_named(tmp_path):
     for name in ("a", "b", "c", "only_clean"):
         solid(tmp_path / "clean" / f"{name}.png", 10 + ord(name[0]))

@@ -14,7 +14,7 @@ from torch import nn
 from evaluation import judge as judging
 from evaluation import metrics
 from evaluation.classifier import Classifier, cached, digest
-from images import data
+from images import SettingsError, data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
 from measured import EXACT, LOCAL, SIDE, truth
@@ -91,6 +91,33 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
 
     assert score.keys() == {"fid", "seconds", "errors", "without"} and score["errors"] == score["without"] == {}
     assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
+
+
+def test_fid_against_given_statistics(config, monkeypatch, tmp_path):
+    """The same formula by scipy, over all samples; truth against itself is 0."""
+    def pooled(x):
+        return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=lambda side, device: pooled))
+    plain = judging.Judge(config, torch.device("cpu"), ("fid",), count=40, batch_size=16)
+    truth_features = pooled(plain.images.test[torch.cat(plain.batches)]).double().numpy()
+    file = tmp_path / "given.npz"
+    np.savez(file, mu=truth_features.mean(0), sigma=np.cov(truth_features.T), more=np.zeros(3))
+    judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=40, batch_size=16, fid_statistics=str(file))
+    rows = [judge(config, False, lambda batch: batch.z1), judge(config, False, lambda batch: 0.5 * batch.z1)]
+    assert rows[0]["fid_given"] == pytest.approx(0, abs=1e-4 * np.trace(np.cov(truth_features.T)))
+    x = pooled(to_uint8(0.5 * to_float(judge.images.test[torch.cat(judge.batches)]))).double().numpy()
+    a, b = np.cov(x.T), np.cov(truth_features.T)
+    expected = ((x.mean(0) - truth_features.mean(0)) ** 2).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert rows[1]["fid_given"] == pytest.approx(expected, rel=1e-4)
+    assert "fid_given" not in plain(config, False, truth)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    (tmp_path / "text.npz").write_text("mu")
+    for name in ("small", "other", "text", "missing"):
+        with pytest.raises(SettingsError, match="fid_statistics = ") as refused:
+            judging.Judge(config, torch.device("cpu"), ("fid",), count=40, fid_statistics=str(tmp_path / f"{name}.npz"))
+        assert "\n" not in str(refused.value)
 
 
 def test_baselines_of_sr(judge, config):
