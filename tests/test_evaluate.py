@@ -49,6 +49,7 @@ def test_the_same_again_and_raw_weights(results, runs, tmp_path, monkeypatch):
     (again,), (raw,) = (result["rows"] for result in found)
     assert again["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4) != pytest.approx(raw["psnr"], abs=1e-4)
     assert [result["training"]["weights"] for result in found] == ["EMA", "raw"]
+    assert found[0]["costs"]["training_flops"] == 8  # one for each image seen, in 2 steps of 4
 
 
 @pytest.mark.parametrize("failure, status", [(KeyboardInterrupt, 130), (RuntimeError, None)])

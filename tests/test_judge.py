@@ -13,7 +13,7 @@ from torch import nn
 
 from evaluation import judge as judging
 from evaluation import metrics
-from evaluation.classifier import cached, digest
+from evaluation.classifier import Classifier, cached, digest
 from images import SettingsError, data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
@@ -31,6 +31,35 @@ def test_the_classifier_tells_dark_from_bright(judge, config):
         lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5,
     )
     assert swapped["accuracy"] == 0
+
+
+def test_the_accuracy_is_of_one_image_at_a_time():
+    """All test images are bright: by statistics of their own batch they would look as dark as bright."""
+    level = torch.tensor([60, 180], dtype=torch.uint8).repeat(64)
+    x = (level.view(-1, 1, 1, 1) + torch.randint(0, 20, (128, 3, 16, 16), dtype=torch.uint8))
+    y = torch.arange(128) % 2
+    net = Classifier(3, 2, 16)
+    assert net.learn(data.Images(x, x[y == 1], y, y[y == 1], ["dark", "bright"]), 10, "cpu")["accuracy"] == 100
+
+
+def test_which_images_with_which_damage_and_noise(config):
+    """Some of all classes, though folders are sorted; each batch and each seed has damage and noise of its own."""
+    def seen(seed):
+        judge, found = judging.Judge(config, torch.device("cpu"), ("bias",), 12, 6, seed), []
+
+        def make(batch):
+            found.append((batch.zlo - batch.z1, batch.randn_like(batch.z1)))
+            return batch.z1
+
+        judge(replace(config, task="noise"), False, make)
+        return judge, found
+
+    (judge, one), (_, again), (_, other) = seen(0), seen(0), seen(1)
+    assert set(judge.images.test_y[torch.cat(judge.batches)].tolist()) == {0, 1}
+    for kind in (0, 1):
+        assert torch.equal(one[0][kind], again[0][kind])
+        assert not torch.allclose(one[0][kind], one[1][kind], atol=0.02)
+        assert not torch.allclose(one[0][kind], other[0][kind], atol=0.02)
 
 
 def test_samples_that_are_the_truth_score_the_floor(judge, config):
