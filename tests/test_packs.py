@@ -475,4 +475,4 @@ def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
         assert "30 JPEG files of 12" in said and "| second start | " in said
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert benchmark.main(["--images", "0"]) == 2
-    assert capsys.readouterr().err == "data.py: images = 0: allowed is 1 or more\n"
+    assert capsys.readouterr().err == "data.py: images = 0: allowed is a whole number from 1 to 1,000,000,000,000\n"
