@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 
 from benchmarks import common, growth, photos, plain, solvers, speed, step
-from benchmarks import data as packing
 from images import data
 from images.corruptions import Damage
 from pixels import photo, put
-from runs import linux
 from support.machine import reseed
 from support.model import start_states
 from trainer import Config, Trainer
@@ -181,17 +179,6 @@ def test_memory_counts_what_the_backward_pass_is_kept_for():
     assert saved < counted["activations"] < 1.6 * saved  # what is alive for a moment only comes on top
     assert abs(growth.alive(replace(config, batch_size=16))[1] / counted["activations"] - 2) < 0.1
     assert counted["with_checkpointing"] < 0.7 * counted["activations"]
-
-
-@linux
-def test_a_folder_in_a_smoke_run(tmp_path, capsys):
-    out = tmp_path / "data.json"
-    flags = f"--images 60 --side 32 --batch-size 8 --seconds 0.1 --device cpu --folder {tmp_path} --out {out}"
-    assert packing.main(flags.split()) == 0
-    rows, printed = json.loads(out.read_text())["rows"], capsys.readouterr().out
-    assert rows["first start: packing"]["images"] == 60 and all(name in printed for name in rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]  # all else is removed
-    assert packing.main(["--folder", "nowhere"]) == 2 and "folder = 'nowhere'" in capsys.readouterr().err
 
 
 def test_distance_in_levels():

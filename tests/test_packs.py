@@ -1,6 +1,7 @@
 """Packs: the same pixels as the files', decoded once, whole or not taken; and crops that are a function of the step."""
 import contextlib
 import errno
+import json
 import os
 import signal
 import threading
@@ -472,7 +473,9 @@ def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
         flags = f"--images 30 --side 12 --crop {crop} --batch-size 4 --folder {tmp_path} --out {tmp_path}/out.json"
         assert benchmark.main([*flags.split(), "--device", "cpu"]) == 0
         said = capsys.readouterr().out
-        assert "30 JPEG files of 12" in said and "| second start | " in said
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+        rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert rows["first start: packing"]["images"] == 30 and all(name in said for name in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]  # all else is removed
+    assert benchmark.main(["--folder", "nowhere"]) == 2 and "folder = 'nowhere'" in capsys.readouterr().err
     assert benchmark.main(["--images", "0"]) == 2
     assert capsys.readouterr().err == "data.py: images = 0: allowed is a whole number from 1 to 1,000,000,000,000\n"
