@@ -34,7 +34,7 @@ from evaluation.costs import training_flops
 from evaluation.metrics import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
-from support import bounds
+from support import bounds, machine
 from support.bounds import Count, Positive, Seed, between, length
 from support.command_line import parse, split
 from support.disk import write_atomically
@@ -241,12 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
             failed = Work([job for job in jobs if job.method in (o.only or o.methods)], signals).do()
         if results := [read_result(str(job.result)) for job in jobs if job.measured()]:
             write_report(results, Path(folder))
-    except SettingsError as failure:
-        print(f"compare.py: {failure}", file=sys.stderr)
-        return 2
-    except OSError as failure:
-        print(f"compare.py: {failure}", file=sys.stderr)
-        return 1
+    except (SettingsError, OSError) as failure:
+        return machine.failed("compare.py", failure, "lower --batch-size")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if signals.number:

@@ -28,7 +28,6 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import ode_int
 from images import DatasetError, SettingsError, files, one_line
@@ -39,7 +38,7 @@ from support import bounds
 from support.bounds import Count, Positive, Seed, between
 from support.checkpoints import EXPORTED, export, open_run
 from support.command_line import parse
-from support.machine import partition
+from support.machine import failed, partition
 from support.noise import noise_of
 from support.output import unbreakable_output
 from support.progress import Progress
@@ -382,16 +381,11 @@ def main(arguments: list[str] | None = None) -> int:
         o = parse(Options, arguments, __doc__)
         o.check()
         return run(o, arguments)
-    except SettingsError as failure:
-        reason, status = failure, 2
-    except (FloatingPointError, OSError) as failure:  # a network that is not finite; a full disk
-        reason, status = one_line(failure), 1
-    except torch.OutOfMemoryError:
-        reason, status = "out of GPU memory; lower --batch-size", 1
+    except (ValueError, ArithmeticError, MemoryError, RuntimeError, OSError) as failure:
+        return failed("sample.py", failure, "lower --batch-size")
     except KeyboardInterrupt:
-        reason, status = "interrupted", 130
-    tqdm.write(f"sample.py: {reason}", sys.stderr)
-    return status
+        print("sample.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

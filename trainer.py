@@ -475,7 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = folder = None
     try:
         config, folder = read_command_line(sys.argv[1:] if arguments is None else arguments)
-        if folder and folder.is_done(config):  # a scheduler may start it once more
+        if folder and run_folder.is_done(folder.begun, config):  # a scheduler may start it once more
             machine.print0(f"{folder.path} is done: step {folder.begun.step:,} of {config.steps:,}")
             return 0
         trainer = Trainer(config, folder)

@@ -19,9 +19,10 @@ from support.settings import from_plain
 
 EXPORTED = ".safetensors"
 # what a checkpoint has to have to be sampled, and what else it may have; of which kind. read_config looks at the config
-KEYS = dict(step=int, config=object, classes=list, num_classes=int, ema=dict, players=list)
-OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict, sampled=int, optimizers=list, loss=Tensor,
-            skipped=Tensor, first_loss=float | None, lowest_loss=float | None, wandb_id=str | None, code=str)
+KEYS = dict(step=int, config=object, classes=list, num_classes=int, ema=dict, players=list[dict])
+OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict[str, str], sampled=int, optimizers=list,
+                     loss=Tensor, skipped=Tensor, first_loss=float | None, lowest_loss=float | None,
+                     wandb_id=str | None, code=str)
 
 
 @dataclass
@@ -59,16 +60,17 @@ def open_run(path: str | Path, config_class) -> Run:
 
     Where a folder's last checkpoint is damaged, the one before it is taken, with a warning.
     """
-    if Path(path).suffix == EXPORTED:
-        return open_exported(str(path), config_class)
-    if not Path(path).is_dir():
-        return open_checkpoint(str(path), Path(path), config_class)
-    last, previous = (Path(path) / "checkpoints" / name for name in ("last.pt", "previous.pt"))
+    name, path = str(path), Path(path)
+    if path.suffix == EXPORTED:
+        return open_exported(name, config_class)
+    if not path.is_dir():
+        return open_checkpoint(name, path, config_class)
+    last = path / "checkpoints" / "last.pt"
     try:
-        return open_checkpoint(str(path), last, config_class)
+        return open_checkpoint(name, last, config_class)
     except DamagedError as failure:
         try:
-            run = open_checkpoint(str(path), previous, config_class)
+            run = open_checkpoint(name, last.with_name("previous.pt"), config_class)
         except SettingsError:
             raise failure from None
         warnings.warn(f"{failure}; previous.pt, of step {run.step:,}, takes its place: what came after is lost")
@@ -86,11 +88,12 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
         raise DamagedError(f"run = {name!r}: there is no checkpoint {file}")
     try:
         c = load_tensors(file)
-        missing = KEYS.keys() - c.keys()
-        if missing:
+        if missing := KEYS.keys() - c.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if wrong := wrong_types(c):
+        kinds = KEYS | OPTIONAL_KEYS
+        if wrong := [name for name in kinds if name in c and not bounds.fits(c[name], kinds[name])]:
             raise ValueError(f"of another kind than it should be is {', '.join(wrong)}")
+        weights = dict(ema=c["ema"], raw=c["players"][0])
     except PermissionError as failure:
         raise SettingsError(f"run = {name!r}: {file} can't be read ({failure.strerror})") from None
     except Exception as failure:  # a file of anything fails in many ways
@@ -100,7 +103,7 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     there = {field: path for field, path in c.get("absolute_paths", {}).items()
              if field in ("dataset", "data_path", "paired_path") and os.path.exists(path)}
     config = replace(config, **there)  # the folder one stands in may be another today
-    seen, weights = c.get("images_seen", c["step"] * config.batch_size), dict(ema=c["ema"], raw=c["players"][0])
+    seen = c.get("images_seen", c["step"] * config.batch_size)
     about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
     return checked(Run(name, config, *about, weights, c))
 
@@ -111,16 +114,6 @@ def load_tensors(file: Path):
         if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
             raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def wrong_types(c: dict) -> list[str]:
-    """The names of what in a checkpoint is something else than it should be."""
-    wrong = [name for name, kind in (KEYS | OPTIONAL_KEYS).items() if name in c and not isinstance(c[name], kind)]
-    if not wrong and not (c["players"] and all(isinstance(weights, dict) for weights in c["players"])):
-        wrong.append("players")
-    if not wrong and not all(isinstance(path, str) for path in c.get("absolute_paths", {}).values()):
-        wrong.append("absolute_paths")
-    return wrong
 
 
 def checked(run: Run) -> Run:
@@ -214,15 +207,13 @@ def restore(checkpoint: dict, run: str, ema, players: list):
 
     An optimizer's rate, weight decay and what else its groups hold stay those of the settings.
     """
-    missing = {"optimizers", "loss", "skipped", "wandb_id"} - checkpoint.keys()
-    if missing:
+    if missing := {"optimizers", "loss", "skipped", "wandb_id"} - checkpoint.keys():
         raise SettingsError(f"run = {run!r}: its checkpoint lacks {', '.join(sorted(missing))}, can't go on")
     try:
         ema.load_state_dict(checkpoint["ema"])
         for player, weights, moments in zip(players, checkpoint["players"], checkpoint["optimizers"], strict=True):
             player.module.load_state_dict(weights)
-            group, = player.optimizer.param_groups
-            settings = {name: value for name, value in group.items() if name != "params"}
+            settings = {name: value for name, value in player.optimizer.param_groups[0].items() if name != "params"}
             player.optimizer.load_state_dict(moments)
             player.optimizer.param_groups[0].update(settings)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as failure:

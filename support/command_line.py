@@ -13,7 +13,7 @@ import tyro
 from images import SettingsError
 from support import run_folder
 from support.checkpoints import EXPORTED, open_run, refuse_fixed
-from support.machine import check_environment, processes
+from support.machine import check_environment, print0, processes
 from support.settings import PRESETS
 
 
@@ -44,9 +44,8 @@ def preset(name: str, device: str) -> dict:
     if name == "auto":
         cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
         name = "small" if cpu else "cifar10-sr"
-        if processes()[0] == 0:
-            why = "no GPU used, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
-            print(f"preset {name}: {why}")
+        why = "no GPU used, so a small network; --preset cifar10-sr is the full one" if cpu else "the full network"
+        print0(f"preset {name}: {why}")
     if name not in PRESETS:
         raise SettingsError(f"preset = {name!r}: allowed are auto, {', '.join(PRESETS)}")
     return PRESETS[name] | dict(preset=name)
@@ -79,24 +78,24 @@ def open_folder(first: FirstLook, config_class):
 
     run_folder.py has the rules. Raises SettingsError.
     """
-    if first.resume == "":
-        raise SettingsError("resume = '': allowed is a run's folder")
-    if first.resume is not None and Path(first.resume).suffix == EXPORTED:
-        raise SettingsError(f"resume = {first.resume!r}: an exported file holds no optimizer to go on with; "
-                            f"a new run begins with its weights by --init {shlex.quote(first.resume)}")
     if first.name is None and first.resume is None:
         return None
-    path = run_folder.resumed_path(first.resume) if first.name is None else None
-    if path and first.out_dir is not None and Path(first.out_dir).resolve() != path.resolve().parent:
-        raise SettingsError(f"out_dir = {first.out_dir!r}: the run goes on in {path}; add --name NEW for a new one")
+    if first.resume == "":
+        raise SettingsError("resume = '': allowed is a run's folder")
+    if first.resume and Path(first.resume).suffix == EXPORTED:
+        raise SettingsError(f"resume = {first.resume!r}: an exported file holds no optimizer to go on with; "
+                            f"a new run begins with its weights by --init {shlex.quote(first.resume)}")
     if first.name is not None:
         path = run_folder.named_path(first.out_dir or config_class.out_dir, first.name)
+    else:
+        path = run_folder.resumed_path(first.resume)
+        if first.out_dir is not None and Path(first.out_dir).resolve() != path.resolve().parent:
+            raise SettingsError(f"out_dir = {first.out_dir!r}: the run goes on in {path}; add --name NEW for a new one")
     folder = run_folder.RunFolder(path) if processes()[0] == 0 else run_folder.NoFolder(path)
     there = run_folder.has_checkpoint(path)
-    if there and first.name is not None and first.resume is not None:
-        raise SettingsError(f"name = {first.name!r}: there is a run of this name; by it alone it goes on, "
-                            "without --resume")
-    if there or first.resume is not None:
+    if there and first.name and first.resume:
+        raise SettingsError(f"name = {first.name!r}: there is a run of this name, which goes on without --resume")
+    if there or first.resume:
         folder.begun = open_run(first.resume or path, config_class)
         if not there:  # a branch: the other run keeps its damaged files, and its place on wandb
             folder.begun.checkpoint.pop("damaged", None)
@@ -122,9 +121,8 @@ def read(arguments: list[str], config_class, description: str) -> tuple:
         config = replace(config, preset=begun.config.preset) if config.preset == "auto" else config
         refuse_fixed(begun.config, config)
     if config.overfit != start.overfit:  # a paper's step count and slow start are no demo's, and a demo's no full run's
-        config = replace(config, max_steps=first.max_steps)
-        if config.overfit:
-            config = replace(config, warmup_steps=first.warmup_steps or 0)
+        warmup = (first.warmup_steps or 0) if config.overfit else config.warmup_steps
+        config = replace(config, max_steps=first.max_steps, warmup_steps=warmup)
     config.check()
     config.chosen.check(config.task, config.condition)
     return config, folder

@@ -5,8 +5,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.machine import average_over_processes
-
 DIVERGED = 100  # times the lowest loss: a run that stands above it replaces no checkpoint
 
 
@@ -41,7 +39,8 @@ class Health:
     def share(self):
         """What this process has counted becomes the mean of what all have."""
         if dist.is_initialized():
-            average_over_processes([self.loss])
+            dist.all_reduce(self.loss)
+            self.loss /= dist.get_world_size()
 
     def unfit(self, checkpoint: dict) -> str | None:
         """Why a checkpoint of this moment must not replace a good one; None: it may."""
@@ -57,7 +56,7 @@ class Health:
     def state(self) -> dict:
         first = self.first.item()
         return dict(loss=self.loss, skipped=self.skipped, lowest_loss=self.lowest,
-                    first_loss=None if math.isnan(first) else first)
+                    first_loss=first if math.isfinite(first) else None)
 
     def load(self, checkpoint: dict, anew: bool):
         """anew: what is learned now is another thing, so that no loss from now on is compared with those of before."""

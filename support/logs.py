@@ -24,13 +24,15 @@ from support.output import Attempts, warn
 class Log:
     """Numbers and pictures to every sink: the run's files, and wandb if wanted."""
 
-    def __init__(self, folder: Path, step: int, wandb: dict | None = None, tensorboard: bool = False):
-        """step: where the run goes on. wandb: project, entity, id (None: a new one) and config; None: no wandb.
+    def __init__(self, folder: Path, step: int, again: bool = False, wandb: dict | None = None,
+                 tensorboard: bool = False):
+        """step: where the run goes on; again: with that step's pictures. wandb: project, entity, id (None: a new one)
+        and config; None: no wandb.
 
         Raises SettingsError where the run's files can't be written.
         """
         self.attempt = Attempts()
-        self.sinks, self.wandb_id = [Files(folder, step, self.attempt)], None
+        self.sinks, self.wandb_id = [Files(folder, step, self.attempt, again)], None
         if wandb is not None:
             self.wandb_id = wandb["id"] or secrets.token_hex(4)
             how = wandb | dict(id=self.wandb_id)
@@ -59,18 +61,19 @@ class Log:
 class Files:
     """metrics.jsonl, an object a logged step, and samples/NAME_STEP.png."""
 
-    def __init__(self, folder: Path, step: int, attempt: Attempts):
+    def __init__(self, folder: Path, step: int, attempt: Attempts, again: bool = False):
         self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
         try:
             with open_regular(self.lines, os.O_RDWR | os.O_CREAT) as file:
                 content = file.read()
             if step:
-                self.cut(content, step)
+                self.cut(content, step, again)
         except OSError as failure:
             raise SettingsError(f"{self.lines} can't be written ({one_line(failure)})") from None
 
-    def cut(self, content: bytes, step: int):
-        """Drops the lines after `step`, which are about to come again. What can't be read is kept in another file."""
+    def cut(self, content: bytes, step: int, again: bool):
+        """Drops the lines after `step`, and `again` of its pictures, which are about to come again. What can't be read
+        is kept in another file."""
         lines = [line for line in content.splitlines(keepends=True) if line.strip()]
         steps = [step_of(line) for line in lines]
         unreadable = [line for line, at in zip(lines, steps) if at is None]
@@ -79,7 +82,8 @@ class Files:
             with open_regular(aside, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
                 f.writelines(line.rstrip(b"\n") + b"\n" for line in unreadable)
             warn(f"{len(unreadable)} lines of {self.lines} can't be read; they are now in {aside.name} beside it")
-        kept = b"".join(line for line, at in zip(lines, steps) if at is not None and at <= step)
+        kept = b"".join(line for line, at in zip(lines, steps) if at is not None and (
+            at < step or at == step and not (again and b'"nfe"' in line)))
         if kept != content:
             write_atomically(self.lines, lambda f: f.write(kept))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images import SettingsError, one_line
@@ -43,23 +43,21 @@ def stream(device: torch.device | str, *key) -> torch.Generator:
 
 def pick_device(name: str = "auto") -> torch.device:
     """auto, cpu, cuda or cuda:N -> the device; of several GPUs this process's own. Raises SettingsError."""
-    named, (_, world) = name, processes()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    world = processes()[1]
+    if name not in ("auto", "cpu", "cuda") and not name.startswith("cuda:"):
+        raise SettingsError(f"device = {name!r}: allowed is auto, cuda, cuda:1 or cpu")
     if name.startswith("cuda:") and world > 1:
         raise SettingsError(f"device = {name!r}: allowed is auto, cuda or cpu where several processes train, "
                             "each on a GPU of its own")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise SettingsError(f"device = {named!r}: allowed is auto, cuda, cuda:1 or cpu")
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    own = f"cuda:{os.environ['LOCAL_RANK'] if world > 1 else 0}"
     try:
-        own = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
-        device = torch.device("cuda", own) if name == "cuda" else torch.device(name)
+        device = torch.device(name if ":" in name else own)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as failure:
-        there = "; no CUDA device is to be seen"
-        if torch.cuda.is_available():
-            there = f", and {torch.cuda.device_count()} GPUs, one for each process"
-        raise SettingsError(f"device = {named!r}: allowed is auto, cpu{there} ({one_line(failure)[:100]})") from None
+        raise SettingsError(f"device = {name!r}: allowed is auto, cpu, and a GPU for each process of the "
+                            f"{torch.cuda.device_count()} GPUs that are there ({one_line(failure)[:100]})") from None
     return device
 
 
@@ -88,7 +86,7 @@ def keep_freed_memory():
     By default it hands large pieces back to the system, and each training step waits for tens of thousands of pages
     that the system clears and maps again: benchmarks/README.md has what that takes.
     """
-    set_by_user = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    set_by_user = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or set_by_user:
         return
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h; a value is a C int
@@ -135,16 +133,15 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 
 def processes() -> tuple[int, int]:
     """This process's rank, and how many processes torchrun has started; (0, 1) where `environment_fault` finds one."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1" or environment_fault():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or environment_fault():
         return 0, 1
-    return int(os.environ["RANK"]), int(world)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def environment_fault() -> str | None:
     """What is wrong with the variables by which torchrun tells a process of the others; None: all or none are there."""
     there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if not {"RANK", "WORLD_SIZE"} & there.keys() or there.get("WORLD_SIZE") == "1":
+    if there.keys().isdisjoint({"RANK", "WORLD_SIZE"}) or there.get("WORLD_SIZE") == "1":
         return None
     if missing := [name for name in TORCHRUN if name not in there]:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
@@ -157,8 +154,8 @@ def environment_fault() -> str | None:
 
 
 def check_environment():
-    """Raises SettingsError, one line, where the environment tells of other processes, but not as torchrun does: a
-    parent job or an IDE left a part of it. To go on alone would be wrong where the others are there after all."""
+    """Raises SettingsError where a parent job or an IDE left a part of torchrun's environment. To go on alone would
+    be wrong where the others are there after all."""
     if fault := environment_fault():
         left = " ".join(name for name in TORCHRUN if name in os.environ)
         raise SettingsError(f"the environment is not one of torchrun's: {fault}; start by torchrun, or for one process "
@@ -166,10 +163,8 @@ def check_environment():
 
 
 def partition(named: str | None) -> tuple[int, int]:
-    """2/4 -> (2, 4): which of how many processes this is, that share the work; None: as torchrun says.
-
-    Raises SettingsError.
-    """
+    """2/4 -> (2, 4): which of how many processes this is, that share the work; None: as torchrun says. Raises
+    SettingsError."""
     if named is None:
         return processes()
     number, _, count = named.partition("/")
@@ -182,15 +177,15 @@ def join_processes(device: torch.device):
     """Lets the processes talk; of one process it does nothing."""
     if processes()[1] > 1 and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        others = f"other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         alone = f"for one process alone: unset {' '.join(TORCHRUN)}"
-        waiting = threading.Timer(20, print, [f"waiting for the other processes at {where}; {alone}"])
+        waiting = threading.Timer(20, print, [f"waiting for the {others}; {alone}"])
         waiting.daemon = True
         waiting.start()
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         except (RuntimeError, ValueError, OSError) as failure:
-            raise SettingsError(f"no other processes at {where} ({one_line(failure)[:100]}); {alone}") from None
+            raise SettingsError(f"no {others} ({one_line(failure)[:100]}); {alone}") from None
         finally:
             waiting.cancel()
         # torchrun keeps its store when it starts lost processes again: they must not find the addresses of before
@@ -251,11 +246,9 @@ def settings_for_all():
 
 
 def agree(**values):
-    """Raises SettingsError, the same line in all processes, where they do not all have the same `values`.
-
-    A value's repr is compared: plain values, and digests of what is large. Raises ProcessLost.
-    """
-    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in values.items()}
+    """Raises SettingsError, the same line in all processes, where the reprs of their `values` differ. Raises
+    ProcessLost."""
+    mine = {name: repr(value) for name, value in values.items()}
     first, *others = all_gather(mine)
     for rank, theirs in enumerate(others, start=1):
         if different := [name for name in mine if theirs[name] != first[name]]:
@@ -271,27 +264,22 @@ def digest(tensors) -> str:
     return total.hexdigest()
 
 
-def lost_another(failure: BaseException) -> bool:
-    """Whether an exception says that another process is gone, as what torch raises from within a backward pass."""
-    words = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return isinstance(failure, ProcessLost) or processes()[1] > 1 and any(word in str(failure) for word in words)
-
-
 def failed(command: str, failure: Exception, memory_advice: str) -> int:
     """Tells of a failure in one line -> the command's exit status: 2 bad input, 1 it broke off.
 
     Raises the failure again where it is a fault of the program.
     """
-    if is_out_of_memory(failure):
-        print(f"{command}: out of memory; {memory_advice}", file=sys.stderr)
-    elif lost_another(failure):
-        why = one_line(failure)[:100]
-        print(f"{command}: another process has ended, and so does this one ({why})", file=sys.stderr)
-    elif isinstance(failure, FloatingPointError):
-        print0(f"{command}: {failure}", file=sys.stderr)
-    elif isinstance(failure, SettingsError):
+    why = one_line(failure)
+    lost = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in a backward pass
+    if isinstance(failure, SettingsError):
         print(f"{command}: {failure}", file=sys.stderr)
         return 2
+    if is_out_of_memory(failure):
+        print(f"{command}: out of memory; {memory_advice}", file=sys.stderr)
+    elif isinstance(failure, ProcessLost) or processes()[1] > 1 and any(word in why for word in lost):
+        print(f"{command}: another process has ended, and so does this one ({why[:100]})", file=sys.stderr)
+    elif isinstance(failure, FloatingPointError | OSError):  # weights or gradients not finite; a full disk
+        print0(f"{command}: {why}", file=sys.stderr)
     else:
         raise failure
     return 1
@@ -322,30 +310,18 @@ def no_sync(module: nn.Module):
 
 @contextmanager
 def first_process_first():
-    """The others come to what is within when the first process has done it: a download, say.
+    """The others come to what is within when the first process has done it, or failed: a download, say.
 
-    Where it fails there by a SettingsError, they meet that themselves. Raises ProcessLost.
+    Raises ProcessLost.
     """
     rank, world = processes()
-    failure = None
     if rank:
         collective(dist.barrier)
     try:
         yield
-    except SettingsError as caught:
-        failure = caught
-    if world > 1 and rank == 0:
-        collective(dist.barrier)
-    if failure:
-        raise failure
-
-
-def average_over_processes(tensors: list[Tensor]):
-    """Mean over the processes, in place, in one message."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([t.numel() for t in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+    finally:
+        if world > 1 and rank == 0:
+            collective(dist.barrier)
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

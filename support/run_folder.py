@@ -35,24 +35,15 @@ MARK = b"the folder of a run of trainer.py\n"  # in .lock
 
 
 class NoFolder:
-    """What the processes have that write nothing: as a RunFolder, but all of its methods do nothing."""
-
-    refused = False
+    """What the processes have that write nothing: as a RunFolder, but its methods do nothing."""
 
     def __init__(self, path: Path | None = None):
-        self.path, self.begun, self.command = path, None, ""
+        self.path, self.begun, self.refused, self.command = path, None, False, ""
 
     def nothing(self, *_, **__):
         pass
 
-    begin = log = tell_pictures = wait = close = nothing
-
-    def is_done(self, config) -> bool:
-        return is_done(self.begun, config)
-
-    def advice(self, base_lr: float) -> str:
-        """What to do about a run that diverges."""
-        return f"lower base_lr ({base_lr}) and start again"
+    begin = log = tell_pictures = advice = wait = close = nothing
 
 
 class RunFolder:
@@ -78,10 +69,6 @@ class RunFolder:
             raise SettingsError(f"name = {path.name!r}: {path} holds something else than a run; allowed is a new name")
         self.lock = lock_folder(path)
 
-    def is_done(self, config) -> bool:
-        """Whether the run that goes on here by its name has nothing left to do."""
-        return is_done(self.begun, config)
-
     def begin(self, config, images, step: int, again: bool):
         """Writes the settings and opens the log. `step`: where the run goes on; again: with that step's pictures.
 
@@ -100,12 +87,10 @@ class RunFolder:
         self.write_settings()
         if images.left_out:
             write_text(self.path / "left_out.txt", "\n".join(images.left_out) + "\n")
-        if again:
-            forget_samples(metrics, step)
         flush_folder(self.path.parent)
         wandb = dict(project=config.wandb_project, entity=config.wandb_entity, id=state.get("wandb_id"))
         wandb = wandb | dict(config=self.about["config"] | dict(code=self.about["code"])) if config.use_wandb else None
-        self.logger = Log(self.path, step, wandb, config.use_tensorboard)
+        self.logger = Log(self.path, step, again, wandb, config.use_tensorboard)
         self.about["wandb_id"] = self.logger.wandb_id
         self.saver = Saver(self)
 
@@ -176,17 +161,15 @@ def new_path(out_dir: str, method: str, task: str) -> Path:
 
     Raises SettingsError.
     """
-    name = f"{method}-{task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for attempt in range(100):
-        folder = Path(out_dir) / (f"{name}-{attempt}" if attempt else name)
+    folder = Path(out_dir) / f"{method}-{task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    while True:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
+        except FileExistsError:  # another one began in this second
+            folder = folder.with_name(folder.name + "-1")
         except OSError as failure:
             raise SettingsError(f"out_dir = {out_dir!r}: no folder can be made there ({failure.strerror})") from None
-    raise SettingsError(f"out_dir = {out_dir!r}: it holds 100 runs of this second")
 
 
 def named_path(out_dir: str, name: str) -> Path:
@@ -294,15 +277,6 @@ def write_text(path: Path, text: str):
         write_atomically(path, lambda f: f.write(text.encode(errors="surrogateescape")))
     except OSError as failure:
         raise SettingsError(f"{path} can't be written ({one_line(failure)})") from None
-
-
-def forget_samples(metrics: Path, step: int):
-    """Drops the line of that step's sampling, which comes again."""
-    with suppress(OSError), open_regular(metrics, os.O_RDONLY) as file:  # what fails here the log will say
-        lines = file.readlines()
-        kept = [line for line in lines if not (line.startswith(b'{"step": %d,' % step) and b'"nfe"' in line)]
-        if kept != lines:
-            write_atomically(metrics, lambda f: f.writelines(kept))
 
 
 def set_aside(file: Path):

@@ -3,7 +3,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import dataclass, replace
 
@@ -75,20 +74,6 @@ def kill_between_files(place: Place):
     place.finish()
 
 
-@fault("kill -9 while a checkpoint is being written, three times in a row")
-def kill_while_saving(place: Place):
-    for _ in range(3):
-        victim, wait = place.start(more="--checkpoint-every 1"), place.chance.randrange(6)
-        writing = False
-        while victim.process.exitcode is None and wait >= 0:
-            before, writing = writing, any((place.run / "checkpoints").glob(".*.tmp"))
-            wait -= writing and not before
-        time.sleep(place.chance.uniform(0, 0.003))
-        victim.kill()
-        victim.end()
-    place.finish()
-
-
 @fault("SIGTERM, SIGHUP or SIGINT at a random moment, three times in a row")
 def signals(place: Place):
     for _ in range(3):
@@ -96,15 +81,6 @@ def signals(place: Place):
         place.nap()
         victim.kill(number)
         victim.end(0, 128 + number, -number)
-    place.finish()
-
-
-@fault("a signal or kill -9 as files are changed, five times in a row")
-def mixed(place: Place):
-    for _ in range(5):
-        number = place.chance.choice([signal.SIGKILL, *SIGNALS[::2]])
-        count = place.chance.randint(1, place.straight().calls)
-        place.start((die_at_call, count, place.run, number)).end(0, 128 + number, -number)
     place.finish()
 
 
@@ -187,24 +163,6 @@ def power(place: Place):
         victim.end()
         if record.exists():
             lose_power(place.run, record)
-    place.finish()
-
-
-@fault("a read-only disk, then it can be written again", root=True)
-def read_only(place: Place):
-    out = place.folder / "out"
-    out.mkdir()
-    if place.chance.random() < 0.8:
-        shutil.rmtree(out)
-        place.half()
-    before = contents(out)
-    subprocess.run(["mount", "--bind", out, out], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", out], check=True)
-        place.start().refused()
-    finally:
-        subprocess.run(["umount", out], check=True)
-    expect(contents(out) == before, "files were changed")
     place.finish()
 
 

@@ -14,10 +14,8 @@ import torch
 import trainer
 from trainer import Trainer
 
-TINY = (
-    "--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 "
-    "--unet-blocks 1 --sample-count 2 --solver euler --sample-steps 2 --no-use-wandb --compile off"
-)
+TINY = ("--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 "
+        "--unet-blocks 1 --sample-count 2 --solver euler --sample-steps 2 --no-use-wandb --compile off")
 FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
 STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
 TRAINER = Path(trainer.__file__)
@@ -65,10 +63,8 @@ def same(a: dict, b: dict, keys=STATE):
     a, b = (leaves({key: x[key] for key in keys}) for x in (a, b))
     assert a.keys() == b.keys()
     for name, value in a.items():
-        equal = (
-            torch.equal(value, b[name]) and value.dtype == b[name].dtype if torch.is_tensor(value) else value == b[name]
-        )
-        assert equal, name
+        tensor = torch.is_tensor(value)
+        assert torch.equal(value, b[name]) and value.dtype == b[name].dtype if tensor else value == b[name], name
 
 
 def finite(state: dict) -> bool:
@@ -78,9 +74,7 @@ def finite(state: dict) -> bool:
 def metrics(folder) -> list[dict]:
     """metrics.jsonl without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines
-    ]
+    return [{key: line[key] for key in line if key not in ("images_per_second", "seconds")} for line in lines]
 
 
 def at_step(monkeypatch, step: int, action):
@@ -125,9 +119,8 @@ def child(target, log, env, *args):
 def until(ready, *processes, seconds=120):
     end = time.monotonic() + seconds
     while not ready():
-        assert all(each.exitcode is None for each in processes) and time.monotonic() < end, [
-            each.log.read_text() for each in processes
-        ]
+        fine = all(each.exitcode is None for each in processes) and time.monotonic() < end
+        assert fine, [each.log.read_text() for each in processes]
         time.sleep(0.01)
 
 
@@ -138,3 +131,13 @@ def ranks(count):
         port = s.getsockname()[1]
     common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return [common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+
+
+def together(process, target, *arguments, status=0) -> list[str]:
+    """target(*arguments[rank]) in processes that train together; what each of them said."""
+    running = [process(target, *each, env=env) for each, env in zip(arguments, ranks(len(arguments)))]
+    for each in running:
+        each.join(100)
+    said = [each.log.read_text() for each in running]
+    assert [each.exitcode for each in running] == [status] * len(running), said
+    return said

@@ -4,7 +4,6 @@ import math
 import os
 import resource
 import shutil
-import signal
 import threading
 import time
 import warnings
@@ -15,10 +14,10 @@ import torch
 
 import trainer
 from images import SettingsError
-from runs import FINISHED, TINY, at_step, checkpoint, finite, linux, metrics, one_line, resume, same, start
+from runs import FINISHED, TINY, at_step, checkpoint, linux, one_line, resume, same, start
 from support import checkpoints, run_folder
 from support.health import Health
-from trainer import Config, Trainer
+from trainer import Config
 
 
 def named(out: Path, flags: str = "", status=0, name="mine") -> Path:
@@ -27,36 +26,6 @@ def named(out: Path, flags: str = "", status=0, name="mine") -> Path:
 
 
 # ------------------------------------------------------------------------------------------- bad does not replace good
-
-def test_a_run_that_diverges_keeps_its_good_checkpoint_and_its_advice_works(tmp_path, capsys):
-    often = "--print-loss-every 2 --checkpoint-every 2 --sample-every 1000"
-    run = start(tmp_path, f"--max-steps 6 {often}")
-    good = checkpoint(run)
-    capsys.readouterr()
-    status = trainer.main(f"--resume {run} --max-steps 60 {often} --base-lr 1e6 --grad-clip 1e9".split())
-    said = capsys.readouterr().err
-    state = checkpoint(run)
-    assert status == 1 and finite(state), said
-    assert "is not saved" in said and f"--resume {run}" in said and "base_lr" in said
-    # what it says to do works: from there the loss falls
-    assert trainer.main(f"--resume {run} --max-steps {state['step'] + 20} {often} --base-lr 1e-3".split()) == 0
-    losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert math.isfinite(losses[-1])
-    assert checkpoint(run)["lowest_loss"] <= good["lowest_loss"]
-
-
-def test_nan_in_the_optimizers_averages_is_not_saved(tmp_path, monkeypatch, capsys):
-    original = Trainer.train_step
-
-    def train_step(self):
-        original(self)
-        if self.step == 3:  # the next steps have finite gradients and go on
-            next(iter(self.players[0].optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-    run = start(tmp_path, "--max-steps 4 --checkpoint-every 2 --sample-every 1000", status=1)
-    assert checkpoint(run)["step"] == 2 and "averages are not finite" in capsys.readouterr().err
-
 
 def test_a_checkpoint_that_was_put_off_is_caught_up_on(tmp_path, monkeypatch, capsys):
     """Step 2 is skipped, and so not saved; the next report finds the run well again."""
@@ -79,15 +48,6 @@ def test_what_counts_as_diverged(recent, lowest, fit):
     watch = Health(torch.device("cpu"))
     watch.recent, watch.lowest = recent, lowest
     assert (watch.unfit(dict(weights=[torch.ones(2)])) is None) == fit
-
-
-def test_the_lowest_loss_starts_from_the_first_and_survives(tmp_path):
-    run = start(tmp_path, "--max-steps 4 --print-loss-every 2 --sample-every 1000")
-    logged = [line["loss"] for line in metrics(run) if "loss" in line]
-    before = checkpoint(run)["lowest_loss"]
-    assert before <= min(logged) + 1e-6
-    resume(run, "--max-steps 6 --base-lr 1e-9")
-    assert checkpoint(run)["lowest_loss"] <= before
 
 
 def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch):
@@ -215,7 +175,14 @@ def test_what_a_checkpoint_says_survives_a_loss_of_power(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------ what there is
 
-def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, capsys):
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, monkeypatch, links):
+    """Also on a disk where files can have one name only."""
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     run = start(tmp_path, "--max-steps 7 --checkpoint-every 2 --keep-every 3 --sample-every 1000")
     folder = run / "checkpoints"
     steps = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.iterdir()}
@@ -223,16 +190,6 @@ def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, capsys):
     straight = start(tmp_path / "straight", "--max-steps 3 --checkpoint-every 2 --sample-every 1000")
     kept = torch.load(folder / "step_000003.pt", weights_only=True)
     same(kept, checkpoint(straight), ("ema", "players", "optimizers"))
-
-
-def test_where_files_can_have_one_name_only_the_one_before_is_a_copy(tmp_path, monkeypatch):
-    def no_links(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", no_links)
-    run = start(tmp_path, "--max-steps 4 --checkpoint-every 2 --keep-every 4 --sample-every 1000")
-    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in (run / "checkpoints").iterdir()}
-    assert steps == {"last.pt": 4, "previous.pt": 2, "step_000004.pt": 4}
 
 
 def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
@@ -248,8 +205,6 @@ def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
 
 @pytest.mark.parametrize("change, words", [
     (lambda c: c["config"].update(batch_size="many"), ["batch_size = 'many'", "int"]),
-    (lambda c: c["config"].update(unet_dim_mults=[1, "2"]), ["unet_dim_mults"]),
-    (lambda c: c["config"]["damage"].update(factor=1000), ["damage.factor = 1000"]),
     (lambda c: c["config"].update(damage=3), ["3 is given for Damage"]),
     (lambda c: c.update(config="nothing"), ["'nothing' is given for Config"]),
     (lambda c: c.pop("classes"), ["it lacks classes"]),
@@ -291,16 +246,6 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- the same command goes on
 
-def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, finished, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run = named(tmp_path, FINISHED, status=143)
-    assert checkpoint(run)["step"] == 3
-    assert named(tmp_path, FINISHED) == run
-    same(checkpoint(run), checkpoint(finished))
-    assert metrics(run) == metrics(finished)
-
-
 def test_a_finished_command_says_so_and_succeeds(tmp_path, capsys):
     run = named(tmp_path, "--max-steps 2")
     before = checkpoint(run)
@@ -327,14 +272,6 @@ def test_a_name_is_a_name_and_stands_for_one_network(tmp_path, capsys, flags, wo
 def test_an_empty_name_is_refused(capsys, arguments):
     assert trainer.main(arguments) == 2
     assert arguments[0].strip("-=") + " = ''" in one_line(capsys)
-
-
-def test_hangup_saves_like_the_others_unless_it_is_ignored(tmp_path, monkeypatch):
-    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    run = start(tmp_path / "a", "--max-steps 4", status=128 + signal.SIGHUP)
-    assert checkpoint(run)["step"] == 2
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    assert checkpoint(start(tmp_path / "b", "--max-steps 4"))["step"] == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance

@@ -16,19 +16,14 @@ def test_export_samples_the_same_bits(tmp_path, capsys):
     for name, more in ("model", ()), ("raw", ("--no-ema",)):
         assert run(path, "--export", tmp_path / f"{name}.safetensors", *more) == 0
         assert run(path, "--count", 2, "--label", 1, "--output", tmp_path / name, *more) == 0
-        assert (
-            run(tmp_path / f"{name}.safetensors", "--count", 2, "--label", "dog", "--output",
-                tmp_path / f"{name}-again", *more)
-            == 0
-        )
+        again = "--count", 2, "--label", "dog", "--output", tmp_path / f"{name}-again", *more
+        assert run(tmp_path / f"{name}.safetensors", *again) == 0
         np.testing.assert_array_equal(get(tmp_path / f"{name}-again/grid.png"), get(tmp_path / name / "grid.png"))
     assert (get(tmp_path / "model/grid.png") != get(tmp_path / "raw/grid.png")).any()
     capsys.readouterr()
     assert run(path, "--export", tmp_path / "model.safetensors") == 2 and "exists" in capsys.readouterr().err
-    assert (
-        run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2
-        and "averaged weights only" in capsys.readouterr().err
-    )
+    assert run(tmp_path / "model.safetensors", "--count", 2, "--no-ema") == 2
+    assert "averaged weights only" in capsys.readouterr().err
 
 
 def test_half_of_an_exported_file_is_the_weights_rounded_to_bf16(tmp_path, capsys):

@@ -2,7 +2,6 @@
 import errno
 import io
 import os
-import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import trainer
 from images import one_line
 from runs import TINY, TRAINER, checkpoint, linux
 from support.output import Attempts, Unbreakable
@@ -154,16 +152,3 @@ def test_a_failure_is_told_once_and_so_is_its_end(capsys):
     why = [line.partition("the file ")[2].partition(";")[0] for line in capsys.readouterr().err.splitlines()]
     full, denied = "failed (No space left on device)", "failed (Permission denied)"
     assert why == [full, denied, full, "works again", full]
-
-
-def on_a_small_disk(arguments):
-    """No file may be longer than 10 kB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-    return trainer.main(arguments)
-
-
-def test_checkpoints_that_cannot_be_written_are_one_line_with_the_reason(tmp_path, process):
-    run = process(on_a_small_disk, f"{TINY} --out-dir {tmp_path}/out --max-steps 4 --checkpoint-every 1".split())
-    run.join(60)
-    warnings = [line for line in run.log.read_text().splitlines() if "the checkpoint failed" in line]
-    assert run.exitcode == 1 and len(warnings) == 1 and "File too large" in warnings[0], run.log.read_text()

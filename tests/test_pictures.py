@@ -7,9 +7,7 @@ import torch
 from PIL import Image
 
 from images import data, pictures
-from runs import FINISHED, checkpoint, metrics, same, start
-from support import model
-from support.model import run_sampler
+from runs import checkpoint, metrics, same, start
 from unet import Guided
 
 TITLE = pictures.TITLE_SIZE + 9  # height of the row of titles
@@ -100,18 +98,6 @@ def test_a_solver_that_fails_ends_no_training(tmp_path, monkeypatch, finished, c
         assert len(warnings) == 2 and all(name in line and "not finite" in line for line in warnings)
         same(checkpoint(run), checkpoint(finished), ("ema", "players", "optimizers"))
         assert not list(run.rglob("*.png"))
-
-
-def test_no_memory_for_samples_ends_no_training(tmp_path, monkeypatch, finished, capsys):
-    def full(config, net, batch, trace=None):
-        if isinstance(net, Guided):
-            raise torch.OutOfMemoryError
-        return run_sampler(config, net, batch, trace)
-
-    monkeypatch.setattr(model, "run_sampler", full)
-    run = start(tmp_path, FINISHED)
-    assert "no samples at step 2: out of memory" in capsys.readouterr().err
-    same(checkpoint(run), checkpoint(finished), ("ema", "players", "optimizers"))
 
 
 def test_dopri5_samples_by_default(tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import trainer
 from images.corruptions import Draws
-from runs import TINY, TRAINER, checkpoint, finite, metrics, ranks, resume, start, until
+from runs import TINY, TRAINER, checkpoint, finite, metrics, ranks, resume, start, together, until
 from trainer import Trainer
 
 # groups of two channels: with groups of one, a bias before a norm has no gradient but rounding
@@ -45,13 +45,9 @@ def test_pieces_and_processes_have_the_gradients_of_one_piece(tmp_path, process,
     def arguments(name, more=""):
         return f"{TINY} {FLAGS} {METHODS[method]} --out-dir {tmp_path}/{name} {more}".split()
 
-    pair = [process(recorded, arguments("pair"), tmp_path / f"pair-{rank}", env=env)
-            for rank, env in enumerate(ranks(2))]
+    together(process, recorded, *((arguments("pair"), tmp_path / f"pair-{rank}") for rank in range(2)))
     assert recorded(arguments("whole"), tmp_path / "whole-0") == 0
     assert recorded(arguments("pieces", "--micro-batch 4"), tmp_path / "pieces-0") == 0  # 4 and 2 images
-    for each in pair:
-        each.join(100)
-        assert each.exitcode == 0, each.log.read_text()
     whole, *others = (torch.load(tmp_path / name) for name in ("whole-0", "pieces-0", "pair-0", "pair-1"))
     largest = max(grad.abs().max() for grad in whole.values())
     for other in others:
@@ -65,10 +61,7 @@ def test_both_players_of_udpm_train_in_two_processes_with_pieces(tmp_path, proce
     """The discriminator's minibatch statistic is of a piece, so no equality to one piece; but both processes agree."""
     arguments = (f"{TINY} {FLAGS} --method udpm --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8 --solver auto "
                  f"--sample-steps 3 --micro-batch 2 --batch-size 8 --max-steps 3 --out-dir {tmp_path}/out").split()
-    both = [process(recorded, arguments, tmp_path / str(rank), env=env) for rank, env in enumerate(ranks(2))]
-    for each in both:
-        each.join(100)
-        assert each.exitcode == 0, each.log.read_text()
+    together(process, recorded, *((arguments, tmp_path / str(rank)) for rank in range(2)))
     state = checkpoint(next((tmp_path / "out").iterdir()))
     assert finite(state) and state["players"][1]["steps"] == 3
     one, other = (torch.load(tmp_path / str(rank)) for rank in range(2))
@@ -77,10 +70,7 @@ def test_both_players_of_udpm_train_in_two_processes_with_pieces(tmp_path, proce
 
 def test_another_number_of_processes_goes_on(tmp_path, process):
     arguments = f"{TINY} {FLAGS} --batch-size 4 --max-steps 2 --name shared --out-dir {tmp_path}"
-    both = [process(trainer.main, arguments.split(), env=env) for env in ranks(2)]
-    for each in both:
-        each.join(100)
-        assert each.exitcode == 0, each.log.read_text()
+    together(process, trainer.main, *[(arguments.split(),)] * 2)
     resume(tmp_path / "shared", "--max-steps 4")
     alone = start(tmp_path / "alone", f"{FLAGS} --batch-size 4 --max-steps 4")
     ours, theirs = (checkpoint(run)["players"][0] for run in (tmp_path / "shared", alone))
@@ -109,12 +99,7 @@ def test_processes_that_differ_end_in_one_line(tmp_path, process, folder, finish
     """One was started with another seed, other images, or from another state: no step is made."""
     more = more.replace("OTHER", str(folder)).replace("RUN", str(finished))
     flags = f"{TINY} --batch-size 4 --max-steps 6 --out-dir {tmp_path}/out"
-    both = [process(trainer.main, (flags + other).split(), env=env)
-            for other, env in zip(("", f" {more}"), ranks(2))]
-    for each in both:
-        each.join(100)
-    logs = [each.log.read_text() for each in both]
-    assert [each.exitcode for each in both] == [2, 2], logs
+    logs = together(process, trainer.main, *((f"{flags} {other}".split(),) for other in ("", more)), status=2)
     assert all(said in log and "Traceback" not in log and "allowed are the same" in log for log in logs), logs
     assert not any((tmp_path / "out").glob("*/checkpoints"))
 

@@ -13,7 +13,7 @@ from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float
 from pixels import photo
-from runs import TINY, checkpoint, metrics, ranks, resume, start
+from runs import TINY, checkpoint, metrics, resume, start, together
 from support import model
 from support.model import make_unet
 from support.settings import from_plain
@@ -160,11 +160,8 @@ def test_each_process_drops_activations_of_its_own(tmp_path, process):
     (tmp_path / "data").mkdir()
     Image.fromarray(photo(16, 16)).save(tmp_path / "data" / "only.png")
     flags = f"{TINY} {PLAIN} {STILL} --unet-dropout 0.5 --dataset {tmp_path}/data --max-steps 1 --out-dir {tmp_path}"
-    both = [process(trainer.main, f"{flags}/both --batch-size 2".split(), env=env) for env in ranks(2)]
+    together(process, trainer.main, *[(f"{flags}/both --batch-size 2".split(),)] * 2)
     assert trainer.main(f"{flags}/one --batch-size 1".split()) == 0
-    for each in both:
-        each.join(100)
-        assert each.exitcode == 0, each.log.read_text()
     one, mean = (torch.cat([moments["exp_avg"].flatten() for moments in state["optimizers"][0]["state"].values()])
                  for state in (checkpoint(next((tmp_path / name).iterdir())) for name in ("one", "both")))
     assert (mean - one).norm() > 0.1 * one.norm()

@@ -159,10 +159,8 @@ sys.exit(trainer.main())
 
 
 @linux
-@pytest.mark.parametrize("to_service, to_run, status", [
-    (signal.SIGSTOP, signal.SIGINT, 130),
-    (signal.SIGKILL, signal.SIGTERM, 143),
-])
+@pytest.mark.parametrize("to_service, to_run, status", [(signal.SIGSTOP, signal.SIGINT, 130),
+                                                        (signal.SIGKILL, signal.SIGTERM, 143)])
 def test_a_service_of_wandb_that_hangs_or_dies_does_not_hold_the_run(tmp_path, to_service, to_run, status):
     """The real thing, as a program: it must be able to leave as well."""
     flags = f"{TINY} --out-dir {tmp_path}/out --print-loss-every 1 --max-steps 19000 --sample-every 1000 --use-wandb"

@@ -27,10 +27,8 @@ METHODS = {"interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "
            "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
            "regression": "--solver auto --sample-steps 1"}
 # everything that draws random numbers is switched on, and nothing falls on the same steps as everything else
-STEPS = (
-    "--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "
-    "--print-loss-every 3 --checkpoint-every 2 --keep-every 4"
-)
+STEPS = ("--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "
+         "--print-loss-every 3 --checkpoint-every 2 --keep-every 4")
 PATIENCE = 100  # seconds after which a process that should have ended counts as hanging
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # who may mount a disk
 
@@ -196,7 +194,7 @@ def pictures(shared: Path):
 
 
 @contextmanager
-def disk(folder: Path, megabytes: int, how: str = "rw"):
+def disk(folder: Path, megabytes: int):
     """A disk of its own at `folder`, for root alone."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "faults", folder], check=True)
