@@ -31,7 +31,7 @@ import torch
 
 from evaluate import read_result
 from evaluation.costs import training_flops
-from evaluation.judge import METRICS
+from evaluation.metrics import METRICS
 from evaluation.report import write_report
 from images import SettingsError, data
 from support import bounds, machine

@@ -2,6 +2,10 @@
 
     python evaluate.py RUN [RUN ...]                           runs' folders, checkpoints or exported files
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
+    python evaluate.py RUN --guidance 1 2 3                    a row each, also of pictures: RUN.png, quality-guidance
+    python evaluate.py RUN --edm.S-churn 40                    its method's sampler with other settings than its own
+    python evaluate.py RUN --pictures restored/                another program's pictures of the held-out images: a row
+    python evaluate.py RUN/checkpoints/step_*.pt               checkpoints of one run: also quality-step, a curve
     torchrun --nproc-per-node 4 evaluate.py RUN [RUN ...]      four processes share the images, same figures
 
 Into --output go one JSON file a run, written anew after each row, table.md, and as .pdf and .png quality (against NFE)
@@ -25,29 +29,37 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
+from PIL import Image
 
 import ode_int
 from evaluation.costs import samplers, training_flops
-from evaluation.judge import METRICS, Judge
-from evaluation.report import COLUMNS, cell, check_result, differences, table, write_report
+from evaluation.judge import Judge
+from evaluation.metrics import COLUMNS, METRICS
+from evaluation.report import cell, check_result, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
+from images.files import save_png
+from images.pictures import grid, row_titles, titled
 from support import bounds, machine
 from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
 from support.disk import read_json, write_atomically
-from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, set_up
+from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
 from support.model import load_network, make_players, run_sampler
 from support.output import unbreakable_output
+from support.sampler_settings import MethodFlags, check_guidance, given_flags, with_method
 from trainer import Config
 from unet import Counted, Guided, Unet
 
+SWEPT = 8  # images in a row of the picture of a sweep
+
 
 @dataclass
-class Options:
+class Options(MethodFlags):
     """What is measured, on what, and where the results go."""
 
     # runs' folders, checkpoints, exported files, JSON files of an earlier evaluation
@@ -59,9 +71,15 @@ class Options:
     # sampler at the NFE of --nfe; auto: the method's own (interpolant: midpoint, or euler where that can't do so
     # many); or euler, midpoint, heun, rk4 on its ODE, where it has one
     solver: Literal["auto", "euler", "midpoint", "heun", "rk4"] = "auto"
+    # scales of classifier-free guidance: each is a row, and a point of quality-guidance; None: the run's own
+    guidance: tuple[float, ...] | None = None
+    # folders of pictures that other programs made of the run's held-out images, by the names of those: a row each
+    pictures: tuple[str, ...] = ()
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
     metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
+    # .npz file of mu and sigma of Inception's features, as ADM and clean-fid publish them: FID of all samples to these
+    fid_statistics: str | None = None
     # passes over the training images for the classifier behind accuracy and FD, which is trained once
     classifier_epochs: Annotated[int, between(1, 10**9)] = 8
     ema: bool = True  # averaged weights; --no-ema: the raw ones
@@ -80,6 +98,8 @@ class Options:
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
         bounds.check(self)
+        require(self, "guidance", self.guidance != (), "one number or more")
+        require(self, "fid_statistics", not self.fid_statistics or "fid" in self.metrics, "None without the metric fid")
         require(self, "nfe", self.nfe or self.default, "one number or more, with --no-default")
 
 
@@ -110,6 +130,8 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
         split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy,
         seed=o.seed)
+    if o.fid_statistics:
+        problem["fid_statistics"] = Path(o.fid_statistics).name
     training = dict(
         network=network, labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
         weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit)
@@ -124,8 +146,8 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
         device=chip(device), code=machine.code_version(), python=platform.python_version(), torch=torch.__version__)
     result = dict(
-        name=run.name, run=run.path, method=c.method, problem=problem, training=training, costs=costs, record=record,
-        rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
+        name=run.name, run_name=run.name, run=run.path, method=c.method, problem=problem, training=training,
+        costs=costs, record=record, rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
     return result, net.eval().requires_grad_(False)
 
 
@@ -197,7 +219,30 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
     return replace(run, config=replace(run.config, paired_path=o.paired_path or run.config.paired_path, **moved))
 
 
-def prepare(o: Options, device: torch.device) -> tuple[list[dict], list[tuple]]:
+def as_asked(run: Run, o: Options, arguments: list[str], methods: set[str]) -> list[tuple[Config, dict]]:
+    """The settings that a run is measured with, one for each scale of guidance, and what they change of the run's.
+
+    Raises SettingsError.
+    """
+    new = given_flags(o, arguments, run.config, methods)
+    config = with_method(run.config, new, o.solver)
+    new = {f"{config.method}.{name}": value for name, value in new.items()}
+    asked = []
+    for scale in dict.fromkeys(o.guidance or [config.guidance]):
+        if scale != 1 and not run.num_classes:
+            raise SettingsError(f"guidance = {scale}: allowed is 1, for {run.path} was trained without labels")
+        check_guidance(run, scale)
+        more = {} if scale == run.config.guidance and o.guidance is None else dict(guidance=scale)
+        asked.append((replace(config, guidance=scale), new | more))
+    return asked
+
+
+def called(run: Run, changed: dict) -> str:
+    """A run's name, and what sets these figures of it apart."""
+    return run.name + "".join(f"-{name}-{value}" for name, value in changed.items())
+
+
+def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[list[dict], list[tuple]]:
     """-> a result of each run, and what is to be measured: (result, network, settings, judge, samplers, problem).
 
     Everything is described before anything is measured: what is wrong shows at once. Raises SettingsError.
@@ -205,7 +250,16 @@ def prepare(o: Options, device: torch.device) -> tuple[list[dict], list[tuple]]:
     with machine.settings_for_all():
         earlier = {path: read_result(path) for path in o.runs if Path(path).suffix == ".json"}
         runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
-        names = [earlier[path]["name"] if path in earlier else runs[path].name for path in o.runs]
+        methods = {run.config.method for run in runs.values()}
+        asked = {path: as_asked(run, o, arguments, methods) for path, run in runs.items()}
+        steps = {}  # of the checkpoints of one run
+        for run in runs.values():
+            steps.setdefault(run.name, set()).add(run.step)
+        for path, run in runs.items():
+            if len(steps[run.name]) > 1:
+                asked[path] = [(config, dict(step=run.step) | new) for config, new in asked[path]]
+        names = [earlier[path]["name"] if path in earlier else called(runs[path], asked[path][0][1])
+                 for path in o.runs]
         if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise SettingsError(f"runs = {o.runs!r}: allowed is one of the name {twice[0]}; a copy of its JSON file "
                                 "may have another")
@@ -218,20 +272,42 @@ def prepare(o: Options, device: torch.device) -> tuple[list[dict], list[tuple]]:
         c = runs[path].config
         key = c.dataset, c.data_path, c.paired_path, c.image_size, c.channels, c.crop
         if key not in judges:
-            judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache))
+            judges[key] = Judge(c, device, o.metrics, o.count, o.batch_size, o.seed, o.classifier_epochs, Path(o.cache),
+                                o.fid_statistics)
+            with machine.settings_for_all():
+                judges[key].take_pictures(o.pictures, c)
         judge = judges[key]
         with first_process_first():  # a loss with LPIPS downloads weights
             result, net = describe(runs[path], o, judge)
         batch = first_images(judge, c, net.num_classes, 2)
-        settings, result["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
-        if not settings:  # its own count is the only one it can do
-            settings, _ = samplers(c, (), batch, o.solver, default=True)
-        jobs.append((result, net, c, judge, settings, (key, result["problem"]["task"])))
-        results.append(result)
+        for c, new in asked[path]:
+            own = result | dict(name=called(runs[path], new), changed=new, config=asdict(c), rows=[],
+                                training=result["training"] | dict(guidance=c.guidance))
+            settings, own["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
+            if not settings:  # its own count is the only one it can do
+                settings, _ = samplers(c, (), batch, o.solver, default=True)
+            jobs.append((own, net, c, judge, settings, (key, own["problem"]["task"])))
+            results.append(own)
     return results, jobs
 
 
-def run(o: Options):
+def save_sweep(jobs: list[tuple], o: Options, file: Path):
+    """One picture of a run's jobs, (result, network, settings, judge, samplers, problem): of each the samples by its
+    last sampler, in a row; the images of a column have their noise in common."""
+    grids = []
+    for _, net, c, judge, settings, _ in jobs:
+        batch = first_images(judge, c, net.num_classes, SWEPT)
+        reseed("sweep", o.seed)
+        with torch.no_grad(), autocast(judge.device, o.precision):
+            samples = run_sampler(settings[-1], Guided(net, c.guidance), batch)
+        grids.append(grid(samples.float().cpu(), columns=len(samples)))
+    titles = [", ".join(f"{name} {value}" for name, value in result["changed"].items()) for result, *_ in jobs]
+    picture = np.concatenate(grids)
+    picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
+    save_png(file, Image.fromarray(picture))
+
+
+def run(o: Options, arguments: list[str]):
     """Measures what is to be measured and writes it. Raises SettingsError."""
     with machine.settings_for_all():
         device = pick_device(o.device)
@@ -241,7 +317,7 @@ def run(o: Options):
             (folder if o.output else folder.parent).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise SettingsError(f"output = {str(folder)!r}: no folder can be made there ({failure.strerror})") from None
-    results, jobs = prepare(o, device)
+    results, jobs = prepare(o, arguments, device)
     first = machine.processes()[0] == 0
     if first:
         folder.mkdir(exist_ok=True)
@@ -254,6 +330,11 @@ def run(o: Options):
                 baselines[key] = judge.baselines(c)
             result["baselines"] = baselines[key]
             measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
+        if first and len(o.guidance or ()) > 1:
+            for name in dict.fromkeys(result["run_name"] for result, *_ in jobs):
+                of_run = [job for job in jobs if job[0]["run_name"] == name]
+                with suppress(ode_int.SolverError):  # which the table tells
+                    save_sweep(of_run, o, folder / f"{name}.png")
     finally:
         measured = [result for result in results if result["rows"]]
         if first and measured:
@@ -265,9 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
     unbreakable_output()
     try:
         machine.join_processes(torch.device("cpu"))  # by gloo: what they tell each other is on the CPU
-        o = parse(Options, sys.argv[1:] if arguments is None else arguments, __doc__)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        o = parse(Options, arguments, __doc__)
         o.check()
-        run(o)
+        run(o, arguments)
         machine.leave_processes()
         return 0
     except SettingsError as failure:  # in all processes

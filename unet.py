@@ -243,7 +243,7 @@ class Counted:
 
     def __init__(self, net):
         self.net, self.rows = net, 0
-        self.num_classes = getattr(net, "num_classes", 0)
+        self.num_classes, self.upscale = net.num_classes, net.upscale
 
     def __call__(self, x, t, y=None, cond=None):
         self.rows += len(x)
@@ -285,10 +285,10 @@ class Tiled:
         """height: of z1. tile: side of a tile, 2 align or more. align: tiles begin at its multiples.
         rows: the most rows in one call of the network, where a tile has one row for each image."""
         self.net, self.height, self.tile, self.align, self.rows = net, height, tile, align, rows
-        self.num_classes = getattr(net, "num_classes", 0)
+        self.num_classes, self.upscale = net.num_classes, net.upscale
 
     def __call__(self, x, t, y=None, cond=None):
-        scale = getattr(self.net, "upscale", 1)
+        scale = self.upscale
         out = x.new_zeros(*x.shape[:2], scale * x.shape[2], scale * x.shape[3])
         shrunk = self.height // out.shape[2]  # UDPM makes smaller images on the way to z1
         axes = (windows(side, self.tile // shrunk, self.align // shrunk, x.device) for side in out.shape[2:])

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from images import data, one_line
 from images.photos import Photos
+from support.checkpoints import load_tensors
 from support.disk import write_atomically
 
 
@@ -90,8 +91,8 @@ def pieces(images: Tensor | Photos) -> Iterator[Tensor]:
 def cached(path: str, make):
     """make() -> tensors and plain values, from the file that kept them the last time if it is there and whole."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of torch.load alone: the file is not there, or damaged, which shows in many ways
+        return load_tensors(Path(path))
+    except Exception:  # of what reads it alone: the file is not there, or damaged, which shows in many ways
         value = make()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

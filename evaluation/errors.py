@@ -13,21 +13,9 @@ import json
 import math
 import statistics
 
-from evaluation.judge import jackknife
+from evaluation.metrics import COLUMNS, jackknife
 from support.settings import INCIDENTAL
 
-COLUMNS = {  # of a row: title, format
-    "nfe": ("NFE", "{:.4g}"),
-    "psnr": ("PSNR, dB ↑", "{:.2f}"),
-    "ssim": ("SSIM ↑", "{:.3f}"),
-    "lpips": ("LPIPS ↓", "{:.3f}"),
-    "fid": ("FID ↓", "{:.2f}"),
-    "consistency": ("consistency, 1e-5 ↓", "{:.2f}"),
-    "bias": ("bias by channel", "{:+.1f}"),
-    "accuracy": ("accuracy, % ↑", "{:.1f}"),
-    "frechet": ("FD ↓", "{:.2f}"),
-    "seconds": ("s/image", "{:.2g}"),
-}
 SURE = 2  # errors by which a figure has to be worse than the best one to count as worse
 
 
@@ -95,7 +83,7 @@ def mean_row(rows: list[dict]) -> dict:
 def best(rows: list[dict], column: str) -> list[dict]:
     """The best row, and those that are not worse by more than SURE errors of the difference. Empty where a column has
     no better and worse, or fewer than two rows."""
-    sign = {"↑": 1, "↓": -1}.get(COLUMNS[column][0][-1])
+    sign = {"↑": 1, "↓": -1}.get(COLUMNS[column].arrow)
     there = [row for row in rows if row.get(column) is not None]
     if sign is None or len(there) < 2:
         return []

@@ -21,7 +21,6 @@ Several processes share the images, a batch to each in turn. Batches stay whole:
 """
 import math
 import socket
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,30 +34,44 @@ from tqdm import tqdm
 
 import ode_int
 from evaluation.classifier import Classifier, cached, digest, pieces
+from evaluation.elsewhere import find_pictures, read_pictures
+from evaluation.metrics import (
+    COLUMNS,
+    METRICS,
+    TABLE,
+    Samples,
+    across,
+    across_without,
+    frechet,
+    gaussian,
+    jackknife,
+    mean_without,
+    read_statistics,
+)
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
-from images.lpips import FOREIGN, load_lpips, lpips_distance
-from images.pictures import psnr_of_each, to_float, to_uint8
+from images.files import user_path
+from images.lpips import FOREIGN
+from images.pictures import to_float, to_uint8
 from support.machine import all_gather, broadcast, first_process_first, print0, processes, reseed
 from trainer import Config
-
-METRICS = ("psnr", "ssim", "lpips", "fid", "consistency", "bias", "accuracy", "frechet")
-GROUPS = 20  # of images, which the jackknife leaves out one after the other
 
 
 class Judge:
     """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
 
     metrics: names out of METRICS. epochs: of the classifier's training. cache: folder where it is kept afterwards.
+    fid_statistics: see metrics.read_statistics; FID of all samples to these is measured too, as "fid_given".
     `why`: metric -> why it is not measured.
     """
 
     def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0,
-                 epochs=8, cache=Path("runs/cache")):
+                 epochs=8, cache=Path("runs/cache"), fid_statistics: str | None = None):
         self.device = device
         self.metrics = metrics
         self.seed = seed
         self.why = {}
+        self.pictures = {}  # name -> {test image: file}
         self.rank, self.world = processes()
         with first_process_first():  # which downloads or packs, if need be
             self.images = images = data.load(
@@ -69,12 +82,12 @@ class Judge:
         self.count, self.half, self.batches = len(order), len(order) // 2, order.split(batch_size)
         self.digest = digest(images.test[rows] for rows in self.batches)
 
-        self.ssim = self.attempt("ssim", partial(load_ssim, config.image_size))
-        with first_process_first():
-            self.lpips = self.attempt("lpips", partial(load_lpips_alex, device), "alexnet-owt-7be5be79.pth")
-            inception = self.attempt(
-                "fid", partial(load_inception, device), "weights-inception-2015-12-05-6726825d.pth")
+        self.loaded = {}  # metric -> (uint8 samples, truth -> scores)
         self.features = {}  # metric -> (uint8 images -> features)
+        with first_process_first():  # which downloads weights
+            for name in metrics:
+                if TABLE[name].load and (function := self.attempt(name, config.image_size)):
+                    (self.features if TABLE[name].features else self.loaded)[name] = function
         self.classifier = self.accuracy = self.key = None
 
         form = str(config.image_size) if config.crop == "center" else f"{config.image_size}-{config.crop}"
@@ -96,8 +109,6 @@ class Judge:
             self.accuracy = trained["accuracy"]
             self.features["frechet"] = lambda x: net.features(to_float(x))
             print0(f"classifier {self.key}: {self.accuracy:.1f}% of all {len(images.test):,} test images right")
-        if inception:
-            self.features["fid"] = inception
         if self.half < 2:
             self.why |= dict.fromkeys(("fid", "frechet"), "it needs 4 images or more")
         self.truth = {}  # metric -> the truth's features (count, d), float32
@@ -107,21 +118,22 @@ class Judge:
 
             key = digest(metric, self.key if metric == "frechet" else "torch-fidelity", self.digest)
             self.truth[metric] = shared("features", key, make)
+        self.given = None  # the Gaussian of Inception's features that all samples are held against as well
+        if fid_statistics and "fid" in self.truth:
+            self.given = read_statistics(fid_statistics, self.truth["fid"].shape[1])
         # metric -> the Gaussians of the truth's two halves
         self.gaussians = {metric: [gaussian(half) for half in self.halves(f)] for metric, f in self.truth.items()}
 
-    def attempt(self, metric: str, load, weights: str | None = None):
-        """load(), or None and the reason in `why`. weights: the file that it downloads unless it is there."""
-        if metric not in self.metrics:
-            return None
+    def attempt(self, metric: str, side: int):
+        """What the metric is measured with, or None and the reason in `why`."""
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(data.TIMEOUT)
         try:
-            return load()
+            return TABLE[metric].load(side, self.device)
         except (SettingsError, *FOREIGN) as failure:  # no package, no network, a damaged file
             self.why[metric] = one_line(getattr(failure, "reason", failure))[:150]
-            if weights and not isinstance(failure.__cause__ or failure, ImportError):
-                self.why[metric] += f"; {weights} may be put into {torch.hub.get_dir()}/checkpoints"
+            if TABLE[metric].weights and not isinstance(failure.__cause__ or failure, ImportError):
+                self.why[metric] += f"; {TABLE[metric].weights} may be put into {torch.hub.get_dir()}/checkpoints"
         finally:
             socket.setdefaulttimeout(before)
 
@@ -139,7 +151,7 @@ class Judge:
         """Metrics asked for that can't be measured of such a run -> why."""
         why = dict(self.why)
         if task_names(config.task) == ["generate"]:
-            why |= dict.fromkeys(("psnr", "ssim", "lpips", "consistency"), "generation has no truth to be near to")
+            why |= {m: "generation has no truth to be near to" for m in TABLE if TABLE[m].needs_truth}
             if not labels:
                 why["accuracy"] = "generation without labels has no right class"
         for name in task_names(config.task):
@@ -174,15 +186,19 @@ class Judge:
         errors, without = {}, {}
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
-            without = {metric: mean_without(values[metric]) for metric in found if metric != "bias"}
+            without = {metric: mean_without(values[metric]) for metric in found
+                       if metric in TABLE and TABLE[metric].arrow}
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
             found[metric] = across(ours, self.gaussians[metric])
+        if self.given:
+            found["fid_given"] = frechet(gaussian(values["fid"]), self.given)
         if "frechet" in self.truth and self.half > 2:
             halves = self.halves(values["frechet"]), self.halves(self.truth["frechet"])
             without["frechet"] = across_without(*halves)
             errors["frechet"] = jackknife(without["frechet"])
-        wanted = [metric for metric in METRICS if metric in self.metrics and metric in found]
+        asked = [metric for metric in TABLE if metric in self.metrics]
+        wanted = [metric for metric in (*asked, "fid_given") if metric in found]
         return {metric: found[metric] for metric in (*wanted, "seconds")} | dict(
             errors={metric: errors[metric] for metric in wanted if metric in errors},
             without={metric: without[metric] for metric in wanted if metric in without})
@@ -206,21 +222,14 @@ class Judge:
             raise ode_int.SolverError("its samples are not finite")
         x, truth = to_uint8(sample), to_uint8(z1)
         assert x.shape == truth.shape
-        score["bias"] = (x.double() - truth.double()).mean((2, 3))
-        if "psnr" not in left_out:
-            score["psnr"] = psnr_of_each(sample, z1)
-        if "consistency" not in left_out:  # `up`: of sr, that of the small images themselves
-            error = damaged(to_float(x), up="nearest").zlo - damaged(z1, up="nearest").zlo
-            score["consistency"] = 1e5 * (error / 2).square().flatten(1).mean(1)
-        for metric, function in (("ssim", self.ssim), ("lpips", self.lpips)):
-            if function and metric not in left_out:
-                score[metric] = function(x, truth)
-        score = {metric: value.double().cpu() for metric, value in score.items()}
-        for metric in self.features:
-            score[metric] = self.extract(metric, x)
-        if self.classifier and "accuracy" not in left_out:
+        score |= {metric: self.extract(metric, x) for metric in self.features}
+        guess = None
+        if self.classifier:
             guess = self.classifier.head(score["frechet"].to(self.device)).argmax(1)
-            score["accuracy"] = 100 * (guess == y).double().cpu()
+        of = Samples(sample, z1, x, truth, damaged, y, guess)
+        for metric in set(self.metrics) - left_out.keys() - self.features.keys():
+            value = self.loaded[metric](x, truth) if metric in self.loaded else TABLE[metric].score(of)
+            score[metric] = value.double().cpu()
         return score
 
     def now(self) -> float:
@@ -228,8 +237,25 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def take_pictures(self, folders: tuple[str, ...], config: Config):
+        """Pictures made elsewhere, a folder each, are baselines from now on. Raises SettingsError."""
+        for folder in folders:
+            paths = find_pictures(folder, self.images, torch.cat(self.batches))
+            read_pictures(list(paths.values()), config.channels, config.image_size)  # what is wrong shows now
+            self.pictures[user_path(folder).resolve().name] = paths
+
     def baselines(self, config: Config) -> list[dict]:
-        """The damaged input, the task's classical answer if it has one, and the truth against the truth."""
+        """The damaged input, the task's classical answer if it has one, pictures made elsewhere, and the truth against
+        the truth."""
+        def elsewhere(paths: dict):
+            mine = iter(self.batches[self.rank::self.world])
+
+            def make(batch):
+                files = [paths[row] for row in next(mine).tolist()]
+                return to_float(read_pictures(files, config.channels, config.image_size).to(self.device))
+
+            return {}, make
+
         def damaged(batch):
             return batch.zlo
 
@@ -240,101 +266,19 @@ class Judge:
             answers["smooth fill"] = {}, lambda batch: fill(batch.zlo, 1 - batch.unknown)
         elif task_names(config.task) == ["generate"]:
             answers = {}
+        answers |= {name: elsewhere(paths) for name, paths in self.pictures.items()}
         rows = []
         for name, (knobs, make) in answers.items():
             row = dict(name=name) | self(replace(config, damage=replace(config.damage, **knobs)), False, make)
             del row["seconds"]  # no network was asked
             rows.append(row)
         truth = self(config, True, lambda batch: batch.z1)
-        of_features = [metric for metric in ("fid", "accuracy", "frechet") if metric in truth]
-        if of_features:
-            errors = {metric: truth["errors"][metric] for metric in of_features if metric in truth["errors"]}
-            best = {metric: truth[metric] for metric in of_features}
+        imperfect = [metric for metric in truth if metric in COLUMNS and COLUMNS[metric].imperfect]
+        if imperfect:
+            errors = {metric: truth["errors"][metric] for metric in imperfect if metric in truth["errors"]}
+            best = {metric: truth[metric] for metric in imperfect}
             rows.append(dict(name="truth against truth", errors=errors) | best)
         return rows
-
-
-# ------------------------------------------------------------------------------------------------------- single metrics
-
-def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (N, d) -> their mean (d,) and a factor F (min(N, d), d) of their covariance F'F, float64."""
-    features = features.double()
-    mean = features.mean(0)
-    return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
-
-
-def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the Frechet distance of two Gaussians (arXiv:1706.08500, eq. 6).
-
-    With S = F'F, the eigenvalues of S1 S2 are the squared singular values of F1 F2': no root of a matrix that may be
-    singular.
-    """
-    (mean1, f1), (mean2, f2) = one, other
-    apart = (mean1 - mean2).square().sum() + f1.square().sum() + f2.square().sum()
-    return (apart - 2 * torch.linalg.svdvals(f1 @ f2.T).sum()).item()
-
-
-def across(ours, truth) -> float:
-    """Each half held against the other half of the truth, both as pairs of Gaussians: the mean of the distances."""
-    return (frechet(ours[0], truth[1]) + frechet(ours[1], truth[0])) / 2
-
-
-def without_each_group(n: int) -> list[Tensor]:
-    """Masks (n,) that leave out one group of n images each: every GROUPS-th image is of the same group."""
-    groups = min(GROUPS, n)
-    return [torch.arange(n) % groups != g for g in range(groups)]
-
-
-def mean_without(values: Tensor) -> list[float]:
-    """The mean of `values` (N,) without each group of them. N: 2 or more."""
-    return [values[kept].mean().item() for kept in without_each_group(len(values))]
-
-
-def across_without(ours, truth) -> list[float]:
-    """`across` without each group of images, for features (half, d) of ours and of the truth, each a pair of halves.
-
-    A group leaves its share of both halves and of both sets. half: 3 or more.
-    """
-    return [across(*([gaussian(features[kept]) for features in pair] for pair in (ours, truth)))
-            for kept in without_each_group(len(ours[0]))]
-
-
-def jackknife(without: list[float]) -> float:
-    """Standard error of a figure T from its values T_g without the g-th of G groups of images.
-
-    The variance is (G - 1)/G sum_g (T_g - mean T)^2. Of a Frechet distance near that of truth against truth, where
-    the true distance is 0, it is rather too large, by about the square root of 2 (Efron and Stein 1981: never too small
-    on average).
-    """
-    return math.sqrt((len(without) - 1) * statistics.pvariance(without))
-
-
-def load_ssim(side: int):
-    """torchmetrics' SSIM (Wang et al. 2004) of each image: a Gaussian window of 11 pixels, mirrored at the edges."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    if side < 6:
-        raise SettingsError("it needs sides of 6 pixels or more")
-    # it subtracts squares: float32 is not enough
-    return lambda x, truth: ssim(x.double(), truth.double(), data_range=255.0, reduction="none")
-
-
-def load_lpips_alex(device):
-    """LPIPS of each image with AlexNet."""
-    load_lpips("alex")
-
-    def distance(x: Tensor, truth: Tensor) -> Tensor:
-        return lpips_distance(to_float(x).to(device), to_float(truth).to(device), "alex")
-
-    return distance
-
-
-def load_inception(device):
-    """The FID network as torch-fidelity has it: uint8 images (B, 1 or 3, H, W) -> (B, 2048)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
-    return lambda x: net(x.expand(-1, 3, -1, -1))[0]
 
 
 def fill(x: Tensor, known: Tensor) -> Tensor:

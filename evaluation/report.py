@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from evaluation.errors import COLUMNS, SURE, best, mean_over_seeds
+from evaluation.errors import SURE, best, mean_over_seeds
+from evaluation.metrics import COLUMNS
 from support.disk import write_atomically
 
-PANELS = ("psnr", "lpips", "frechet", "fid", "accuracy")
 ABOUT = """\
 Samples are compared as uint8. Consistency: squared error on [0, 1] of the sample damaged again, against the input.
 Bias: mean of sample - truth, in levels of 255. Accuracy: share of the samples that the classifier puts into their
@@ -46,7 +46,7 @@ def cell(row: dict, column: str) -> str:
     values, spreads = flat(row.get(column)), flat(row.get("spread", row.get("errors", {})).get(column))
     if values == [None]:
         return "–"
-    form = COLUMNS[column][1]
+    form = COLUMNS[column].format
     written = [form.format(value) for value in values]
     if spreads != [None]:
         spreads = [form.replace("+", "").format(spread) for spread in spreads]
@@ -76,10 +76,12 @@ def groups(results: list[dict]) -> list[list[dict]]:
 
 
 def title(result: dict, results: list[dict]) -> str:
-    """The method if that says which run it is, else the run's folder."""
-    methods = [r["method"] for r in results]
-    if methods.count(result["method"]) == 1:
-        return result["method"]
+    """The method if that says which run it is, else the run's folder; and what sampling changed of its settings."""
+    changed = ", ".join(f"{name} {value}" for name, value in result.get("changed", {}).items())
+    alike = [r for r in results if r["method"] == result["method"]]
+    of_one_run = len({r.get("run_name", r["name"]) for r in alike}) == 1
+    if of_one_run and len({json.dumps(r.get("changed")) for r in alike}) == len(alike):
+        return f"{result['method']}, {changed}" if changed else result["method"]
     more = len(result.get("seeds", [0])) - 1
     return result["name"] + (f" and {more} more" if more else "")
 
@@ -118,7 +120,7 @@ def table(results: list[dict]) -> str:
 def figures(group: list[dict], name: Callable) -> list[str]:
     """Of runs on one problem: a row for each baseline, then for each sampler of each run."""
     columns = [m for m in COLUMNS if any(m in row for result in group for row in result["rows"])]
-    lines = [line("run", "sampler", *(COLUMNS[m][0] for m in columns)), "|---|---|" + "---:|" * len(columns)]
+    lines = [line("run", "sampler", *(COLUMNS[m].heading for m in columns)), "|---|---|" + "---:|" * len(columns)]
     for row in group[0]["baselines"]:
         lines.append(line(row["name"], "", *(cell(row, m) for m in columns)))
     rows = [row for result in group for row in result["rows"]]
@@ -149,7 +151,7 @@ def notes(group: list[dict], name: Callable) -> list[str]:
     unmeasured = []
     for result in group:
         for metric, reason in result["left_out"].items():
-            metric = COLUMNS.get(metric, [metric])[0].strip(" ↑↓")
+            metric = COLUMNS[metric].title if metric in COLUMNS else metric
             unmeasured.append((f"{metric} is not measured: {reason}", name(result)))
     found = told(unmeasured, n)
     if missing := [f"{name(r)} {', '.join(map(str, r['nfe_left_out']))}" for r in group if r["nfe_left_out"]]:
@@ -189,8 +191,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {"input": (0, (1, 1.5)), "bicubic": (0, (5, 2)), "smooth fill": (0, (5, 2)), "truth against truth": "-"}
 REGRESSION = (0, (6, 1.5, 1, 1.5))  # its dashes
 OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
-BELOW = {"psnr": 2, "accuracy": 8}  # dB, %
-AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image"}
+AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance",
+        "step": "training steps"}
+SWEEPS = ("guidance", "step")  # of those, what the results of one run may differ in
 
 
 def few_ticks(axis, low: float, high: float):
@@ -206,14 +209,17 @@ def plot(results: list[dict], against: str = "nfe"):
     """A matplotlib Figure: problems in rows, metrics in columns, a curve a run, against a column of AXES.
 
     A curve has the best solver at each NFE, its band is one error to each side. Large open markers are the papers' own
-    samplers, horizontal lines baselines. What is more than BELOW the best of the worst curve is out of view.
+    samplers, horizontal lines baselines. What is more than `below` the best of the worst curve is out of view.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     results = mean_over_seeds(results)
-    panels = [m for m in PANELS if any(m in row for result in results for row in result["rows"])] or ["seconds"]
+    if against in SWEEPS:
+        results = swept(results, against)
+    measured = {metric for result in results for row in result["rows"] for metric in row}
+    panels = [m for m in COLUMNS if COLUMNS[m].panel and m in measured] or ["seconds"]
     figure = Figure(figsize=(2.4 * len(panels), 2 * len(groups(results)) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups(results)), len(panels), squeeze=False)
     name = partial(title, results=results)
@@ -235,12 +241,27 @@ def plot(results: list[dict], against: str = "nfe"):
     return figure
 
 
+def swept(results: list[dict], against: str) -> list[dict]:
+    """Results of one run that differ in the scale of guidance alone, or in the step -> one, each of whose rows has its
+    own; where the method's own sampler was measured, its rows alone."""
+    found = {}
+    for result in results:
+        others = {name: value for name, value in result.get("changed", {}).items() if name != against}
+        key = result["method"], result.get("run_name", result["name"]), json.dumps([result["problem"], others])
+        merged = found.setdefault(key, result | dict(rows=[], changed=others))
+        own = [row for row in result["rows"] if row["default"]] or result["rows"]
+        value = result["training"]["guidance"] if against == "guidance" else result["costs"]["steps"]
+        merged["rows"] += [row | {against: value} for row in own]
+    return list(found.values())
+
+
 def draw_runs(ax, metric: str, group: list[dict], name: Callable, against: str):
     """The curves of one panel."""
     for number, result in enumerate(r for r in group if r["method"] != "regression"):
-        rows = [row for row in result["rows"] if row.get(metric) is not None and row.get(against)]
+        rows = [row for row in result["rows"] if None not in (row.get(metric), row.get(against))]
         style = dict(color=COLOURS[number % len(COLOURS)], marker="osD^vP"[number % 6])
-        curve = sorted(best_solvers(rows, metric), key=lambda row: row[against])
+        curve = rows if against in SWEEPS else best_solvers(rows, metric)
+        curve = sorted(curve, key=lambda row: row[against])
         x, y = ([row[key] for row in curve] for key in (against, metric))
         ax.plot(x, y, label=name(result), ms=3, **style)
         errors = [row.get("errors", {}).get(metric) or 0 for row in curve]
@@ -258,7 +279,7 @@ def best_solvers(rows: list[dict], metric: str) -> list[dict]:
     for row in rows:
         if row["sampler"] != "dopri5":
             found.setdefault(round(row["nfe"], 3), []).append(row)
-    sign = -1 if COLUMNS[metric][0].endswith("↓") else 1
+    sign = -1 if COLUMNS[metric].arrow == "↓" else 1
     return [max(alike, key=lambda row: sign * row[metric]) for alike in found.values()]
 
 
@@ -273,16 +294,18 @@ def draw_baselines(ax, metric: str, group: list[dict], name: Callable):
 
 def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
-    better = COLUMNS[metric][0].translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
-    ax.set(xscale="log", xlabel=AXES[against], ylabel=better)
-    few_ticks(ax.xaxis, *ax.get_xlim())
-    if metric in ("frechet", "fid"):
+    better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
+    ax.set(xlabel=AXES[against], ylabel=better)
+    if against not in SWEEPS:
+        ax.set_xscale("log")
+        few_ticks(ax.xaxis, *ax.get_xlim())
+    if COLUMNS[metric].panel == "log":
         ax.set_yscale("log")
         few_ticks(ax.yaxis, *ax.get_ylim())
-    if metric in BELOW:  # what is far below everyone's best would hide the differences
+    if math.isfinite(COLUMNS[metric].below):  # what is far below everyone's best would hide the differences
         tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
         tops += [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - BELOW[metric]))
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - COLUMNS[metric].below))
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -297,7 +320,11 @@ def write_report(results: list[dict], folder: Path):
         print("no plot: pip install matplotlib", file=sys.stderr)
     else:
         with matplotlib.rc_context(PAPER):
-            for file, against in (("quality", "nfe"), ("quality-seconds", "seconds")):
+            plots = {"quality": "nfe", "quality-seconds": "seconds"}
+            for kind in SWEEPS:
+                if any(kind in result.get("changed", {}) for result in results):
+                    plots[f"quality-{kind}"] = kind
+            for file, against in plots.items():
                 figure = plot(results, against)
                 for kind in ("pdf", "png"):
                     how = dict(format=kind, dpi=300, bbox_inches="tight")  # tight: long names are not cut off

@@ -62,6 +62,8 @@ MAX_BATCH = 2**20  # images
 
 @dataclass
 class Images:
+    """A data set. A folder's images are maps of a file: `train[0] += 1` changes a copy in memory, never the file."""
+
     train: Tensor | Photos  # (N, C, H, W) uint8; Photos where random crops are taken
     test: Tensor | Photos  # (M, C, H, W) uint8, held out
     train_y: Tensor | None  # (N,) int64; None where the set has no classes
@@ -71,6 +73,7 @@ class Images:
     test_lo: Tensor | Photos | None = None  # of test
     name: str = ""
     left_out: list[str] = field(default_factory=list)  # a line for each file that is not used: which one, and why
+    test_names: list[str] = field(default_factory=list)  # paths of the test images below a folder, else []
     pair_factor: int = 1  # sides of the clean images / sides of their damaged partners, as the files have them
 
     def to(self, device) -> "Images":
@@ -322,11 +325,12 @@ def _folder(dataset: str, decoding: Decoding, data_path: str, paired_path: str |
         raise DatasetError(f"{root}: none of the {len(train_names)} training images can be read; replace them: "
                            f"{first_few(pack.left_out, 3)}")
     _warn_of(root, pack, decoding)
+    test_names = [names[i] for i in pack.used][-len(test):]  # -0: all, where no image is left to hold out
     if not len(test):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
         test, test_lo, test_y = train, train_lo, y
     return Images(train, test, y, test_y, classes, train_lo, test_lo, name=os.path.basename(here),
-                  left_out=left_out + pack.left_out, pair_factor=factor)
+                  left_out=left_out + pack.left_out, test_names=test_names, pair_factor=factor)
 
 
 def _warn_of(folder: Path, pack: Pack, decoding: Decoding) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageCms, ImageOps
 from torch import Tensor
 
 from images import DatasetError, SettingsError, one_line
-from support.disk import write_atomically
+from support.disk import make_folder, write_atomically
 
 NAME_MAX = 255  # bytes of a file's name on the usual disks
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
@@ -163,7 +163,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def save_png(path: Path, image: Image.Image):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, lambda f: image.save(f, format="PNG"))
 
 

@@ -34,7 +34,7 @@ from images import DatasetError, SettingsError, one_line
 from images.files import cover, fit, open_image, user_path
 from images.pairs import check_shape, factor_of
 from images.photos import Blocks, Photos, checksums, map_file
-from support.disk import write_atomically
+from support.disk import parse_json, write_atomically
 
 VERSION = 2  # of the layout and of what a file becomes in it: raise it when one of them changes
 CHECK_AT_ONCE = 2**33  # bytes of a pack that are checked when it is opened; of a larger one each block when first read
@@ -76,7 +76,10 @@ class Index:
             return None
         if checksum != b"%d" % zlib.crc32(content):
             raise ValueError("index.json")
-        return cls(**json.loads(content))
+        try:
+            return cls(**parse_json(content))
+        except (ValueError, TypeError):
+            raise ValueError("index.json") from None
 
     def write(self, folder: Path):
         content = json.dumps(asdict(self)).encode()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import DatasetError
-from support.disk import write_atomically
+from support.disk import read_json, write_atomically
 
 TRAIN = ("train", "training")  # names of folders, in capitals or not
 TEST = ("test", "testing", "val", "valid", "validation")  # of several the first in this list is taken
@@ -61,7 +61,7 @@ def known_sides(folder: Path, names: list[str], limit: int | None) -> dict[str, 
     """
     file = folder / "sides.json"
     try:
-        sides = json.loads(file.read_text())
+        sides = read_json(file)
         if not isinstance(sides, dict):
             raise ValueError
         return sides
@@ -73,7 +73,7 @@ def known_sides(folder: Path, names: list[str], limit: int | None) -> dict[str, 
     rows = {(2 * i + 1) * len(names) // (2 * count) for i in range(count)}
     packed = min(count, limit or count) + min(len(names) - count, limit or len(names))
     try:
-        stamp = json.loads((folder / "index.json").read_text())["stamp"]
+        stamp = read_json(folder / "index.json")["stamp"]
         if (stamp["version"], stamp["files"]) != (1, packed):
             return {}
     except (OSError, ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ from images import SettingsError, data, one_line
 from images.files import user_path
 from support import bounds
 from support.bounds import between
-from support.disk import flush_folder, parse_json, write_atomically
+from support.disk import flush_folder, make_folder, parse_json, write_atomically
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
@@ -87,10 +87,7 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     if not file.is_file():
         raise DamagedError(f"run = {name!r}: there is no checkpoint {file}")
     try:
-        with zipfile.ZipFile(file) as whole:
-            if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        c = torch.load(file, map_location="cpu", weights_only=True)
+        c = load_tensors(file)
         if missing := KEYS.keys() - c.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         kinds = KEYS | OPTIONAL_KEYS
@@ -109,6 +106,14 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
     seen = c.get("images_seen", c["step"] * config.batch_size)
     about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
     return checked(Run(name, config, *about, weights, c))
+
+
+def load_tensors(file: Path):
+    """What torch.save wrote, on the CPU. Raises what torch.load does, and ValueError where a checksum is wrong."""
+    with zipfile.ZipFile(file) as whole:
+        if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def checked(run: Run) -> Run:
@@ -186,9 +191,7 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     """
     last = folder / "checkpoints" / "last.pt"
     new = last.with_name(".next.pt")
-    if not last.parent.is_dir():
-        last.parent.mkdir(parents=True)
-        flush_folder(folder)
+    make_folder(last.parent)
     write_atomically(new, lambda f: torch.save(checkpoint, f))
     if keep:  # first: a run that is killed here comes to this step again
         link(new, last.with_name(f"step_{checkpoint['step']:06d}.pt"))

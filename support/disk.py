@@ -54,6 +54,14 @@ def open_regular(path: Path, flags: int):
     return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
 
 
+def make_folder(folder: Path):
+    """With those around it, so that their names survive a loss of power. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
 def flush_folder(folder: Path):
     """Has the disk keep the names in the folder: a rename is lost with the power until then."""
     with suppress(OSError):  # Windows opens no folder, and some network disks flush none

@@ -117,10 +117,18 @@ def start_from(net: nn.Module, run: Run, classes: list[str]):
         print(f"{len(fitting)} of {len(own)} tensors are those of {run.path}{left if fresh else ''}")
 
 
-def zero_net(c):
+class ZeroNet:
     """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
-    scale = c.chosen.upscale
-    return lambda x, *_: x.new_zeros(len(x), x.shape[1], x.shape[2] * scale, x.shape[3] * scale)
+
+    def __init__(self, upscale: int):
+        self.num_classes, self.upscale = 0, upscale
+
+    def __call__(self, x, t, y=None, cond=None):
+        return x.new_zeros(len(x), x.shape[1], x.shape[2] * self.upscale, x.shape[3] * self.upscale)
+
+
+def zero_net(c) -> ZeroNet:
+    return ZeroNet(c.chosen.upscale)
 
 
 def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:

@@ -51,7 +51,7 @@ PRESETS = {  # name: what differs from Config's defaults
         damage=Damage(factor=(4, 2), down="bicubic", up="bicubic", quality=(10, 40), kernel="gaussian", taps=15,
                       sigma=(0.5, 2.5)),
         unet_channels=32, unet_dim_mults=(1, 2, 4, 4), unet_blocks=1, unet_use_classes=False, batch_size=16,
-        base_lr=1e-3, lr_decay=0.95, ema_decay=0.999, max_steps=60_000, sample_steps=4, sample_every=5000),
+        base_lr=1e-3, lr_decay=0.95, ema_decay=0.999, max_steps=60_000, sample_steps=1, sample_every=5000),
     "sr3-faces128": dict(
         method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
         overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,

@@ -23,8 +23,10 @@ from victims import (
     expect_finite,
     fill,
     lose_folder,
+    lose_power,
     lose_stream,
     poison,
+    record_flushes,
     run_short,
     small_files,
     state,
@@ -145,6 +147,23 @@ def obstacle(place: Place):
     if aside.exists():
         aside.rename(path)
     place.finish(pictures=name != "run/samples")
+
+
+@fault("the power fails at a random moment, or as the command has ended: all that was not flushed is lost")
+def power(place: Place):
+    record = place.folder / "disk"
+    victim = place.start((record_flushes, record))
+    if place.chance.random() < 0.5:
+        victim.end(0)
+        lose_power(place.run, record)
+        place.compare()
+    else:
+        place.nap()
+        victim.kill()
+        victim.end()
+        if record.exists():
+            lose_power(place.run, record)
+    place.finish()
 
 
 @fault("the run's folder is renamed or removed while it runs")
@@ -299,6 +318,31 @@ def wrong_resume(place: Place):
     place.finish()
 
 
+@fault("the classes of the data changed: one is gone, another one is new")
+def changed_data(place: Place):
+    place.half()
+    before = contents(place.run)
+    shutil.copytree(place.shared / "pictures", place.folder / "pictures")
+    (place.folder / "pictures" / "a").rename(place.folder / "pictures" / "c")
+    place.start(more=f"--dataset {place.folder / 'pictures'}").refused()
+    expect(contents(place.run) == before, "files were changed")
+    place.finish()
+
+
+@fault("a pack of images is damaged: cut, longer by a byte, or a bit flipped")
+def damaged_pack(place: Place):
+    more = f"--data-path {place.folder / 'data'}"
+    place.start((die_in_step, 9), more=more).end(-signal.SIGKILL)
+    columns = [path for path in (place.folder / "data").rglob("*") if path.is_file() and path.stat().st_size > 5000]
+    expect(columns, "no pack was made")
+    file, chance = place.chance.choice(columns), place.chance
+    content, at = file.read_bytes(), chance.randrange(file.stat().st_size)
+    flipped = content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:]
+    file.write_bytes(chance.choice([content[:at], content + b"x", flipped]))
+    place.start(more=more).end(0)
+    place.compare()
+
+
 @fault("no memory for a copy of the state, or no thread to write it, for a while")
 def shortage(place: Place):
     what, first = place.chance.choice(["memory", "threads"]), place.chance.randint(1, 5)
@@ -338,6 +382,16 @@ def two_trainers(place: Place):
 
 def start_two(place: Place) -> list[Victim]:
     return [place.start(env=env) for env in ranks(2)]
+
+
+@fault("two processes with other settings each, or other images", share=0.5)
+def disagreement(place: Place):
+    shutil.copytree(place.shared / "pictures", place.folder / "pictures")
+    next((place.folder / "pictures" / "a").iterdir()).unlink()
+    other = place.chance.choice(["--seed 1", "--weight-decay 0.1", f"--dataset {place.folder / 'pictures'}"])
+    for victim in [place.start(env=env, more=more) for env, more in zip(ranks(2), ["", other])]:
+        victim.refused()
+        expect("process 1 differs from process 0" in victim.said, victim.said)
 
 
 @fault("kill -9 to one of two processes: the other one leaves, and both go on", share=0.5)

@@ -255,7 +255,11 @@ def test_the_legend_says_everything_once_and_the_papers_sampler_is_open():
         curve = next(line for line in ax.lines if line.get_label() == "edm")
         assert curve.get_xydata()[-1].tolist() == [last, 21.0]  # the best solver of that NFE
         assert sum(line.get_markerfacecolor() == "none" for line in ax.lines) == 2
-        assert len(ax.collections) == 2  # a band each
+        below = next(line for line in figure.axes[1].lines if line.get_label() == "edm")
+        assert figure.axes[1].get_ylabel() == "FD ←" and below.get_xydata()[-1].tolist() == [last, 2.0]
+        assert len(ax.collections) == 2  # a band each: one error to each side, as the legend says
+        ends = [y for x, y in ax.collections[0].get_paths()[0].vertices if x == last]
+        assert min(ends) == pytest.approx(20.9) and max(ends) == pytest.approx(21.1)
 
 
 def test_ticks_are_plain():

@@ -7,6 +7,7 @@ import torch
 
 from images.corruptions import Batch
 from methods.edm import EDM
+from networks import Plain
 from ode_int import integrate, solve
 from unet import Counted
 
@@ -169,7 +170,7 @@ def test_order_of_the_sampler(sampler, order):
     (EDM(), None, 35), (EDM(), 18, 35), (EDM(), 1, 1), (EDM(), 2, 3), (EDM(S_churn=30.0), 18, 35),
     (EDM(sampler="euler"), None, 35), (EDM(sampler="euler"), 18, 18)))
 def test_network_evaluations(edm, steps, nfe):
-    net, trace = Counted(net_of(gaussian)), []
+    net, trace = Counted(Plain(net_of(gaussian))), []
     edm.sample(net, blank(3, 1, 4, 4), steps, trace)
     assert net.rows / 3 == nfe
     assert len(trace) == (steps or (18 if edm.sampler == "heun" else 35))

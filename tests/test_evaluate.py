@@ -1,4 +1,5 @@
 """evaluate.py as its user runs it: on runs and on results, in two processes, interrupted, and on bad input."""
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import pytest
 from torch import nn
 
 import evaluate
+import trainer
+from evaluation import report
 from evaluation.classifier import Classifier
 from images import SettingsError
 from measured import FLAGS, LOCAL
@@ -46,6 +49,7 @@ def test_the_same_again_and_raw_weights(results, runs, tmp_path, monkeypatch):
     (again,), (raw,) = (result["rows"] for result in found)
     assert again["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4) != pytest.approx(raw["psnr"], abs=1e-4)
     assert [result["training"]["weights"] for result in found] == ["EMA", "raw"]
+    assert found[0]["costs"]["training_flops"] == 8  # one for each image seen, in 2 steps of 4
 
 
 @pytest.mark.parametrize("failure, status", [(KeyboardInterrupt, 130), (RuntimeError, None)])
@@ -246,3 +250,47 @@ def test_a_result_with_nonsense_in_it_is_one_line(results, tmp_path, capsys, key
     assert evaluate.main([str(path), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "bad.json" in error and "no result of an evaluation" in error
+
+
+# ------------------------------------------------------------------------- pictures made elsewhere, several checkpoints
+
+def test_pictures_made_elsewhere_are_a_row(runs, drawings, tmp_path, monkeypatch, capsys):
+    """Named by the ends of the held-out images' paths: brighter by 5 levels, as another program left them."""
+    from PIL import Image
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for path in (drawings / "test").rglob("*.png"):
+        other = tmp_path / "brighter" / path.relative_to(drawings / "test").with_suffix(".bmp")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).point(lambda level: level + 5).save(other)
+    flags = [runs[1], *"--nfe 3 --count 12 --batch-size 5 --metrics psnr bias --device cpu".split(),
+             "--output", str(tmp_path / "out"), "--pictures", str(tmp_path / "brighter")]
+    assert evaluate.main(flags) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert f"| brighter |  | – | {20 * math.log10(255 / 5):.2f} ± .00 | +5.0 ± .0 +5.0 ± .0 +5.0 ± .0 |" in table
+    capsys.readouterr()
+    Image.new("RGB", (9, 16)).save(other)
+    for breaks, line in ((None, "has 9x16 pixels"), (other.unlink, "it has none for the held-out image test/")):
+        if breaks:
+            breaks()
+        assert evaluate.main([*flags, "--count", "42"]) == 2
+        said = capsys.readouterr().err
+        assert line in said and said.count("\n") == 1
+
+
+def test_checkpoints_of_one_run_are_a_curve_against_the_step(drawings, tmp_path):
+    flags = (f"--preset small --dataset {drawings} --image-size 16 --unet-channels 8 --unet-dim-mults 1 "
+             "--unet-blocks 1 --no-overfit --batch-size 4 --no-use-wandb --device cpu --sample-count 2 --max-steps 4 "
+             f"--keep-every 2 --method regression --name run --out-dir {tmp_path} --ema-decay 0.5")
+    assert trainer.main(flags.split()) == 0
+    steps = sorted(map(str, (tmp_path / "run/checkpoints").glob("step_*.pt")))
+    assert len(steps) == 2
+    asked = ["--metrics", "psnr", "--count", "8", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert evaluate.main([*steps, *asked]) == 0
+    results = [json.loads((tmp_path / f"out/run-step-{step}.json").read_text()) for step in (2, 4)]
+    figures = [result["rows"][0]["psnr"] for result in results]
+    assert figures[0] != figures[1]
+    assert (tmp_path / "out/quality-step.png").exists() == bool(importlib.util.find_spec("matplotlib"))
+    (curve,) = report.swept(results, "step")
+    assert [(row["step"], row["psnr"]) for row in curve["rows"]] == list(zip((2, 4), figures))
+    assert "| regression, step 2 |" in (tmp_path / "out/table.md").read_text()

@@ -68,9 +68,10 @@ def test_a_folder_packed_before_keeps_its_split(tmp_path, monkeypatch, limit):
         grown = load("photos", 8, limit=limit)
         assert [value for value in values(grown.test) if value < 40] == [5, 15, 25, 35]
         assert not set(values(grown.train)) & set(values(grown.test))
-    (pack / "sides.json").write_text("{")
-    with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
-        load("photos", 8, limit=limit)
+    for damaged in ("{", "[" * 100_000):
+        (pack / "sides.json").write_text(damaged)
+        with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
+            load("photos", 8, limit=limit)
 
 
 def test_a_single_image_is_its_own_test(tmp_path):
@@ -218,6 +219,16 @@ def test_pairs_are_cropped_alike(tmp_path):
     for clean, damaged in ((images.train, images.train_lo), (images.test, images.test_lo)):
         error = (clean.float() - damaged.float()).abs()
         assert error[..., 4:-4, 4:-4].max() <= 1.5 and clean.float().std() > 20
+
+
+def test_a_single_image_without_partner_is_named(tmp_path):
+    for name in ("a", "b", "c", "lone"):
+        solid(tmp_path / "clean" / f"{name}.png", 10)
+        if name != "lone":
+            solid(tmp_path / "damaged" / f"{name}.png", 20)
+    with pytest.warns(UserWarning, match="^1 images are in only one of .*: lone"):
+        images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
+    assert images.left_out == [f"{tmp_path / 'clean' / 'lone.png'}: has no partner in {tmp_path / 'damaged'}"]
 
 
 def test_missing_partners_are_named(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from images.corruptions import Batch
 from measured import SMALL
 from methods.interpolant import Interpolant
+from networks import Plain
 from ode_int import FIXED_STEP, solve
 from support.model import run_sampler
 from trainer import Config
@@ -405,7 +406,7 @@ def test_trace_ends_at_the_sample_and_changes_nothing(sampler):
 def test_cost_is_what_steps_say():
     batch = make_batch()
     for eps0, steps, calls in ((0.0, 7, 2 * 7 + 1), (0.5, 7, 7 + 1), (0.5, None, 100 + 1)):
-        net = Counted(wiggly_net)
+        net = Counted(Plain(wiggly_net))
         Interpolant(eps0=eps0).sample(net, batch, steps)
         assert net.rows == 4 * calls
 

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from evaluation import judge as judging
-from evaluation.classifier import cached, digest
-from images import data
+from evaluation import metrics
+from evaluation.classifier import Classifier, cached, digest
+from images import SettingsError, data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float, to_uint8
 from measured import EXACT, LOCAL, SIDE, truth
@@ -30,6 +31,35 @@ def test_the_classifier_tells_dark_from_bright(judge, config):
         lambda batch: batch.z1 + torch.where(batch.z1.mean((1, 2, 3), keepdim=True) < -0.1, 1, -1) * 100 / 127.5,
     )
     assert swapped["accuracy"] == 0
+
+
+def test_the_accuracy_is_of_one_image_at_a_time():
+    """All test images are bright: by statistics of their own batch they would look as dark as bright."""
+    level = torch.tensor([60, 180], dtype=torch.uint8).repeat(64)
+    x = (level.view(-1, 1, 1, 1) + torch.randint(0, 20, (128, 3, 16, 16), dtype=torch.uint8))
+    y = torch.arange(128) % 2
+    net = Classifier(3, 2, 16)
+    assert net.learn(data.Images(x, x[y == 1], y, y[y == 1], ["dark", "bright"]), 10, "cpu")["accuracy"] == 100
+
+
+def test_which_images_with_which_damage_and_noise(config):
+    """Some of all classes, though folders are sorted; each batch and each seed has damage and noise of its own."""
+    def seen(seed):
+        judge, found = judging.Judge(config, torch.device("cpu"), ("bias",), 12, 6, seed), []
+
+        def make(batch):
+            found.append((batch.zlo - batch.z1, batch.randn_like(batch.z1)))
+            return batch.z1
+
+        judge(replace(config, task="noise"), False, make)
+        return judge, found
+
+    (judge, one), (_, again), (_, other) = seen(0), seen(0), seen(1)
+    assert set(judge.images.test_y[torch.cat(judge.batches)].tolist()) == {0, 1}
+    for kind in (0, 1):
+        assert torch.equal(one[0][kind], again[0][kind])
+        assert not torch.allclose(one[0][kind], one[1][kind], atol=0.02)
+        assert not torch.allclose(one[0][kind], other[0][kind], atol=0.02)
 
 
 def test_samples_that_are_the_truth_score_the_floor(judge, config):
@@ -49,7 +79,7 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
     def pooled(x):
         return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
-    monkeypatch.setattr(judging, "load_inception", lambda device: pooled)
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=lambda side, device: pooled))
     judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=41, batch_size=16)
     score = judge(config, False, lambda batch: 0.5 * batch.z1)
     z1 = judge.images.test[torch.cat(judge.batches)][:40]
@@ -61,6 +91,33 @@ def test_fid_flows_through_the_same_halves(config, monkeypatch):
 
     assert score.keys() == {"fid", "seconds", "errors", "without"} and score["errors"] == score["without"] == {}
     assert score["fid"] == pytest.approx((distance(x[:20], y[20:]) + distance(x[20:], y[:20])) / 2, rel=1e-4)
+
+
+def test_fid_against_given_statistics(config, monkeypatch, tmp_path):
+    """The same formula by scipy, over all samples; truth against itself is 0."""
+    def pooled(x):
+        return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=lambda side, device: pooled))
+    plain = judging.Judge(config, torch.device("cpu"), ("fid",), count=40, batch_size=16)
+    truth_features = pooled(plain.images.test[torch.cat(plain.batches)]).double().numpy()
+    file = tmp_path / "given.npz"
+    np.savez(file, mu=truth_features.mean(0), sigma=np.cov(truth_features.T), more=np.zeros(3))
+    judge = judging.Judge(config, torch.device("cpu"), ("fid",), count=40, batch_size=16, fid_statistics=str(file))
+    rows = [judge(config, False, lambda batch: batch.z1), judge(config, False, lambda batch: 0.5 * batch.z1)]
+    assert rows[0]["fid_given"] == pytest.approx(0, abs=1e-4 * np.trace(np.cov(truth_features.T)))
+    x = pooled(to_uint8(0.5 * to_float(judge.images.test[torch.cat(judge.batches)]))).double().numpy()
+    a, b = np.cov(x.T), np.cov(truth_features.T)
+    expected = ((x.mean(0) - truth_features.mean(0)) ** 2).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert rows[1]["fid_given"] == pytest.approx(expected, rel=1e-4)
+    assert "fid_given" not in plain(config, False, truth)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    (tmp_path / "text.npz").write_text("mu")
+    for name in ("small", "other", "text", "missing"):
+        with pytest.raises(SettingsError, match="fid_statistics = ") as refused:
+            judging.Judge(config, torch.device("cpu"), ("fid",), count=40, fid_statistics=str(tmp_path / f"{name}.npz"))
+        assert "\n" not in str(refused.value)
 
 
 def test_baselines_of_sr(judge, config):
@@ -190,6 +247,10 @@ def test_cached(tmp_path):
     (tmp_path / "new" / "x.pt").write_bytes(b"half a file")
     cached(path, make)
     assert len(calls) == 2 and torch.load(path, weights_only=True)["accuracy"] == 50
+    whole = Path(path).read_bytes()
+    at = whole.index(torch.arange(3).numpy().tobytes())
+    Path(path).write_bytes(whole[:at + 8] + b"\x45" + whole[at + 9:])  # a stored 1 became 69
+    assert cached(path, make)["weights"].tolist() == [0, 1, 2] and len(calls) == 3
 
 
 def test_digest_sees_every_value():
@@ -234,9 +295,19 @@ def test_packages_that_are_not_there(config, monkeypatch):
 
 
 def test_a_fault_of_the_program_is_no_missing_package(config, monkeypatch):
-    def faulty(device):
+    def faulty(side, device):
         raise AttributeError("no such thing")
 
-    monkeypatch.setattr(judging, "load_inception", faulty)
+    monkeypatch.setitem(metrics.TABLE, "fid", replace(metrics.TABLE["fid"], load=faulty))
     with pytest.raises(AttributeError):
         judging.Judge(config, torch.device("cpu"), ("fid",), count=8)
+
+
+def test_a_new_metric_is_one_entry_of_the_table(config, monkeypatch):
+    def mae(of):
+        return (of.x.double() - of.truth.double()).abs().flatten(1).mean(1)
+
+    monkeypatch.setitem(metrics.TABLE, "mae", metrics.Metric("MAE", "{:.1f}", "↓", score=mae))
+    judge = judging.Judge(config, torch.device("cpu"), ("mae",), count=8)
+    score = judge(config, False, lambda batch: batch.z1 + 3 / 127.5)
+    assert score["mae"] == pytest.approx(3) and score["errors"]["mae"] == pytest.approx(0) and score["without"]["mae"]

@@ -8,8 +8,9 @@ import scipy.linalg
 import torch
 from torch import nn
 
+from evaluation import errors as errors_of
 from evaluation import judge as judging
-from evaluation import report
+from evaluation import metrics
 from images.corruptions import Damage
 from images.pictures import psnr, psnr_of_each, to_float, to_uint8
 from measured import EXACT, SIDE
@@ -22,7 +23,7 @@ def test_frechet_of_gaussians_in_one_dimension():
     one, other = (
         tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]]))
     )
-    assert judging.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
+    assert metrics.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
 
 
 def test_frechet_against_scipys_matrix_square_root():
@@ -30,9 +31,9 @@ def test_frechet_against_scipys_matrix_square_root():
     x, y = random.normal(size=(40, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6)) + 0.3
     c1, c2 = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    one, other = judging.gaussian(torch.tensor(x)), judging.gaussian(torch.tensor(y))
-    assert judging.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
-    assert judging.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
+    one, other = metrics.gaussian(torch.tensor(x)), metrics.gaussian(torch.tensor(y))
+    assert metrics.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
+    assert metrics.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frechet_with_more_features_than_images():
@@ -40,10 +41,10 @@ def test_frechet_with_more_features_than_images():
     random = np.random.default_rng(2)
     x, y = torch.tensor(random.normal(size=(12, 4))), torch.tensor(random.normal(size=(9, 4)) + 0.1)
     turn = torch.linalg.qr(torch.tensor(random.normal(size=(300, 4)))).Q.T
-    expected = judging.frechet(judging.gaussian(x), judging.gaussian(y))
-    one, other = judging.gaussian(x @ turn), judging.gaussian(y @ turn)
-    assert judging.frechet(one, other) == pytest.approx(expected, rel=1e-9)
-    assert judging.frechet(one, one) == pytest.approx(0, abs=1e-9)
+    expected = metrics.frechet(metrics.gaussian(x), metrics.gaussian(y))
+    one, other = metrics.gaussian(x @ turn), metrics.gaussian(y @ turn)
+    assert metrics.frechet(one, other) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet(one, one) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_is_torchmetrics_fid():
@@ -61,7 +62,7 @@ def test_frechet_is_torchmetrics_fid():
     reference = fid.FrechetInceptionDistance(feature=Mean())
     reference.update(x, real=True)
     reference.update(y, real=False)
-    mine = judging.frechet(*(judging.gaussian(Mean()(z)) for z in (x, y)))
+    mine = metrics.frechet(*(metrics.gaussian(Mean()(z)) for z in (x, y)))
     assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
 
 
@@ -78,7 +79,7 @@ def test_psnr_against_torchmetrics():
 
 def test_ssim():
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
-    ssim = judging.load_ssim(6)
+    ssim = metrics.load_ssim(6)
     x = (torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     assert ssim(x, x).tolist() == pytest.approx([1] * 3, abs=1e-6)  # one an image
     darker = (x * 0.75).round().to(torch.uint8)
@@ -89,7 +90,7 @@ def test_ssim():
     flat = torch.ones(1, 1, 6, 6, dtype=torch.uint8)  # one image, of the smallest side
     assert ssim(flat * 100, flat * 130).item() == pytest.approx((2 * a * b + c1) / (a**2 + b**2 + c1), abs=1e-4)
     with pytest.raises(ValueError, match="6 pixels"):
-        judging.load_ssim(5)
+        metrics.load_ssim(5)
 
 
 def test_a_shift_by_k_levels(judge, config):
@@ -160,7 +161,7 @@ def test_errors_of_means_are_those_of_their_images(judge, config):
     without = score["without"]
     assert without.keys() == errors.keys() - {"bias"}
     assert without["psnr"] == pytest.approx([np.mean(np.delete(decibels, np.s_[g::20])) for g in range(20)], rel=1e-5)
-    assert errors["frechet"] == judging.jackknife(without["frechet"])
+    assert errors["frechet"] == metrics.jackknife(without["frechet"])
     bright = (z1.mean((1, 2, 3)) > -0.1).double().mean().item()
     grey = judge(config, False, lambda batch: torch.full_like(batch.z1, 0.3))  # all are called bright
     assert grey["accuracy"] == pytest.approx(100 * bright)
@@ -186,8 +187,8 @@ def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
         noise = torch.randn(800, 4, generator=generator)
         ours = shift + scale * (0.8 * truth + 0.6 * noise)  # samples follow the truth
         pairs = ours.split(400), truth.split(400)
-        found.append(judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)))
-        errors.append(judging.jackknife(judging.across_without(*pairs)))
+        found.append(metrics.across(*([metrics.gaussian(half) for half in pair] for pair in pairs)))
+        errors.append(metrics.jackknife(metrics.across_without(*pairs)))
     expected = 4 * (shift**2 + (scale - 1) ** 2)
     spread, error = np.std(found, ddof=1), math.sqrt(np.mean(np.square(errors)))
     assert np.mean(found) == pytest.approx(expected, abs=0.1)
@@ -204,17 +205,17 @@ def test_the_jackknife_leaves_out_each_image_once():
         figures.append(sum((a[h].mean() - b[1 - h].mean()) ** 2 + (a[h].std(ddof=1) - b[1 - h].std(ddof=1)) ** 2
                            for h in (0, 1)) / 2)
     expected = math.sqrt(2 / 3 * sum((f - np.mean(figures)) ** 2 for f in figures))
-    without = judging.across_without(torch.tensor(ours), torch.tensor(truth))
+    without = metrics.across_without(torch.tensor(ours), torch.tensor(truth))
     assert without == pytest.approx(figures, rel=1e-6)
-    assert judging.jackknife(without) == pytest.approx(expected, rel=1e-6)
+    assert metrics.jackknife(without) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     """Exactly so with a group an image (Efron and Stein 1981, eq. 1.2), and about so with 20 groups of 200."""
     values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one_each = judging.jackknife(judging.mean_without(values[:15]))
+    one_each = metrics.jackknife(metrics.mean_without(values[:15]))
     assert one_each == pytest.approx(values[:15].std().item() / math.sqrt(15), rel=1e-9)
-    assert judging.jackknife(judging.mean_without(values)) == pytest.approx(1 / math.sqrt(4000), rel=0.5)
+    assert metrics.jackknife(metrics.mean_without(values)) == pytest.approx(1 / math.sqrt(4000), rel=0.5)
 
 
 def test_the_error_of_a_difference_is_its_spread_over_other_images():
@@ -227,13 +228,13 @@ def test_the_error_of_a_difference_is_its_spread_over_other_images():
         for shift in (0.5, 0.6):
             ours = shift + 0.95 * truth + 0.3 * torch.randn(800, 4, generator=generator)
             pairs = ours.split(400), truth.split(400)
-            figures = dict(frechet=judging.across(*([judging.gaussian(half) for half in pair] for pair in pairs)),
+            figures = dict(frechet=metrics.across(*([metrics.gaussian(half) for half in pair] for pair in pairs)),
                            psnr=ours.square().mean().item())
-            without = dict(frechet=judging.across_without(*pairs), psnr=judging.mean_without(ours.square().mean(1)))
+            without = dict(frechet=metrics.across_without(*pairs), psnr=metrics.mean_without(ours.square().mean(1)))
             rows.append(figures | dict(
-                without=without, seed_errors={}, errors={m: judging.jackknife(t) for m, t in without.items()}))
+                without=without, seed_errors={}, errors={m: metrics.jackknife(t) for m, t in without.items()}))
         found.append([rows[0][m] - rows[1][m] for m in without])
-        errors.append([report.error_of_difference(*rows, m) for m in without])
+        errors.append([errors_of.error_of_difference(*rows, m) for m in without])
         apart.append([math.hypot(*(row["errors"][m] for row in rows)) for m in without])
     ratio = np.sqrt(np.mean(np.square(errors), axis=0)) / np.std(found, axis=0, ddof=1)
     assert ((0.75 < ratio) & (ratio < 1.33)).all()

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_a_stale_pack_is_made_anew(photos, decoded, change, monkeypatch):
 
 @pytest.mark.parametrize("name, damage", [
     *((name, damage) for name in ("clean.u8", "sizes.i32") for damage in ("bit", "longer", "shorter", "gone", "empty")),
-    ("damaged.u8", "bit"), ("index.json", "bit"), ("index.json", "longer"), ("index.json", "empty")])
+    ("damaged.u8", "bit"), *(("index.json", damage) for damage in ("bit", "longer", "empty", "nested"))])
 def test_a_damaged_pack_is_packed_again(photos, decoded, damage, name):
     """Never are other images taken, and it ends in neither a traceback nor the system's SIGBUS."""
     crop = "random" if name == "sizes.i32" else "center"
@@ -191,9 +192,11 @@ def test_a_damaged_pack_is_packed_again(photos, decoded, damage, name):
     content = file.read_bytes()
     file.unlink()
     middle = len(content) // 2
+    nested = b"[" * 100_000  # under a checksum that is right
     if damage != "gone":
         file.write_bytes(dict(bit=content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1:],
-                              longer=content + b"x", shorter=content[:-1], empty=b"")[damage])
+                              longer=content + b"x", shorter=content[:-1], empty=b"",
+                              nested=b"%d\n" % zlib.crc32(nested) + nested)[damage])
     with pytest.warns(UserWarning, match=f"{name} is damaged, so the images are packed again"):
         after = load(str(photos), 12, paired_path=str(photos), crop=crop)
     assert len(decoded) == 40
@@ -472,4 +475,4 @@ def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
         assert "30 JPEG files of 12" in said and "| second start | " in said
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert benchmark.main(["--images", "0"]) == 2
-    assert capsys.readouterr().err == "data.py: images = 0: allowed is 1 or more\n"
+    assert capsys.readouterr().err == "data.py: images = 0: allowed is a whole number from 1 to 1,000,000,000,000\n"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from evaluation import report
+from evaluation import metrics, report
 from images.corruptions import Damage
 from measured import LOCAL
 from trainer import Config
@@ -104,7 +104,7 @@ def test_what_is_far_below_everyones_best_is_out_of_the_plot(results):
     for row, accuracy in zip([*result["rows"], *result["baselines"]], [80.0, 10.0] + [75.0] * 20):
         row["accuracy"] = accuracy
     panels = {ax.get_ylabel(): ax for ax in report.plot([result]).axes}
-    assert panels["accuracy, % →"].get_ylim()[0] == 75 - report.BELOW["accuracy"]
+    assert panels["accuracy, % →"].get_ylim()[0] == 75 - metrics.TABLE["accuracy"].below
 
 
 def test_the_plot_says_what_the_json_says(results):
@@ -112,7 +112,7 @@ def test_the_plot_says_what_the_json_says(results):
     output, found = results
     assert (output / "quality.pdf").read_bytes().startswith(b"%PDF") and Image.open(output / "quality.png").width > 1000
     panels = {ax.get_ylabel(): ax for ax in report.plot(found).axes}
-    assert list(panels) == ["PSNR, dB →", "FD ←", "accuracy, % →"]  # to be read upwards
+    assert list(panels) == ["PSNR, dB →", "accuracy, % →", "FD ←"]  # to be read upwards
     interpolant, udpm = found
     lines = {drawn.get_label(): drawn.get_xydata() for drawn in panels["PSNR, dB →"].lines}
     assert lines["interpolant"].tolist() == [[row["nfe"], row["psnr"]] for row in interpolant["rows"][:2]]

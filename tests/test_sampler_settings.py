@@ -1,10 +1,14 @@
 """A method's own settings, changed when a trained run samples: which may be, what that does, and what is refused."""
+import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
+from evaluation.report import plot
 from images import SettingsError
 from methods.edm import EDM
 from methods.i2sb import I2SB
@@ -105,3 +109,62 @@ def test_settings_that_the_task_or_the_solver_can_not_take_are_refused(tmp_path)
         with pytest.raises(SettingsError, match=f"^{line}[^\n]*$"):
             open_model(path, **wrong)
     assert open_model(path, solver="heun", edm=dict(sigma_max=20.0)).config.edm.sigma_max == 20  # which its ODE reads
+
+
+@pytest.fixture
+def evaluated(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
+
+    def evaluated(*flags, status=0) -> dict:
+        """What evaluate.py wrote of the interpolant among `runs`: its JSON files, by what they say was changed."""
+        common = "--count 12 --nfe 2 --metrics psnr --device cpu --precision fp32 --output".split()
+        assert evaluate.main([runs[0], *common, str(tmp_path / "out"), *flags]) == status
+        found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+        return {json.dumps(result["changed"]): result for result in found}
+
+    return evaluated
+
+
+def test_a_sweep_of_guidance_is_rows_a_curve_and_a_picture(evaluated, runs, tmp_path):
+    found = evaluated("--guidance", "1", "3", "--nfe", "4")
+    assert found.keys() == {'{"guidance": 1.0}', '{"guidance": 3.0}'}
+    one, three = (found[key]["rows"] for key in sorted(found))
+    assert one[0]["psnr"] != three[0]["psnr"] and one[0]["nfe"] == three[0]["nfe"] == 4
+    table = (tmp_path / "out/table.md").read_text()
+    for scale, row in (("1.0", one[0]), ("3.0", three[0])):
+        start = f"| interpolant, guidance {scale} | euler | 4 |"
+        line, = (line for line in table.splitlines() if line.startswith(start))
+        assert f"{row['psnr']:.2f}" in line
+    assert "the runs differ in guidance: 1.0 (interpolant, guidance 1.0); 3.0 (interpolant, guidance 3.0)" in table
+    page = get(tmp_path / f"out/{Path(runs[0]).name}.png")
+    above, below = page[-6 - 2 * 68:-6, -6 - 530:-6].reshape(2, 68, 530, 3).astype(int)  # 8 images of 64 in frames
+    assert above.std() > 50 and 0 < abs(above - below).mean() < 20  # their noise is the same
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "out/quality-guidance.png").exists() and (tmp_path / "out/quality.png").exists()
+    curve, = plot(list(found.values()), "guidance").axes[0].get_lines()[:1]
+    assert sorted(curve.get_xdata()) == [1, 3]
+
+
+def test_other_settings_of_one_run_stand_beside_it(evaluated, tmp_path):
+    plain, = evaluated().values()
+    both = evaluated("--interpolant.eps0", "1")
+    assert both.keys() == {"{}", '{"interpolant.eps0": 1.0}'}  # the second evaluation left the first one's file
+    changed = both['{"interpolant.eps0": 1.0}']
+    assert changed["config"]["interpolant"]["eps0"] == 1 and plain["config"]["interpolant"]["eps0"] == 0
+    assert changed["name"] == plain["name"] + "-interpolant.eps0-1.0"
+    assert changed["rows"][0]["sampler"] == "own" and changed["rows"][0]["psnr"] != plain["rows"][0]["psnr"]
+    files = [str(path) for path in (tmp_path / "out").glob("*.json")]
+    assert len(files) == 2 and evaluate.main([*files, "--output", str(tmp_path / "joined")]) == 0
+    table = (tmp_path / "joined/table.md").read_text()
+    assert "| interpolant | euler |" in table and "| interpolant, interpolant.eps0 1.0 | own |" in table
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--interpolant.sigma 2", "interpolant.sigma = 2.0: the run was trained with 1.0, and samples with it"),
+    ("--edm.rho 2", "edm.rho = 2.0: allowed are settings of the run's method, interpolant"),
+    ("--interpolant.eps0 1 --solver heun", "interpolant.eps0 = 1.0: allowed is 0.0 with the solver heun"),
+    ("--guidance", "guidance")])
+def test_evaluation_refuses_what_sampling_refuses(evaluated, capsys, flags, line):
+    evaluated(*flags.split(), status=2)
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1

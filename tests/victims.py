@@ -1,6 +1,7 @@
 """Real processes of the trainer that faults are done to: what is done to them, and how to see that nothing is lost."""
 import itertools
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -258,6 +259,40 @@ def die_at_call(count: int, folder: Path, number: int = signal.SIGKILL):
     """Just before the call of that count the process gets the signal."""
     calls = itertools.count(1)
     on_calls(folder, lambda: next(calls) == count and os.kill(os.getpid(), number))
+
+
+def record_flushes(record: Path):
+    """The record says what a disk that keeps nothing but what was flushed has: names by folder, contents by file."""
+    names, contents = {}, {}
+
+    def fsync(handle, original=os.fsync):
+        original(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.is_dir():
+            names[str(path)] = {entry.name: entry.inode() for entry in os.scandir(path)}
+        else:
+            contents[os.fstat(handle).st_ino] = path.read_bytes()
+        new = record.with_suffix(".new")
+        new.write_bytes(pickle.dumps((names, contents)))
+        os.replace(new, record)
+
+    os.fsync = fsync
+
+
+def lose_power(folder: Path, record: Path):
+    """The folder becomes what the disk had of it, by the record."""
+    names, contents = pickle.loads(record.read_bytes())
+    shutil.rmtree(folder)
+
+    def make_again(path: Path):
+        path.mkdir()
+        for name, inode in names.get(str(path), {}).items():
+            if str(path / name) in names or name in ("checkpoints", "samples"):
+                make_again(path / name)
+            else:
+                (path / name).write_bytes(contents.get(inode, b""))
+
+    make_again(folder)
 
 
 def lose_folder(count: int, folder: Path, moved: Path | None):
