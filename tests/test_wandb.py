@@ -140,7 +140,7 @@ def test_wandb_goes_offline_where_there_is_no_network(tmp_path, monkeypatch, cap
     for name, value in dict(MODE="online", API_KEY="x" * 40, BASE_URL="http://127.0.0.1:9").items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     began = time.monotonic()
-    log = Log(tmp_path, 0, dict(project="couplings", entity=None, id="abcd1234", config={}))
+    log = Log(tmp_path, 0, wandb=dict(project="couplings", entity=None, id="abcd1234", config={}))
     assert time.monotonic() - began < 10
     log(1, loss=0.5)
     log.close()
@@ -243,7 +243,7 @@ def test_a_wandb_that_hangs_does_not_hold_the_run(tmp_path, monkeypatch, capsys,
 
 def test_a_wandb_that_comes_late_gets_every_line(tmp_path, monkeypatch, capsys):
     with stuck(monkeypatch, "init", patience=0.2) as fake:
-        log = Log(tmp_path, 0, dict(project="couplings", entity=None, id=None, config={}))
+        log = Log(tmp_path, 0, wandb=dict(project="couplings", entity=None, id=None, config={}))
         log(1, loss=0.5)
         fake.free.set()
         monkeypatch.setattr(background, "PATIENCE", 20)
