@@ -108,6 +108,7 @@ def read(arguments: list[str], config_class, description: str) -> tuple:
 
     Raises SettingsError; exits after --help.
     """
+    check_environment()
     first = first_look(arguments)
     folder = open_folder(first, config_class)
     begun = folder and folder.begun
