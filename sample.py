@@ -253,7 +253,7 @@ class Restorer:
         if hole.shape[1:] != image.shape[1:]:
             (_, height, width), (_, h, w) = image.shape, hole.shape
             raise DatasetError(f"{path}: it is {width}x{height}, its mask {w}x{h}")
-        if not hole.any() and self.model.tasks == ["inpaint"]:
+        if not hole.any() and (self.options.masks is not None or self.model.tasks == ["inpaint"]):
             raise DatasetError(f"{path}: nothing to fill in: no --masks that is white there, no transparency")
         return hole.float() if hole.any() else None
 

@@ -212,7 +212,7 @@ def test_inpainting_makes_what_the_mask_or_transparency_says(tmp_path, capsys):
     assert run(path, "--input", tmp_path / "alpha", "--masks", one, "--output", tmp_path / "out3") == 0
 
 
-def test_a_mixture_restores_whole_images_and_holes(tmp_path):
+def test_a_mixture_restores_whole_images_and_holes(tmp_path, capsys):
     path, rgb = make_run(tmp_path / "run", method="edm", sample_steps=2, task="inpaint,blur"), photo(8, 8)
     hole = np.zeros((8, 8), bool)
     hole[:4] = True
@@ -221,6 +221,10 @@ def test_a_mixture_restores_whole_images_and_holes(tmp_path):
     assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
     np.testing.assert_array_equal(get(tmp_path / "out/part.png")[4:], rgb[4:])
     assert (get(tmp_path / "out/whole.png") != rgb).any(-1).mean() > 0.9
+    put(tmp_path / "black.png", np.zeros((8, 8), np.uint8))  # a mask that asks for nothing is a mistake
+    masks = "--masks", tmp_path / "black.png"
+    assert run(path, "--input", tmp_path / "in/whole.png", *masks, "--output", tmp_path / "out2") == 1
+    assert "whole.png: nothing to fill in" in capsys.readouterr().err
 
 
 # wrong values --------------------------------------------------------------------------------------------------------
