@@ -35,6 +35,7 @@ from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, model, output, run_folder
 from support.batches import Batches
 from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
+from support.graph import Graphed
 from support.health import Health
 from support.run_folder import NoFolder, RunFolder
 from support.settings import check
@@ -101,7 +102,7 @@ class Config:
 
     # ---- sampling
 
-    sample_every: Count = 500  # steps between samplings
+    sample_every: Count | None = None  # steps between samplings; None: 500, and a tenth of a run of more than 5,000
     sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per sampling
     sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
     # solver of the method's ODE; auto: the method's own sampler (interpolant: dopri5)
@@ -132,6 +133,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
+    graph: bool = True  # training step as one CUDA graph, on a GPU: the same numbers, sooner; not for udpm
 
     damage: Damage = field(default_factory=Damage)
     interpolant: Interpolant = field(default_factory=Interpolant)
@@ -178,7 +180,7 @@ class Config:
         return sampled < step and self.samples_at(step)
 
     def samples_at(self, step: int) -> bool:
-        return step % self.sample_every == 0 or step == self.steps
+        return step % (self.sample_every or max(500, self.steps // 10)) == 0 or step == self.steps
 
     def keeps_at(self, step: int) -> bool:
         """Whether that step's checkpoint stays."""
@@ -254,6 +256,10 @@ class Trainer:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
         self.health = Health(self.device)
+        self.rate = torch.zeros((), device=self.device)
+        # UDPM's batches have several shapes, and several processes exchange their gradients
+        graphed = config.graph and self.device.type == "cuda" and not config.chosen.levels and self.world == 1
+        self.update = Graphed(self.update_players) if graphed else self.update_players
         if begun:
             self.load(begun)
         if self.world > 1:
@@ -302,28 +308,37 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ training
 
     def train_step(self):
-        """One step of every player. Its losses stay on the device."""
-        c, losses, skips = self.config, [], []
+        """One step of every player."""
+        c = self.config
         pieces = self.batches(self.step)
         machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            rate = self.rate.fill_(rate)  # where a CUDA graph reads it
         for player in self.players:
-            player.optimizer.zero_grad()
-            losses.append(self.gradients(player, pieces))
-            parameters = [p for p in player.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
-            # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
-            player.optimizer.found_inf = (~norm.isfinite()).float()
-            player.optimizer.param_groups[0]["lr"] = rate
-            player.optimizer.step()
-            skips.append(player.optimizer.found_inf)
+            player.optimizer.param_groups[0].update(lr=rate, capturable=on_gpu)
+        self.update(pieces)
         c.chosen.after_step([player.module for player in self.players])
-        self.health.count(losses[0], torch.stack(skips).amax())
         self.step += 1
         self.images_seen += c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # or the average would keep a graph of all its steps
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+
+    def update_players(self, pieces: list[Batch]):
+        """Gradients, clipping, AdamW. All on the device and in place: it may be captured as a CUDA graph."""
+        losses, skips = [], []
+        for player in self.players:
+            player.optimizer.zero_grad()
+            losses.append(self.gradients(player, pieces))
+            parameters = [p for p in player.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True)
+            # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
+            player.optimizer.found_inf = (~norm.isfinite()).float()
+            player.optimizer.step()
+            skips.append(player.optimizer.found_inf)
+        self.health.count(losses[0], torch.stack(skips).amax())
 
     def gradients(self, player: Player, pieces: list[Batch]) -> Tensor:
         """Adds up the gradients of the mean loss over the pieces -> that loss, on the device."""

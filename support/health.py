@@ -18,12 +18,15 @@ class Health:
         self.recent = self.lowest = None  # mean losses between two reports: the last one, the lowest one
 
     def count(self, loss: Tensor, skip: Tensor):
-        """A step's loss, and whether it was skipped (1) or not (0), both scalars on the device."""
+        """A step's loss, and whether it was skipped (1) or not (0), both scalars on the device.
+
+        In place, since a CUDA graph may hold it.
+        """
         finite = loss.isfinite().to(loss.dtype)
         self.loss += torch.stack([loss.nan_to_num(0, 0, 0), finite])
         in_all, in_a_row = self.skipped
-        self.skipped = torch.stack([in_all + skip, (in_a_row + 1) * skip])
-        self.first = torch.where(self.first.isnan(), loss, self.first)
+        self.skipped.copy_(torch.stack([in_all + skip, (in_a_row + 1) * skip]))
+        self.first.copy_(torch.where(self.first.isnan(), loss, self.first))
 
     def report(self) -> tuple[float | None, int, int]:
         """The mean loss since the last report, over all processes; the steps skipped in all, and in a row."""

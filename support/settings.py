@@ -84,7 +84,7 @@ PRESETS = {  # name: what differs from Config's defaults
 INCIDENTAL = (
     "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
     "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
-    "wandb_entity", "device", "compile", "micro_batch")
+    "wandb_entity", "device", "compile", "graph", "micro_batch")
 
 
 def from_plain(kind, plain: dict):

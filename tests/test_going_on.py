@@ -117,7 +117,7 @@ CHANGES = {  # the weights, the metrics, the pictures or which files there are
 RECORDED = {
     "data_path": "elsewhere", "lr_decay": 0.5, "unet_checkpointing": True, "integration_atol": 1e-3,
     "integration_rtol": 1e-3, "checkpoint_every": 3, "wandb_project": "other", "wandb_entity": "me", "device": "cpu",
-    "compile": "off", "use_tensorboard": False, "use_wandb": False}
+    "compile": "off", "graph": False, "use_tensorboard": False, "use_wandb": False}
 # tested above, or of another task, data set or method
 ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "regression"}
 

@@ -13,7 +13,7 @@ from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float
 from pixels import photo
-from runs import TINY, checkpoint, metrics, resume, start, together
+from runs import TINY, checkpoint, make, metrics, resume, start, together
 from support import model
 from support.model import make_unet
 from support.settings import from_plain
@@ -165,3 +165,27 @@ def test_each_process_drops_activations_of_its_own(tmp_path, process):
     one, mean = (torch.cat([moments["exp_avg"].flatten() for moments in state["optimizers"][0]["state"].values()])
                  for state in (checkpoint(next((tmp_path / name).iterdir())) for name in ("one", "both")))
     assert (mean - one).norm() > 0.1 * one.norm()
+
+
+def test_a_step_leaves_every_tensor_in_its_place(tmp_path):
+    """A CUDA graph reads and writes the addresses that it was captured with."""
+    run = make(f"--dataset shapes --out-dir {tmp_path} --no-overfit --unet-dropout 0.1 --warmup-steps 9")
+
+    def places():
+        health = [x for x in vars(run.health).values() if torch.is_tensor(x)]
+        states = [x for player in run.players for state in player.optimizer.state.values() for x in state.values()]
+        return [x.data_ptr() for x in (*run.net.parameters(), *run.ema.parameters(), *health, *states)]
+
+    run.train_step()
+    before, streams = places(), [piece.draws.generator for piece in run.batches(1)]
+    run.train_step()
+    assert places() == before and len(before) > 100
+    assert streams == [piece.draws.generator for piece in run.batches(2)]
+    run.folder.close()
+
+
+def test_pictures_are_rarer_in_longer_runs():
+    due = {steps: [step for step in range(1, steps + 1) if Config(max_steps=steps).samples_at(step)]
+           for steps in (700, 5000, 100_000)}
+    assert due[700] == [500, 700] and len(due[5000]) == 10 and due[100_000] == [*range(10_000, 100_001, 10_000)]
+    assert Config(max_steps=9000, sample_every=3000).samples_at(3000)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What only a GPU shows, in ten minutes: bash benchmarks/gpu.sh [FOLDER OF THE DATA]
+# Leaves tables, pictures and logs in runs/gpu; each part has its own time limit, and none stops the next one.
+cd "$(dirname "$0")/.." || exit 1
+missing=$(python -c "
+from importlib.util import find_spec
+needed = 'torch torchvision torchdiffeq einops tyro tqdm pytest safetensors scipy'.split()
+print(*[name for name in needed if not find_spec(name)])")
+if [ -n "$missing" ]; then
+    echo "missing: $missing. pip install $missing; where there is no network, run elsewhere" \
+         "\`pip install --target packages --no-deps $missing\`, copy the folder here, and export PYTHONPATH=packages"
+    exit 2
+fi
+data=${1:-data} out=runs/gpu
+mkdir -p $out
+python -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__,
+    torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')" | tee $out/machine.txt
+small="--data-path $data --out-dir $out --no-use-wandb"
+
+part() {  # name, seconds, command
+    local name=$1 seconds=$2 began=$SECONDS
+    shift 2
+    timeout -k 10 "$seconds" "$@" > "$out/$name.txt" 2>&1
+    echo "$name: status $?, $((SECONDS - began)) s: $*" | tee -a $out/machine.txt
+}
+
+part tests 100 python -m pytest -q -m cuda
+part demo 90 python trainer.py $small --name demo --print-loss-every 100     # PSNR by step is in its metrics.jsonl
+part speed 120 python benchmarks/speed.py --preset cifar10-sr --repeats 3 --out $out/speed.json
+for method in interpolant sr3 i2sb edm udpm regression; do
+    task=sr; [ $method = edm ] && task=generate
+    part $method 60 python trainer.py $small --name $method --method $method --task $task --no-overfit --max-steps 1000 \
+        --compile off --sample-every 1000
+done
+part eager 60 python trainer.py $small --name eager --no-overfit --max-steps 1000 --compile off --sample-every 1000 --no-graph
+part evaluate 90 python evaluate.py $out/interpolant $out/i2sb $out/regression --count 1000 --output $out/evaluation
+part long 120 python trainer.py $small --name long --no-overfit --max-steps 10000 --sample-every 5000   # compiled
+tail -n 3 $out/demo/metrics.jsonl $out/*/metrics.jsonl
