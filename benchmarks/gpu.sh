@@ -16,6 +16,7 @@ mkdir -p $out
 python -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__,
     torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')" | tee $out/machine.txt
 small="--data-path $data --out-dir $out --no-use-wandb"
+thousand="--no-overfit --max-steps 1000 --sample-every 1000 --compile off"
 
 part() {  # name, seconds, command
     local name=$1 seconds=$2 began=$SECONDS
@@ -24,15 +25,14 @@ part() {  # name, seconds, command
     echo "$name: status $?, $((SECONDS - began)) s: $*" | tee -a $out/machine.txt
 }
 
-part tests 100 python -m pytest -q -m cuda
-part demo 90 python trainer.py $small --name demo --print-loss-every 100     # PSNR by step is in its metrics.jsonl
-part speed 120 python benchmarks/speed.py --preset cifar10-sr --repeats 3 --out $out/speed.json
+part tests 80 python -m pytest -q -m cuda
+part demo 60 python trainer.py $small --name demo --print-loss-every 100     # PSNR by step is in its metrics.jsonl
+part speed 90 python benchmarks/speed.py --preset cifar10-sr --repeats 3 --out $out/speed.json
 for method in interpolant sr3 i2sb edm udpm regression; do
     task=sr; [ $method = edm ] && task=generate
-    part $method 60 python trainer.py $small --name $method --method $method --task $task --no-overfit --max-steps 1000 \
-        --compile off --sample-every 1000
+    part $method 35 python trainer.py $small $thousand --name $method --method $method --task $task
 done
-part eager 60 python trainer.py $small --name eager --no-overfit --max-steps 1000 --compile off --sample-every 1000 --no-graph
-part evaluate 90 python evaluate.py $out/interpolant $out/i2sb $out/regression --count 1000 --output $out/evaluation
-part long 120 python trainer.py $small --name long --no-overfit --max-steps 10000 --sample-every 5000   # compiled
+part eager 35 python trainer.py $small $thousand --name eager --no-graph
+part evaluate 55 python evaluate.py $out/interpolant $out/i2sb $out/regression --count 1000 --output $out/evaluation
+part long 70 python trainer.py $small --name long --no-overfit --max-steps 10000 --sample-every 5000   # compiled
 tail -n 3 $out/demo/metrics.jsonl $out/*/metrics.jsonl
