@@ -185,7 +185,9 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
 
     def log(self, numbers: dict, pictures: dict):
-        self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture) for name, picture in pictures.items()})
+        caption = f"step {numbers['step']:,}, {numbers.get('nfe', 0):.0f} NFE"  # the columns have titles in the picture
+        self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture, caption=caption)
+                                for name, picture in pictures.items()})
 
     def close(self):
         self.run.finish()

@@ -64,7 +64,8 @@ class FakeWandb(types.ModuleType):
     def define_metric(self, *args, **kwargs):
         self.axis = args, kwargs
 
-    def Image(self, picture):
+    def Image(self, picture, caption):
+        assert caption == f"step {caption.split()[1]} 3 NFE"
         self.may_fail("Image")
         return picture
 
