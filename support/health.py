@@ -89,9 +89,15 @@ def tally(value: Tensor) -> Tensor:
 
 
 def is_finite(checkpoint) -> bool:
-    """Whether every number in nested dicts and lists of tensors is."""
-    if torch.is_tensor(checkpoint):  # both are NaN where one value is; 15 times as fast as isfinite().all() on a CPU
-        return not checkpoint.numel() or bool(torch.stack(checkpoint.aminmax()).isfinite().all())
-    if isinstance(checkpoint, dict):
-        return is_finite(list(checkpoint.values()))
-    return not isinstance(checkpoint, list) or all(map(is_finite, checkpoint))
+    """Whether every number in nested dicts and lists of tensors of one device is, by one look at the device."""
+    extremes = [bound.float() for bounds in extremes_of(checkpoint) for bound in bounds]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def extremes_of(value) -> list[tuple[Tensor, Tensor]]:
+    """The least and the largest value of each tensor: both are NaN where one value is. They are 15 times as fast as
+    isfinite().all() on a CPU."""
+    if torch.is_tensor(value):
+        return [value.aminmax()] if value.numel() else []
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [bounds for each in inner for bounds in extremes_of(each)]
