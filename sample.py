@@ -93,7 +93,7 @@ class Options(MethodFlags):
     batch_size: Annotated[int, between(1, MAX_BATCH)] = 64
     partition: str | None = None  # share of the images: 2/4 is that of the third of four processes; None: torchrun's
     device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
-    precision: Literal["auto", "bf16", "fp32"] | None = None  # precision of the activations; None: as the run
+    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None  # precision of the activations; None: as the run
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""

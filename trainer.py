@@ -9,6 +9,7 @@ if __name__ == "__main__":
     quiet_interrupt()
 
 import copy
+import math
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ from support.health import Health
 from support.run_folder import NoFolder, RunFolder
 from support.settings import check
 
-MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
+MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up; fp16's scale is found by then
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Config:
     weight_decay: NotNegative = 0.0  # weight decay of AdamW: a step shrinks the weights by the rate times this
     warmup_steps: Annotated[int, between(0, 10**12)] = 0  # steps over which the rate rises from 0
     lr_decay: Annotated[float, above(0, 1)] = 1.0  # factor on the rate every 1,000 steps
+    # fall of the rate after the warm-up, to 0 at max_steps: by half a cosine, evenly, or none
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # decay of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
     ema_decay: Annotated[float, from_to_below(0, 1)] = 0.9999
@@ -103,6 +106,7 @@ class Config:
     # ---- sampling
 
     sample_every: Count | None = None  # steps between samplings; None: 500, and a tenth of a run of more than 5,000
+    sample_at_start: bool = False  # sampling before the first step too
     sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per sampling
     sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
     # solver of the method's ODE; auto: the method's own sampler (interpolant: dopri5)
@@ -129,8 +133,8 @@ class Config:
     # ---- the machine
 
     device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
-    # precision of the activations; auto: bf16 where the chip computes in it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # precision of the activations; auto: bf16 where the chip computes in it, fp16 on other GPUs with tensor cores
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
     graph: bool = True  # training step as one CUDA graph, on a GPU: the same numbers, sooner; not for udpm
@@ -186,6 +190,13 @@ class Config:
         """Whether that step's checkpoint stays."""
         return self.keep_every is not None and step % self.keep_every == 0
 
+    def rate(self, step: int) -> float:
+        """The learning rate of the step that comes after `step` ones."""
+        warm = min(1, (step + 1) / max(1, self.warmup_steps))
+        part = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        fall = dict(constant=1, cosine=(1 + math.cos(math.pi * part)) / 2, linear=1 - part)[self.lr_schedule]
+        return self.base_lr * warm * self.lr_decay ** (step // 1000) * fall
+
     @property
     def generates(self) -> bool:
         """Whether images are made from noise alone."""
@@ -217,7 +228,7 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder | NoFolder | None = None):
         """folder: where a run goes on, or one of a given name begins; None: a new one."""
         self.step = self.images_seen = 0
-        self.sampled = 0  # the step of the last pictures
+        self.sampled = -1 if config.sample_at_start else 0  # the step of the last pictures
         self.saved = (0, 0)  # step and sampled of the last checkpoint
         self.signals = machine.Signals()
         self.rank, self.world = machine.processes()
@@ -256,9 +267,12 @@ class Trainer:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
         self.health = Health(self.device)
+        # of fp16's narrow range: the loss is scaled up, so that small gradients do not become 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.rate = torch.zeros((), device=self.device)
         # UDPM's batches have several shapes, and several processes exchange their gradients
-        graphed = config.graph and self.device.type == "cuda" and not config.chosen.levels and self.world == 1
+        graphed = (config.graph and self.device.type == "cuda" and not config.chosen.levels and self.world == 1
+                   and self.precision != "fp16")
         self.update = Graphed(self.update_players) if graphed else self.update_players
         if begun:
             self.load(begun)
@@ -312,7 +326,7 @@ class Trainer:
         c = self.config
         pieces = self.batches(self.step)
         machine.reseed("dropout", c.seed, self.step, self.rank)
-        rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
+        rate = c.rate(self.step)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             rate = self.rate.fill_(rate)  # where a CUDA graph reads it
@@ -328,28 +342,35 @@ class Trainer:
 
     def update_players(self, pieces: list[Batch]):
         """Gradients, clipping, AdamW. All on the device and in place: it may be captured as a CUDA graph."""
-        losses, skips = [], []
+        losses, parts, norms = [], {}, []
         for player in self.players:
             player.optimizer.zero_grad()
-            losses.append(self.gradients(player, pieces))
+            losses.append(self.gradients(player, pieces, parts))
+            self.scaler.unscale_(player.optimizer)
             parameters = [p for p in player.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True)
-            # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
-            player.optimizer.found_inf = (~norm.isfinite()).float()
-            player.optimizer.step()
-            skips.append(player.optimizer.found_inf)
-        self.health.count(losses[0], torch.stack(skips).amax())
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True))
+            if not self.scaler.is_enabled():  # which does the same
+                # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
+                player.optimizer.found_inf = (~norms[-1].isfinite()).float()
+            self.scaler.step(player.optimizer)
+        self.scaler.update()
+        parts |= {type(player.module).__name__.lower(): loss for player, loss in zip(self.players[1:], losses[1:])}
+        skip = (~torch.stack(norms).isfinite()).any().float()
+        self.health.count(losses[0], norms[0], skip, parts)
 
-    def gradients(self, player: Player, pieces: list[Batch]) -> Tensor:
-        """Adds up the gradients of the mean loss over the pieces -> that loss, on the device."""
-        total = torch.zeros((), device=self.device)
+    def gradients(self, player: Player, pieces: list[Batch], parts: dict[str, Tensor]) -> Tensor:
+        """Adds up the gradients of the mean loss over the pieces -> that loss, on the device; its parts go to parts."""
+        share, total = self.config.batch_size // self.world, torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else machine.no_sync(player.shared):
                 with machine.autocast(self.device, self.precision):
-                    value = player.loss(player.shared, piece).sum() / (self.config.batch_size // self.world)
-                value.backward()
+                    value = player.loss(player.shared, piece).sum() / share
+                self.scaler.scale(value).backward()
             total += value.detach()
+            for name, part in piece.notes.items():
+                parts[name] = parts.get(name, 0) + part.detach().sum() / share
+            piece.notes.clear()
         return total
 
     def run(self) -> int:
@@ -403,9 +424,10 @@ class Trainer:
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
-        loss, skipped, in_a_row = self.health.report()
+        numbers, in_a_row = self.health.report()
+        loss, rate = numbers["loss"], self.config.rate(self.step - 1)
         images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
-        self.folder.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
+        self.folder.log(self.step, **numbers, images_per_second=images_per_second, learning_rate=rate)
         line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
         bar.set_postfix_str(line)
         if bar.disable:
@@ -428,6 +450,9 @@ class Trainer:
                 with self.signals.interruption(), machine.autocast(self.device, self.precision):
                     batch = self.batches.shown()
                     numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
+                    if not self.config.overfit:
+                        machine.reseed("held out", self.config.seed)
+                        numbers["held_out_loss"] = self.players[0].loss(self.ema, batch).mean().item()
                 self.folder.log(self.step, pictures, **numbers)
                 self.folder.tell_pictures(self.step, len(batch.zlo), **numbers)
         except ode_int.SolverError as failure:
@@ -454,7 +479,8 @@ class Trainer:
             state = dict(
                 step=self.step, images_seen=self.images_seen, sampled=self.sampled, num_classes=self.num_classes,
                 ema=self.ema.state_dict(), players=[player.module.state_dict() for player in self.players],
-                optimizers=[player.optimizer.state_dict() for player in self.players], **self.health.state())
+                optimizers=[player.optimizer.state_dict() for player in self.players],
+                scaler=self.scaler.state_dict(), **self.health.state())
             if why := self.health.unfit(state):
                 if not self.folder.refused:
                     advice = self.folder.advice(self.config.base_lr)
@@ -471,6 +497,8 @@ class Trainer:
             checkpoints.refuse_other_classes(begun, self.images)
         checkpoints.restore(state, begun.path, self.ema, self.players)
         self.health.load(state, anew=not checkpoints.learns_the_same(begun.config, c))
+        if state.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.images_seen = begun.step, begun.images_seen
         self.sampled = state.get("sampled", self.step)
         self.saved = (self.step, self.sampled)

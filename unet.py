@@ -3,7 +3,8 @@
 It begins with a 7x7 stem. Each level has residual blocks (GroupNorm, SiLU, scale and shift from the embedding of time
 and class) followed by linear attention; full attention is in the middle; skip connections lead into the way up.
 Activations are channels_last, so that attention's (B, HW, C) view costs nothing, and bf16 under autocast. The
-embedding, the statistics of the norms and the output are fp32. In sampling, Counted, Guided and Tiled go around it.
+embedding (on CUDA by TF32 products), the statistics of the norms and the output are fp32. In sampling, Counted, Guided
+and Tiled go around it.
 """
 import math
 from itertools import product
@@ -218,7 +219,8 @@ class Unet(nn.Module):
                 x = run(block, torch.cat([x, skips.pop()], dim=1), emb)
             x = run(level.attention, x)
             if i < len(self.up) - 1:
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                with torch.autocast(x.device.type, enabled=False):  # which would make fp32 of the copies
+                    x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = enlarge(x)
         x = self.out(run(self.last, torch.cat([x, skips.pop()], dim=1), emb))
         if self.upscale > 1:

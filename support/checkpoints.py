@@ -21,8 +21,8 @@ EXPORTED = ".safetensors"
 # what a checkpoint has to have to be sampled, and what else it may have; of which kind. read_config looks at the config
 KEYS = dict(step=int, config=object, classes=list, num_classes=int, ema=dict, players=list[dict])
 OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict[str, str], sampled=int, optimizers=list,
-                     loss=Tensor, skipped=Tensor, first_loss=float | None, lowest_loss=float | None,
-                     wandb_id=str | None, code=str)
+                     scaler=dict, loss=Tensor, parts=dict[str, Tensor], skipped=Tensor, first_loss=float | None,
+                     lowest_loss=float | None, wandb_id=str | None, code=str)
 
 
 @dataclass

@@ -46,9 +46,8 @@ class Log:
         if tensorboard:
             self.sinks.append(Background("tensorboard", lambda: TensorBoard(folder, step)))
 
-    def __call__(self, step: int, pictures: dict[str, tuple[np.ndarray, str]] | None = None, **numbers):
-        """A line of metrics, those that are None left out; pictures (H, W, 3) uint8 by name, each with its columns'
-        titles."""
+    def __call__(self, step: int, pictures: dict[str, np.ndarray] | None = None, **numbers):
+        """A line of metrics, those that are None left out; pictures (H, W, 3) uint8 by name."""
         numbers = {"step": step} | {name: round(value, 6) for name, value in numbers.items() if value is not None}
         for sink in self.sinks:
             sink.log(numbers, pictures or {})
@@ -176,7 +175,7 @@ class Files:
                 raise
 
     def save(self, step: int, pictures: dict):
-        for name, (picture, _) in pictures.items():
+        for name, picture in pictures.items():
             save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def flush(self):
@@ -214,7 +213,7 @@ class TensorBoard:
         for name, value in numbers.items():
             if name != "step":
                 self.writer.add_scalar(name, value, step)
-        for name, (picture, _) in pictures.items():
+        for name, picture in pictures.items():
             self.writer.add_image(f"samples/{name}", picture, step, dataformats="HWC")
         self.writer.flush()
 
@@ -251,10 +250,9 @@ class Wandb:
         self.run.define_metric("*", step_metric="step")
 
     def log(self, numbers: dict, pictures: dict):
-        """Each picture has a caption with its step, the network's calls and what its columns are."""
-        about = f"step {numbers['step']}" + (f", {numbers['nfe']:.0f} NFE" if "nfe" in numbers else "")
-        self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture, caption=f"{about}: {columns}")
-                                for name, (picture, columns) in pictures.items()})
+        caption = f"step {numbers['step']:,}, {numbers.get('nfe', 0):.0f} NFE"  # the columns have titles in the picture
+        self.run.log(numbers | {f"samples/{name}": self.wandb.Image(picture, caption=caption)
+                                for name, picture in pictures.items()})
 
     def close(self):
         self.run.finish()

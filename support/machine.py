@@ -69,13 +69,15 @@ def bf16_helps(device: torch.device) -> bool:
 
 
 def set_up(device: torch.device, precision: str = "auto") -> str:
-    """Makes `device` the current GPU, with TF32 for what stays float32; -> the activations' precision, bf16 or fp32."""
+    """Makes `device` the current GPU, with TF32 for what stays float32; -> the activations' precision."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         keep_freed_memory()
     if precision == "auto":
+        if device.type == "cuda" and not bf16_helps(device) and torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16"  # a V100 or T4
         return "bf16" if bf16_helps(device) else "fp32"
     return precision
 
@@ -97,8 +99,9 @@ def keep_freed_memory():
 
 
 def autocast(device: torch.device, precision: str):
-    """Within it activations have the precision bf16 or fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Within it activations have the precision bf16, fp16 or fp32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def chip(device: torch.device) -> str:

@@ -158,8 +158,7 @@ def start_states(c, batch: Batch) -> Tensor:
 
 
 def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
-    """Samples of a network -> numbers (NFE, seconds, decibels), and by name pictures (H, W, 3) uint8 with the titles of
-    their columns."""
+    """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
     z0, trace = start_states(c, batch), []
     counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
@@ -171,4 +170,4 @@ def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
         numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
         columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])
-    return numbers, dict(step=(grids, " | ".join(columns)), trace=(strip(trace), "state and clean estimate over time"))
+    return numbers, dict(step=grids, trace=strip(trace))

@@ -240,7 +240,10 @@ class Saver:
         """Waits for the checkpoint before. Its tensors may change as soon as this returns. keep: of save_checkpoint."""
         self.wait()
         try:
-            self.thread = threading.Thread(target=self.write, args=(copied(checkpoint), keep), name="checkpoint")
+            copy = copied(checkpoint)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # once, for all copies
+            self.thread = threading.Thread(target=self.write, args=(copy, keep), name="checkpoint")
             self.thread.start()
         except (MemoryError, RuntimeError):  # no memory for a copy, or no thread to be had: training waits for the disk
             self.thread = None
@@ -265,7 +268,7 @@ class Saver:
 def copied(value):
     """Nested dicts and lists with copies of their tensors on the CPU."""
     if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, non_blocking=True)  # from a GPU into pinned memory
     if isinstance(value, dict):
         return {name: copied(inner) for name, inner in value.items()}
     return [copied(inner) for inner in value] if isinstance(value, list) else value

@@ -36,7 +36,7 @@ PRESETS = {  # name: what differs from Config's defaults
     "cifar10-sr": dict(),
     # the published run of the couplings paper's example code; its gradient is of the sum over an image's values
     "couplings": dict(overfit=False, max_steps=1_000_000, weight_decay=0.01, grad_clip=10_000 / (3 * 32 * 32),
-                      label_drop=0.0, ema_decay=0.0),
+                      label_drop=0.0, ema_decay=0.0, print_loss_every=20, sample_every=100, sample_at_start=True),
     "small": SMALL,
     "small-sr3": SMALL | dict(method="sr3", damage=Damage(up="bicubic")),
     "small-i2sb": SMALL | dict(method="i2sb"),
@@ -55,7 +55,7 @@ PRESETS = {  # name: what differs from Config's defaults
     "sr3-faces128": dict(
         method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
         overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,
-        unet_dim_mults=(1, 2, 4, 8, 8), unet_blocks=3, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
+        unet_dim_mults=(1, 2, 4, 8, 8), unet_blocks=4, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
     "i2sb-sr4-pool": I2SB_256 | dict(damage=Damage(factor=4)),
     "i2sb-sr4-bicubic": I2SB_256 | dict(damage=Damage(factor=4, down="bicubic")),
     "i2sb-jpeg5": I2SB_256 | dict(task="jpeg", damage=Damage(quality=5)),

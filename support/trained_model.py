@@ -32,7 +32,8 @@ SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to
 ARGUMENTS = dict(  # of Model
     solver=Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None, steps=Count | None,
     tolerance=Positive | None, guidance=float | None, factor=Count | None,
-    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count, precision=Literal["auto", "bf16", "fp32"] | None)
+    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count,
+    precision=Literal["auto", "bf16", "fp16", "fp32"] | None)
 
 
 def batched(items: list, size: int) -> list[list]:
