@@ -207,7 +207,7 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
 def restore(checkpoint: dict, run: str, ema, players: list):
     """The state of the averaged network, and of each player's module and optimizer. Raises SettingsError.
 
-    An optimizer's rate, weight decay and what else its groups hold stay those of the settings.
+    An optimizer's weight decay and what else its groups hold stay those of the settings; its rate is set by each step.
     """
     if missing := {"optimizers", "loss", "skipped", "wandb_id"} - checkpoint.keys():
         raise SettingsError(f"run = {run!r}: its checkpoint lacks {', '.join(sorted(missing))}, can't go on")
@@ -215,7 +215,8 @@ def restore(checkpoint: dict, run: str, ema, players: list):
         ema.load_state_dict(checkpoint["ema"])
         for player, weights, moments in zip(players, checkpoint["players"], checkpoint["optimizers"], strict=True):
             player.module.load_state_dict(weights)
-            settings = {name: value for name, value in player.optimizer.param_groups[0].items() if name != "params"}
+            group = player.optimizer.param_groups[0]
+            settings = {name: value for name, value in group.items() if name not in ("params", "lr")}
             player.optimizer.load_state_dict(moments)
             player.optimizer.param_groups[0].update(settings)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as failure:
