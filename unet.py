@@ -7,6 +7,7 @@ embedding (on CUDA by TF32 products), the statistics of the norms and the output
 and Tiled go around it.
 """
 import math
+from functools import lru_cache
 from itertools import product
 from typing import Protocol
 
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 HEAD = 32  # channels of an attention head
+OVERLAP = 24  # pixels that neighbouring tiles share, see docs/sampling.md
 
 
 class FourierTime(nn.Module):
@@ -300,7 +303,8 @@ class Tiled:
             at = [[slice(s.start // scale, s.stop // scale) for s, _ in tile] for tile in some]
             return None if z is None else torch.cat([z[:, :, down, across] for down, across in at])
 
-        for some in (tiles[k:k + most] for k in range(0, len(tiles), most)):
+        for k in tqdm(range(0, len(tiles), most), "tiles", leave=False, disable=None, dynamic_ncols=True):
+            some = tiles[k:k + most]
             labels = None if y is None else y.repeat(len(some))
             made = self.net(cut(x, some), t.repeat(len(some)), labels, cut(cond, some)).chunk(len(some))
             for ((down, v), (across, w)), tile in zip(some, made):
@@ -308,23 +312,25 @@ class Tiled:
         return out
 
 
+@lru_cache(maxsize=16)
 def windows(side: int, tile: int, align: int, device=None) -> list[tuple[slice, Tensor]]:
     """The tiles that cover `side`: where each lies, and how much its pixels count, (tile,); a pixel's sum is 1.
 
-    Neighbours share three eighths of a tile or more. From a tile's edge inwards pixels count 0 over an eighth of it,
-    where its edge disturbs the network, then smoothly more over an eighth, then fully. Where a tile's edge
-    is the image's edge too, the pixels count fully.
+    Neighbours share OVERLAP pixels, or three eighths of a small tile, or more. From a tile's edge inwards pixels count
+    0 over a third of that, where its edge disturbs the network, then smoothly more over a third, then fully. Where a
+    tile's edge is the image's edge too, the pixels count fully.
     """
-    step = 5 * tile // 8 // align * align
+    overlap = min(OVERLAP, 3 * tile // 8)
+    step = (tile - overlap) // align * align
     tile = min(tile, side)
-    starts = torch.tensor([*range(0, side - tile, step), side - tile], device=device)
-    at = torch.arange(tile, device=device)
+    starts = torch.tensor([*range(0, side - tile, step), side - tile])
+    at = torch.arange(tile)
     from_start = torch.where(starts[:, None] == 0, math.inf, at + 0.5)  # (tiles, tile), to the edge that disturbs
     from_end = torch.where(starts[:, None] == side - tile, math.inf, tile - at - 0.5)
-    rise = (8 * torch.minimum(from_start, from_end) / tile - 1).clamp(0, 1)
+    rise = (3 * torch.minimum(from_start, from_end) / overlap - 1).clamp(0, 1)
     weights = rise * rise * (3 - 2 * rise)
     # Never (tiles, side): of a strip of 65,000 pixels that would be gigabytes.
     pixels = starts[:, None] + at
-    total = torch.zeros(side, device=device).index_put((pixels,), weights, accumulate=True)
-    weights = weights / total[pixels]
+    total = torch.zeros(side).index_put((pixels,), weights, accumulate=True)
+    weights = (weights / total[pixels]).to(device)
     return [(slice(start, start + tile), row) for start, row in zip(starts.tolist(), weights)]
