@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ode_int
 from images import DatasetError, SettingsError, files, one_line
-from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, user_path
+from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, to_tensor, user_path
 from images.photograph import KINDS, Photograph, read_photograph, write_photograph
 from images.pictures import deviation, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED
@@ -182,9 +182,9 @@ class Restorer:
     def read_hole(self, path: Path, image: Tensor) -> Tensor | None:
         name = stem(self.below[path])
         if self.options.masks is None:
-            hole = files.read_alpha(path) < 255
+            hole = to_tensor(files.alpha(files.load(path))) < 255
         elif name in self.masks:
-            hole = files.read_mask(self.masks[name])
+            hole = files.mask_of(files.load(self.masks[name]), self.masks[name])
         else:
             raise DatasetError(f"{path}: no mask of this name is in {self.options.masks}")
         if hole.shape[1:] != image.shape[1:]:
