@@ -48,7 +48,7 @@ def mean_row(rows: list[dict]) -> dict:
     """What one sampler made with the networks of several seeds. A seed where it failed does not count.
 
     "seed_errors": metric -> the part of its error that another training would change; "without": metric -> the mean
-    without each group of images, where all runs have it. Of a metric with several figures, the bias say, each is a list.
+    without each group of images, where all runs have it. What has several figures, the bias say, has a list of each.
     """
     good = [row for row in rows if "failed" not in row]
     if not good:
