@@ -26,9 +26,10 @@ METHODS = {  # few network evaluations, and no download
     "i2sb": "--sample-steps 3",
     "edm": "--sample-steps 2",
     "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+    "flowmap": "--sample-steps 2",
     "regression": "",
 }
-NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "regression": 1}
+NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "flowmap": 2, "regression": 1}
 
 
 @pytest.fixture(scope="module")
