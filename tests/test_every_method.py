@@ -156,7 +156,7 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
                             paired_path=str(pictures / "damaged") if task == "paired" else None, use_wandb=False,
                             compile="off", out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
     monkeypatch.setattr(trainer.machine, "pick_device", lambda name: torch.device("meta"))
-    monkeypatch.setattr(trainer.machine, "stream", lambda *_: None)  # there are none on this device
+    monkeypatch.setattr(trainer.machine, "stream", lambda *_, **__: None)  # there are none on this device
     run = Trainer(config)
     run.train_step()  # makes tables that stay on the device
     with Copies() as copies:
