@@ -110,8 +110,7 @@ def chip(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in older versions
     amx = " with AMX" if found.get("amx_bf16") else ""
-    threads = torch.get_num_threads()
-    return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{found.get('cpu_name', 'CPU')}{amx}, threads: {torch.get_num_threads()}"
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
@@ -148,11 +147,9 @@ def environment_fault() -> str | None:
         return None
     if missing := [name for name in TORCHRUN if name not in there]:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        if not (there[name].isascii() and there[name].isdecimal() and len(there[name]) < 10):
-            return f"{name} = {there[name]!r} is no whole number"
-    if int(there["RANK"]) >= int(there["WORLD_SIZE"]):
-        return f"RANK = {there['RANK']} is not below WORLD_SIZE = {there['WORLD_SIZE']}"
+    rank, world, *others = (there[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    if not all(each.isdecimal() for each in (rank, world, *others)) or int(rank) >= int(world):
+        return f"RANK = {rank!r} of WORLD_SIZE = {world!r}, LOCAL_RANK = {others[0]!r}, MASTER_PORT = {others[1]!r}"
     return None
 
 

@@ -2,6 +2,7 @@
 import math
 import time
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +121,11 @@ def start_from(net: nn.Module, run: Run, classes: list[str]):
 class ZeroNet:
     """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
 
-    def __init__(self, upscale: int):
-        self.num_classes, self.upscale = 0, upscale
+    def __init__(self, c):
+        self.num_classes, self.upscale = 0, c.chosen.upscale
 
     def __call__(self, x, t, y=None, cond=None):
         return x.new_zeros(len(x), x.shape[1], x.shape[2] * self.upscale, x.shape[3] * self.upscale)
-
-
-def zero_net(c) -> ZeroNet:
-    return ZeroNet(c.chosen.upscale)
 
 
 def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:
@@ -150,16 +147,29 @@ class FirstFrame(list):
             super().append(frame)
 
 
+def for_pictures(c):
+    """The settings for pictures in training, where a method whose paper takes a thousand steps makes do with fewer."""
+    steps = c.chosen.picture_steps if c.sampler == "own" else None
+    return replace(c, sample_steps=c.sample_steps or steps)
+
+
+@torch.no_grad()
+def try_sampler(c, batch: Batch):
+    """Samples with a network that costs nothing: settings that no sampler takes are refused before the first step."""
+    run_sampler(for_pictures(c), ZeroNet(c), batch)
+
+
 def start_states(c, batch: Batch) -> Tensor:
     """The states (B, C, H, W) that run_sampler would start from next, as a trace shows them. Uses no noise up."""
     trace, device = FirstFrame(), batch.zlo.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run_sampler(c, zero_net(c), batch, trace)  # whose steps cost next to nothing
+        run_sampler(c, ZeroNet(c), batch, trace)  # whose steps cost next to nothing
     return trace[0][1]
 
 
 def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
+    c = for_pictures(c)
     z0, trace = start_states(c, batch), []
     counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
@@ -167,7 +177,7 @@ def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - began)
     run_sampler(c, guided, batch[:4], trace)
     columns = {"start": z0, "samples": sample, "truth": batch.z1}
-    if not c.generates:
+    if task_names(c.task) != ["generate"]:
         numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
         columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])
