@@ -95,7 +95,7 @@ class Options(MethodFlags):
     seed: Seed = 0  # seed of the damage and the noise
     device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
     # precision of the network's activations; auto: bf16 where the chip computes in it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     quiet_interrupt()
 
 import copy
+import math
 import signal
 import sys
 import time
@@ -24,9 +25,10 @@ from tqdm import tqdm
 
 import ode_int
 from images import SettingsError, data
-from images.corruptions import Batch, Damage, Draws, task_names
+from images.corruptions import Batch, Damage, Draws
 from methods import Method
 from methods.edm import EDM
+from methods.flowmap import FlowMap
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.regression import Regression
@@ -35,11 +37,12 @@ from methods.udpm import UDPM
 from support import checkpoints, command_line, machine, model, output, run_folder
 from support.batches import Batches
 from support.bounds import Count, NotNegative, Positive, Seed, above, between, from_to_below, length, multiple_of
+from support.graph import Graphed
 from support.health import Health
 from support.run_folder import NoFolder, RunFolder
 from support.settings import check
 
-MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up
+MAX_SKIPPED = 20  # gradients in a row that are not finite before the run gives up; fp16's scale is found by then
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Config:
     # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
     # way to make clean images; regression: the baseline
-    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"] = "interpolant"
     task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
@@ -82,6 +85,8 @@ class Config:
     weight_decay: NotNegative = 0.0  # weight decay of AdamW: a step shrinks the weights by the rate times this
     warmup_steps: Annotated[int, between(0, 10**12)] = 0  # steps over which the rate rises from 0
     lr_decay: Annotated[float, above(0, 1)] = 1.0  # factor on the rate every 1,000 steps
+    # fall of the rate after the warm-up, to 0 at max_steps: by half a cosine, evenly, or none
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     grad_clip: Positive = 1.0  # largest norm of the gradient
     # decay of the averaged weights that sample, warmed up as (1 + n) / (10 + n) after n steps
     ema_decay: Annotated[float, from_to_below(0, 1)] = 0.9999
@@ -101,7 +106,8 @@ class Config:
 
     # ---- sampling
 
-    sample_every: Count = 500  # steps between samplings
+    sample_every: Count | None = None  # steps between samplings; None: 500, and a tenth of a run of more than 5,000
+    sample_at_start: bool = False  # sampling before the first step too
     sample_count: Annotated[int, between(1, data.MAX_BATCH)] = 32  # images per sampling
     sample_steps: Count | None = None  # steps of the sampler; None: the method's own count
     # solver of the method's ODE; auto: the method's own sampler (interpolant: dopri5)
@@ -128,10 +134,11 @@ class Config:
     # ---- the machine
 
     device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
-    # precision of the activations; auto: bf16 where the chip computes in it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # precision of the activations; auto: bf16 where the chip computes in it, fp16 on other GPUs with tensor cores
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     # torch.compile of the network, minutes at the start; auto: from 10,000 steps on, on a CPU up to 64 channels
     compile: Literal["auto", "on", "off"] = "auto"
+    graph: bool = True  # training step as one CUDA graph, on a GPU: the same numbers, sooner; not for udpm
 
     damage: Damage = field(default_factory=Damage)
     interpolant: Interpolant = field(default_factory=Interpolant)
@@ -139,6 +146,7 @@ class Config:
     i2sb: I2SB = field(default_factory=I2SB)
     edm: EDM = field(default_factory=EDM)
     udpm: UDPM = field(default_factory=UDPM)
+    flowmap: FlowMap = field(default_factory=FlowMap)
     regression: Regression = field(default_factory=Regression)
 
     @property
@@ -150,12 +158,6 @@ class Config:
     def sampler(self) -> str:
         """A solver of ode_int, or "own": the method's sampler."""
         return self.chosen.solver if self.solver == "auto" else self.solver
-
-    @property
-    def for_pictures(self) -> "Config":
-        """For the pictures in training: a method whose paper takes a thousand steps says how many will do there."""
-        steps = self.chosen.picture_steps if self.sampler == "own" else None
-        return replace(self, sample_steps=self.sample_steps or steps)
 
     @property
     def steps(self) -> int:
@@ -178,16 +180,18 @@ class Config:
         return sampled < step and self.samples_at(step)
 
     def samples_at(self, step: int) -> bool:
-        return step % self.sample_every == 0 or step == self.steps
+        return step % (self.sample_every or max(500, self.steps // 10)) == 0 or step == self.steps
 
     def keeps_at(self, step: int) -> bool:
         """Whether that step's checkpoint stays."""
         return self.keep_every is not None and step % self.keep_every == 0
 
-    @property
-    def generates(self) -> bool:
-        """Whether images are made from noise alone."""
-        return task_names(self.task) == ["generate"]
+    def rate(self, step: int) -> float:
+        """The learning rate of the step that comes after `step` ones."""
+        warm = min(1, (step + 1) / max(1, self.warmup_steps))
+        part = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        fall = dict(constant=1, cosine=(1 + math.cos(math.pi * part)) / 2, linear=1 - part)[self.lr_schedule]
+        return self.base_lr * warm * self.lr_decay ** (step // 1000) * fall
 
     def damaged(self, z1: Tensor, y: Tensor | None = None, zlo: Tensor | None = None,
                 draws: Draws | None = None) -> Batch:
@@ -215,7 +219,7 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder | NoFolder | None = None):
         """folder: where a run goes on, or one of a given name begins; None: a new one."""
         self.step = self.images_seen = 0
-        self.sampled = 0  # the step of the last pictures
+        self.sampled = -1 if config.sample_at_start else 0  # the step of the last pictures
         self.saved = (0, 0)  # step and sampled of the last checkpoint
         self.signals = machine.Signals()
         self.rank, self.world = machine.processes()
@@ -223,10 +227,6 @@ class Trainer:
         self.precision = machine.set_up(self.device, config.precision)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         machine.join_processes(self.device)
-        if config.batch_size % self.world:
-            raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of {self.world}, "
-                                "the number of processes that share it")
-
         with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
@@ -240,9 +240,7 @@ class Trainer:
         self.batches = Batches(config, self.images, self.device)
         self.batches.agree()
         self.num_classes = self.batches.num_classes
-        if config.guidance != 1 and not self.num_classes:
-            raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
-        self.try_sampler()
+        model.try_sampler(config, self.batches.shown()[:1])
 
         begun = folder and folder.begun
         # the weights, their average and gradient, and the optimizer's two averages
@@ -254,11 +252,23 @@ class Trainer:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
         self.health = Health(self.device)
+        # of fp16's narrow range: the loss is scaled up, so that small gradients do not become 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.rate = torch.zeros((), device=self.device)
+        # UDPM's batches have several shapes, and several processes exchange their gradients
+        graphed = (config.graph and self.device.type == "cuda" and not config.chosen.levels and self.world == 1
+                   and self.precision != "fp16")
+        self.update = Graphed(self.update_players) if graphed else self.update_players
         if begun:
             self.load(begun)
         if self.world > 1:
             machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
-        self.open_folder(folder)
+        if folder is None:
+            folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(config))
+        self.folder = folder
+        networks = [player.module for player in self.players]
+        folder.announce(config, self.images, self.num_classes, networks, self.precision, self.device, self.step)
+        folder.begin(config, self.images, self.step, again=config.pictures_due(self.step, self.sampled))
         if config.compile == "on":
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
             model.compile_network(self.net, self.try_loss)
@@ -267,30 +277,6 @@ class Trainer:
         c, shared = self.config, machine.data_parallel(module)
         optimizer = torch.optim.AdamW(module.parameters(), lr=c.base_lr, weight_decay=c.weight_decay, fused=True)
         return Player(module, loss, shared, optimizer)
-
-    def open_folder(self, folder: RunFolder | NoFolder | None):
-        """Makes it where it is a new one; tells what is about to be trained; opens the log."""
-        c = self.config
-        if folder is None:
-            folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(c.out_dir, c.method, c.task))
-        self.folder = folder
-        self.announce()
-        folder.begin(c, self.images, self.step, again=c.pictures_due(self.step, self.sampled))
-
-    def announce(self):
-        c, n, print0 = self.config, self.images, machine.print0
-        millions = " + ".join(f"{model.weights(each.module) / 1e6:.3g}M" for each in self.players)
-        gpus = f" x {self.world}" if self.world > 1 else ""
-        what = "overfitting one batch" if c.overfit else "training on batches"
-        print0(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
-               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
-        print0(f"{millions} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
-        print0(f"{what} of {c.batch_size}, steps {self.step:,} to {c.steps:,}, in {self.folder.path}")
-
-    @torch.no_grad()
-    def try_sampler(self):
-        """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
-        model.run_sampler(self.config.for_pictures, model.zero_net(self.config), self.batches.shown()[:1])
 
     def try_loss(self):
         """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
@@ -302,39 +288,54 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ training
 
     def train_step(self):
-        """One step of every player. Its losses stay on the device."""
-        c, losses, skips = self.config, [], []
+        """One step of every player."""
+        c = self.config
         pieces = self.batches(self.step)
         machine.reseed("dropout", c.seed, self.step, self.rank)
-        rate = c.base_lr * min(1, (self.step + 1) / max(1, c.warmup_steps)) * c.lr_decay ** (self.step // 1000)
+        rate = c.rate(self.step)
+        if self.device.type == "cuda":
+            rate = self.rate.fill_(rate)  # where a CUDA graph reads it
         for player in self.players:
-            player.optimizer.zero_grad()
-            losses.append(self.gradients(player, pieces))
-            parameters = [p for p in player.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip, foreach=True)
-            # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
-            player.optimizer.found_inf = (~norm.isfinite()).float()
-            player.optimizer.param_groups[0]["lr"] = rate
-            player.optimizer.step()
-            skips.append(player.optimizer.found_inf)
+            player.optimizer.param_groups[0].update(lr=rate, capturable=torch.is_tensor(rate))
+        self.update(pieces)
         c.chosen.after_step([player.module for player in self.players])
-        self.health.count(losses[0], torch.stack(skips).amax())
         self.step += 1
         self.images_seen += c.batch_size
         decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # or the average would keep a graph of all its steps
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
 
-    def gradients(self, player: Player, pieces: list[Batch]) -> Tensor:
-        """Adds up the gradients of the mean loss over the pieces -> that loss, on the device."""
-        total = torch.zeros((), device=self.device)
+    def update_players(self, pieces: list[Batch]):
+        """Gradients, clipping, AdamW. All on the device and in place: it may be captured as a CUDA graph."""
+        losses, parts, norms = [], {}, []
+        for player in self.players:
+            player.optimizer.zero_grad()
+            losses.append(self.gradients(player, pieces, parts))
+            self.scaler.unscale_(player.optimizer)
+            parameters = [p for p in player.module.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True))
+            if not self.scaler.is_enabled():  # which does the same
+                # the fused optimizer skips the step where found_inf is 1: no look at the gradient from the host
+                player.optimizer.found_inf = (~norms[-1].isfinite()).float()
+            self.scaler.step(player.optimizer)
+        self.scaler.update()
+        parts |= {type(player.module).__name__.lower(): loss for player, loss in zip(self.players[1:], losses[1:])}
+        skip = (~torch.stack(norms).isfinite()).any().float()
+        self.health.count(losses[0], norms[0], skip, parts)
+
+    def gradients(self, player: Player, pieces: list[Batch], parts: dict[str, Tensor]) -> Tensor:
+        """Adds up the gradients of the mean loss over the pieces -> that loss, on the device; its parts go to parts."""
+        share, total = self.config.batch_size // self.world, torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else machine.no_sync(player.shared):
                 with machine.autocast(self.device, self.precision):
-                    value = player.loss(player.shared, piece).sum() / (self.config.batch_size // self.world)
-                value.backward()
+                    value = player.loss(player.shared, piece).sum() / share
+                self.scaler.scale(value).backward()
             total += value.detach()
+            for name, part in piece.notes.items():
+                parts[name] = parts.get(name, 0) + part.detach().sum() / share
+            piece.notes.clear()
         return total
 
     def run(self) -> int:
@@ -388,10 +389,11 @@ class Trainer:
 
     def report(self, bar, steps: int, clock: float):
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
-        loss, skipped, in_a_row = self.health.report()
-        images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
-        self.folder.log(self.step, loss=loss, images_per_second=images_per_second, skipped_steps=skipped or None)
-        line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
+        numbers, in_a_row = self.health.report()
+        loss, rate = numbers["loss"], self.config.rate(self.step - 1)
+        speed = self.config.batch_size * steps / (time.perf_counter() - clock)
+        self.folder.log(self.step, **numbers, images_per_second=speed, learning_rate=rate)
+        line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {speed:.3g} images/s"
         bar.set_postfix_str(line)
         if bar.disable:
             machine.print0(f"step {self.step:,}: {line}")
@@ -403,24 +405,25 @@ class Trainer:
 
     @torch.no_grad()
     def show(self) -> float:
-        """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took.
-
-        Returns the seconds that it all took. The first process makes them, the others wait in their next step.
-        """
+        """Samples of the averaged network -> the seconds that they took. The first process makes them, the others wait
+        in their next step."""
         began = time.perf_counter()
         try:
             if self.rank == 0:
                 with self.signals.interruption(), machine.autocast(self.device, self.precision):
                     batch = self.batches.shown()
-                    numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
+                    numbers, pictures = model.sample_for_pictures(self.config, self.ema, batch)
+                    if not self.config.overfit:
+                        machine.reseed("held out", self.config.seed)
+                        numbers["held_out_loss"] = self.players[0].loss(self.ema, batch).mean().item()
                 self.folder.log(self.step, pictures, **numbers)
                 self.folder.tell_pictures(self.step, len(batch.zlo), **numbers)
-        except ode_int.SolverError as failure:
-            output.warn(f"no samples at step {self.step:,}: {failure}")
-        except (MemoryError, RuntimeError) as failure:
-            if not machine.is_out_of_memory(failure):
+        except (ode_int.SolverError, MemoryError, RuntimeError) as failure:
+            short = machine.is_out_of_memory(failure)
+            if not short and not isinstance(failure, ode_int.SolverError):
                 raise
-            output.warn(f"no samples at step {self.step:,}: out of memory; lower sample_count")
+            why = "out of memory; lower sample_count" if short else failure
+            output.warn(f"no samples at step {self.step:,}: {why}")
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
             return time.perf_counter() - began
@@ -430,22 +433,15 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self):
-        """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
-
-        Data order and all noise are functions of (seed, step), so the step is their whole state. What RunFolder.save
-        adds, the settings among it, does not change.
-        """
+        """checkpoints/last.pt. Data order and noise are functions of (seed, step), so the step is their whole state."""
         if self.rank == 0:
             state = dict(
                 step=self.step, images_seen=self.images_seen, sampled=self.sampled, num_classes=self.num_classes,
                 ema=self.ema.state_dict(), players=[player.module.state_dict() for player in self.players],
-                optimizers=[player.optimizer.state_dict() for player in self.players], **self.health.state())
+                optimizers=[player.optimizer.state_dict() for player in self.players],
+                scaler=self.scaler.state_dict(), **self.health.state())
             if why := self.health.unfit(state):
-                if not self.folder.refused:
-                    advice = self.folder.advice(self.config.base_lr)
-                    output.warn(f"step {self.step:,} is not saved: {why}; {advice}")
-                self.folder.refused = True
-                return
+                return self.folder.refuse(self.step, why, self.config.base_lr)
             self.folder.save(state, self.config.keeps_at(self.step))
         self.saved = (self.step, self.sampled)
 
@@ -456,6 +452,8 @@ class Trainer:
             checkpoints.refuse_other_classes(begun, self.images)
         checkpoints.restore(state, begun.path, self.ema, self.players)
         self.health.load(state, anew=not checkpoints.learns_the_same(begun.config, c))
+        if state.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.images_seen = begun.step, begun.images_seen
         self.sampled = state.get("sampled", self.step)
         self.saved = (self.step, self.sampled)

@@ -35,7 +35,7 @@ from support import bounds
 from support.bounds import Count
 from support.checkpoints import open_run
 from support.machine import bf16_helps, reseed, set_up
-from support.model import load_network, run_sampler
+from support.model import for_pictures, load_network, run_sampler
 from trainer import Config, Trainer
 from unet import Counted
 
@@ -196,7 +196,7 @@ def measure_samplers(o: Options, config: Config, device: torch.device, compiled:
             (whole := copy.deepcopy(net)).compile(dynamic=False)
             add(f"midpoint, {n} steps{precision}, compiled", ours("midpoint", n), whole)
     if replace(config, solver="auto").sampler == "own":
-        steps = config.for_pictures.sample_steps or n
+        steps = for_pictures(config).sample_steps or n
         add(f"{config.method}'s own, {steps} steps{precision}", ours("auto", steps), net)
     report["sample"] = [row | dict(nfe=evaluations.get(row["name"]))
                         for row in rows(in_turns(work, min(o.repeats, 3), o.seconds), plain, count)]

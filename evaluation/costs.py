@@ -7,14 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from images import SettingsError
 from images.corruptions import Batch
 from support.machine import autocast, reseed
-from support.model import run_sampler, zero_net
+from support.model import ZeroNet, run_sampler
 from trainer import Config
 from unet import Counted, Guided
 
 
 def evaluations(config: Config, batch: Batch) -> float:
     """NFE of the sampler, counted with a network that says 0; inf where it does not allow its count of steps."""
-    counted = Counted(zero_net(config))
+    counted = Counted(ZeroNet(config))
     try:
         run_sampler(config, Guided(counted, config.guidance), batch)
     except SettingsError:

@@ -106,6 +106,8 @@ class Batch:
     cond: Tensor | None  # (B, Cc, H, W) zlo, and `unknown` where the task can have holes; None: no image is seen
     y: Tensor | None  # (B,) int64 class labels; num_classes is the null label; None where labels are off
     draws: Draws = field(default_factory=Draws)  # where all randomness of a method comes from
+    # what a loss tells beside its value, by name, (B,) each: training logs the means
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape (B, ...), type and device."""
@@ -114,7 +116,7 @@ class Batch:
     def __getitem__(self, rows) -> "Batch":
         """The images that `rows`, a slice or an index tensor, selects, with their rows of the noise."""
         tensors = {name: x[rows] for name, x in vars(self).items() if torch.is_tensor(x)}
-        return replace(self, **tensors, draws=self.draws.narrow(rows, len(self.zlo)))
+        return replace(self, **tensors, draws=self.draws.narrow(rows, len(self.zlo)), notes={})
 
 
 @dataclass(frozen=True)

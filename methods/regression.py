@@ -4,6 +4,7 @@ Its answer tends to E[z1 | zlo], the mean over all clean images that zlo may com
 better PSNR, but details that the damage erased come out smooth (SR3, arXiv:2104.07636, table 1, row "Regression").
 """
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,10 +12,14 @@ from images import SettingsError
 from images.corruptions import Batch
 from methods import Method, keep_known, masked_mean, same_shape
 
+LEAST = 1e-5  # squared error, 56 dB, below which its logarithm hardly rewards getting better
+
 
 @dataclass(frozen=True)
 class Regression(Method):
-    """Nothing to set."""
+    # what is made small: each image's mean squared error, or its logarithm, as NAFNet does (arXiv:2204.04676), by which
+    # a lightly damaged image counts as much as a badly damaged one
+    error: Literal["squared", "log"] = "squared"
 
     def estimate(self, net, batch: Batch) -> Tensor:
         """(B, C, H, W): zlo and the network's correction to it. There is no time: the network sees t = 0."""
@@ -22,8 +27,9 @@ class Regression(Method):
         return keep_known(batch.zlo + same_shape(correction, batch.zlo), batch)
 
     def loss(self, net, batch: Batch) -> Tensor:
-        """(B,) squared error over the pixels to be made."""
-        return masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.to_make)
+        """(B,) squared error over the pixels to be made, or its logarithm."""
+        squared = masked_mean((self.estimate(net, batch) - batch.z1).square(), batch.to_make)
+        return (squared + LEAST).log() if self.error == "log" else squared
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
         """(B, C, H, W) by one network evaluation. SettingsError for another count."""

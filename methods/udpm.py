@@ -193,11 +193,13 @@ class UDPM(Method):
         The last term needs a discriminator; its parameters get no gradient.
         """
         level, guess, truth = self.noised_pair(net, batch)
-        loss = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
+        loss = batch.notes["l1"] = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
         lpips_weight = PAPER_LPIPS if self.lpips_weight is None else self.lpips_weight
         if lpips_weight[level - 1]:
             self.load_lpips()
-            loss = loss + lpips_weight[level - 1] * lpips_distance(guess, truth, "vgg", self.lpips_path)
+            distance = lpips_distance(guess, truth, "vgg", self.lpips_path)
+            batch.notes["lpips"] = lpips_weight[level - 1] * distance
+            loss = loss + batch.notes["lpips"]
         if disc is not None and self.adv_weight[level - 1]:
             disc.eval()
             constants = {name: p.detach() for name, p in disc.named_parameters()}
@@ -206,7 +208,8 @@ class UDPM(Method):
                 return torch.func.functional_call(disc, constants, x)
 
             logit = self.logits(frozen, guess, level, batch, self.noise_std(disc))
-            loss = loss + self.adv_weight[level - 1] * F.softplus(-logit)
+            batch.notes["adversarial"] = self.adv_weight[level - 1] * F.softplus(-logit)
+            loss = loss + batch.notes["adversarial"]
         return loss
 
     def disc_loss(self, disc, batch: Batch, net, std) -> Tensor:

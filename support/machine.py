@@ -34,9 +34,9 @@ def hashed(key: tuple) -> int:
     return random.Random(repr(key)).getrandbits(63)
 
 
-def stream(device: torch.device | str, *key) -> torch.Generator:
-    """A random stream of its own on `device`, a function of `key`."""
-    return torch.Generator(device).manual_seed(hashed(key))
+def stream(device: torch.device | str, *key, before: torch.Generator | None = None) -> torch.Generator:
+    """A random stream of its own on `device`, a function of `key`; `before`, if given, is the one that is seeded."""
+    return (before or torch.Generator(device)).manual_seed(hashed(key))
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -69,13 +69,15 @@ def bf16_helps(device: torch.device) -> bool:
 
 
 def set_up(device: torch.device, precision: str = "auto") -> str:
-    """Makes `device` the current GPU, with TF32 for what stays float32; -> the activations' precision, bf16 or fp32."""
+    """Makes `device` the current GPU, with TF32 for what stays float32; -> the activations' precision."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         keep_freed_memory()
     if precision == "auto":
+        if device.type == "cuda" and not bf16_helps(device) and torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16"  # a V100 or T4
         return "bf16" if bf16_helps(device) else "fp32"
     return precision
 
@@ -97,8 +99,9 @@ def keep_freed_memory():
 
 
 def autocast(device: torch.device, precision: str):
-    """Within it activations have the precision bf16 or fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Within it activations have the precision bf16, fp16 or fp32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def chip(device: torch.device) -> str:
@@ -107,8 +110,7 @@ def chip(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not in older versions
     amx = " with AMX" if found.get("amx_bf16") else ""
-    threads = torch.get_num_threads()
-    return f"{found.get('cpu_name', 'CPU')}{amx}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{found.get('cpu_name', 'CPU')}{amx}, threads: {torch.get_num_threads()}"
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
@@ -145,11 +147,9 @@ def environment_fault() -> str | None:
         return None
     if missing := [name for name in TORCHRUN if name not in there]:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        if not (there[name].isascii() and there[name].isdecimal() and len(there[name]) < 10):
-            return f"{name} = {there[name]!r} is no whole number"
-    if int(there["RANK"]) >= int(there["WORLD_SIZE"]):
-        return f"RANK = {there['RANK']} is not below WORLD_SIZE = {there['WORLD_SIZE']}"
+    rank, world, *others = (there[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    if not all(each.isdecimal() for each in (rank, world, *others)) or int(rank) >= int(world):
+        return f"RANK = {rank!r} of WORLD_SIZE = {world!r}, LOCAL_RANK = {others[0]!r}, MASTER_PORT = {others[1]!r}"
     return None
 
 

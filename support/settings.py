@@ -36,7 +36,7 @@ PRESETS = {  # name: what differs from Config's defaults
     "cifar10-sr": dict(),
     # the published run of the couplings paper's example code; its gradient is of the sum over an image's values
     "couplings": dict(overfit=False, max_steps=1_000_000, weight_decay=0.01, grad_clip=10_000 / (3 * 32 * 32),
-                      label_drop=0.0, ema_decay=0.0),
+                      label_drop=0.0, ema_decay=0.0, print_loss_every=20, sample_every=100, sample_at_start=True),
     "small": SMALL,
     "small-sr3": SMALL | dict(method="sr3", damage=Damage(up="bicubic")),
     "small-i2sb": SMALL | dict(method="i2sb"),
@@ -55,7 +55,7 @@ PRESETS = {  # name: what differs from Config's defaults
     "sr3-faces128": dict(
         method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
         overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,
-        unet_dim_mults=(1, 2, 4, 8, 8), unet_blocks=3, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
+        unet_dim_mults=(1, 2, 4, 8, 8), unet_blocks=4, unet_dropout=0.2, unet_use_classes=False, sr3=SR3()),
     "i2sb-sr4-pool": I2SB_256 | dict(damage=Damage(factor=4)),
     "i2sb-sr4-bicubic": I2SB_256 | dict(damage=Damage(factor=4, down="bicubic")),
     "i2sb-jpeg5": I2SB_256 | dict(task="jpeg", damage=Damage(quality=5)),
@@ -84,7 +84,7 @@ PRESETS = {  # name: what differs from Config's defaults
 INCIDENTAL = (
     "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
     "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
-    "wandb_entity", "device", "compile", "micro_batch")
+    "wandb_entity", "device", "compile", "graph", "micro_batch")
 
 
 def from_plain(kind, plain: dict):
@@ -120,6 +120,8 @@ def check(c):
     if c.sampler == "dopri5" and c.sample_steps is not None:
         raise SettingsError(f"sample_steps = {c.sample_steps}: dopri5 chooses its own steps; "
                             "add --solver midpoint, or leave sample_steps out")
+    if c.guidance != 1 and not c.chosen.guided:
+        raise SettingsError(f"guidance = {c.guidance}: allowed is 1 for {c.method}")
     if c.guidance != 1 and not c.trains_null_label:
         raise SettingsError(f"guidance = {c.guidance}: allowed is 1 where no label is dropped in training; "
                             "--label-drop 0.1 drops a tenth of them")

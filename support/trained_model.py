@@ -26,13 +26,15 @@ from unet import Counted, Guided, Tiled
 BYTES_A_PIXEL = 260
 BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
 LONGEST = 1000  # times as long as wide
+TILE = 256  # pixels
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
 
 
 ARGUMENTS = dict(  # of Model
     solver=Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None, steps=Count | None,
     tolerance=Positive | None, guidance=float | None, factor=Count | None,
-    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count, precision=Literal["auto", "bf16", "fp32"] | None)
+    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count,
+    precision=Literal["auto", "bf16", "fp16", "fp32"] | None)
 
 
 def batched(items: list, size: int) -> list[list]:
@@ -97,7 +99,8 @@ class Model:
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
         self.align = max(2**c.chosen.levels, c.damage.block(c.task))
-        tile = c.image_size if tile is None else tile
+        if tile is None:  # what learned from parts of photographs, at their own resolution, takes larger ones too
+            tile = max(c.image_size, TILE) if c.crop == "random" else c.image_size
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
 
         self.device = pick_device(device)

@@ -109,17 +109,19 @@ REFUSED = {
     "unet_use_classes": None, "init": "other", "preset": "couplings", "out_dir": "other", "dataset": "FOLDER"}
 CHANGES = {  # the weights, the metrics, the pictures or which files there are
     "task": "blur", "overfit": None, "image_size": 24, "max_steps": 7, "batch_size": 2, "base_lr": 1e-4,
-    "weight_decay": 0.5, "warmup_steps": 100, "grad_clip": 1e-3, "ema_decay": 0.1, "label_drop": 0.9, "flip": None,
+    "lr_schedule": "linear", "weight_decay": 0.5, "warmup_steps": 100, "grad_clip": 1e-3, "ema_decay": 0.1,
+    "label_drop": 0.9, "flip": None,
     "seed": 1, "unet_dropout": 0.5, "sample_every": 5, "sample_count": 1, "sample_steps": 3, "solver": "heun",
     "guidance": 2, "print_loss_every": 5, "keep_every": 5, "precision": "bf16", "damage": "factor 4",
     "interpolant": "sigma 0.5", "micro_batch": 1}
 # what shows later, elsewhere, or on other machines
 RECORDED = {
-    "data_path": "elsewhere", "lr_decay": 0.5, "unet_checkpointing": True, "integration_atol": 1e-3,
-    "integration_rtol": 1e-3, "checkpoint_every": 3, "wandb_project": "other", "wandb_entity": "me", "device": "cpu",
-    "compile": "off", "use_tensorboard": False, "use_wandb": False}
+    "data_path": "elsewhere", "lr_decay": 0.5, "sample_at_start": True, "unet_checkpointing": True,
+    "integration_atol": 1e-3, "integration_rtol": 1e-3, "checkpoint_every": 3, "wandb_project": "other",
+    "wandb_entity": "me", "device": "cpu", "compile": "off", "graph": False, "use_tensorboard": False,
+    "use_wandb": False}
 # tested above, or of another task, data set or method
-ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "regression"}
+ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"}
 
 
 def flag(name, value) -> str:

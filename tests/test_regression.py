@@ -23,6 +23,7 @@ def test_regression_is_least_squares():
     assert method.loss(oracle, batch).abs().max() < 1e-10
     assert torch.allclose(method.sample(oracle, replace(batch, z1=None)), batch.z1)
     assert torch.allclose(method.loss(off, batch), torch.full((3,), 0.25))
+    assert torch.allclose(Regression(error="log").loss(off, batch), torch.full((3,), 0.25001).log())
     with pytest.raises(ValueError, match="allowed is 1"):
         method.sample(oracle, batch, steps=2)
     hole = Damage()("inpaint", batch.z1)

@@ -76,7 +76,7 @@ from trainer import Config, Trainer
     ("--dataset nowhere", "dataset nowhere cifar10 shapes"),
     ("--device frob", "device frob cpu"),
     ("--init nowhere", "run nowhere"),
-    ("--precision fp16", "precision fp16 auto bf16 fp32"),
+    ("--precision fp8", "precision fp8 auto bf16 fp16 fp32"),
     pytest.param("--device cuda", "device cuda cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")),
 ])

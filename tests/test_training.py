@@ -13,7 +13,7 @@ from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float
 from pixels import photo
-from runs import TINY, checkpoint, metrics, resume, start, together
+from runs import TINY, checkpoint, make, metrics, resume, same, start, together
 from support import model
 from support.model import make_unet
 from support.settings import from_plain
@@ -165,3 +165,82 @@ def test_each_process_drops_activations_of_its_own(tmp_path, process):
     one, mean = (torch.cat([moments["exp_avg"].flatten() for moments in state["optimizers"][0]["state"].values()])
                  for state in (checkpoint(next((tmp_path / name).iterdir())) for name in ("one", "both")))
     assert (mean - one).norm() > 0.1 * one.norm()
+
+
+def test_a_step_leaves_every_tensor_in_its_place(tmp_path):
+    """A CUDA graph reads and writes the addresses that it was captured with."""
+    run = make(f"--dataset shapes --out-dir {tmp_path} --no-overfit --unet-dropout 0.1 --warmup-steps 9")
+
+    def places():
+        health = [x for x in vars(run.health).values() if torch.is_tensor(x)]
+        states = [x for player in run.players for state in player.optimizer.state.values() for x in state.values()]
+        return [x.data_ptr() for x in (*run.net.parameters(), *run.ema.parameters(), *health, *states)]
+
+    run.train_step()
+    before, streams = places(), [piece.draws.generator for piece in run.batches(1)]
+    run.train_step()
+    assert places() == before and len(before) > 100
+    assert streams == [piece.draws.generator for piece in run.batches(2)]
+    run.folder.close()
+
+
+def test_pictures_are_rarer_in_longer_runs():
+    def due(c):
+        return [step for step in range(100, c.steps + 1, 100) if c.samples_at(step)]
+
+    assert due(Config(max_steps=700)) == [500, 700] and due(Config(max_steps=5000)) == [*range(500, 5001, 500)]
+    assert due(Config(max_steps=100_000)) == [*range(10_000, 100_001, 10_000)]
+    assert Config(max_steps=9000, sample_every=3000).samples_at(3000)
+
+
+@pytest.mark.parametrize("schedule, rates", [
+    ("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]),
+    ("cosine", [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])])
+def test_the_rate_follows_its_schedule_also_in_a_resumed_run(beginning, tmp_path, schedule, rates):
+    flags = f"{PLAIN} {EACH} --base-lr 1e-3 --warmup-steps 2 --lr-schedule {schedule}"
+    straight = start(tmp_path / "straight", f"{flags} --max-steps 6")
+    found = [state["optimizers"][0]["param_groups"][0]["lr"] for state in states(straight)]
+    assert found == pytest.approx([5e-4, 1e-3, *(1e-3 * rate for rate in rates)])
+    assert [line["learning_rate"] for line in metrics(straight) if "loss" in line] == pytest.approx(found, abs=1e-6)
+    half = shutil.copytree(straight, tmp_path / "half")
+    (half / "checkpoints" / "step_000003.pt").rename(half / "checkpoints" / "last.pt")
+    resume(half)
+    same(checkpoint(half), checkpoint(straight))
+
+
+def test_the_log_has_the_gradients_norm_and_the_loss_on_held_out_images(trained, tmp_path):
+    assert all(line["gradient_norm"] > 2 * CLIP for line in metrics(trained) if "loss" in line)
+    run = start(tmp_path, f"{PLAIN} {STILL} --no-overfit --sample-every 1 --max-steps 2 --sample-count 4")
+    state, (first, second) = checkpoint(run), [line["held_out_loss"] for line in metrics(run) if "nfe" in line]
+    z1 = to_float(data.load("shapes", 16).test)[data.batch_indices(1000, 4, 0, 0)]
+    zlo, net = Damage()("sr", z1).zlo, network(state, state["ema"]).eval()
+    with torch.no_grad():
+        guess = zlo + net(zlo, torch.zeros(4), data.load("shapes", 16).test_y[data.batch_indices(1000, 4, 0, 0)], zlo)
+    assert first == second == pytest.approx((guess - z1).square().mean().item(), rel=1e-4)
+
+
+def test_udpm_logs_its_loss_by_part_and_its_discriminators(tmp_path):
+    run = start(tmp_path, "--method udpm --solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 "
+                "--udpm.disc-channels 8 --udpm.l1-weight 1 1 1 --max-steps 4 --print-loss-every 1 --micro-batch 2")
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert all(line["loss"] == pytest.approx(line["loss_l1"] + line["loss_adversarial"], abs=2e-6) for line in lines)
+    assert all(line["loss_discriminator"] > 0 for line in lines)
+
+
+def test_pictures_before_the_first_step(tmp_path):
+    run = start(tmp_path, "--sample-at-start --max-steps 2 --sample-every 2")
+    assert [line["step"] for line in metrics(run) if "nfe" in line] == [0, 2]
+    assert (run / "samples" / "step_000000.png").exists()
+
+
+def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(tmp_path):
+    """A scale of 2^16 times a large loss overflows: those steps are skipped, and the scale halves until one passes."""
+    flags = f"{PLAIN} --precision fp16 --print-loss-every 1 --checkpoint-every 4 --keep-every 4 --unet-channels 8"
+    run = start(tmp_path / "straight", f"{flags} --grad-clip 1 --max-steps 8")
+    state = checkpoint(run)
+    scaler, skipped = state["scaler"], int(state["skipped"][0])
+    assert scaler["scale"] == 2**16 / 2**skipped and scaler["_growth_tracker"] == 8 - skipped
+    half = shutil.copytree(run, tmp_path / "half")
+    (half / "checkpoints" / "step_000004.pt").rename(half / "checkpoints" / "last.pt")
+    resume(half)
+    same(checkpoint(half), state, keys=("step", "ema", "players", "optimizers", "scaler", "skipped"))

@@ -59,6 +59,7 @@ def test_generator_loss_is_its_formula(level):
     expected = method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3))
     expected = expected - method.adv_weight[level - 1] * torch.sigmoid(logit).log()
     torch.testing.assert_close(value, expected)
+    assert batch.notes.keys() == {"l1", "adversarial"} and torch.equal(sum(batch.notes.values()), value)
     torch.testing.assert_close(at_level(method, level, lambda: method.loss(net, batch)),
                                method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3)))
 
