@@ -28,6 +28,7 @@ from images import SettingsError, data
 from images.corruptions import Batch, Damage, Draws
 from methods import Method
 from methods.edm import EDM
+from methods.flowmap import FlowMap
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.regression import Regression
@@ -54,7 +55,7 @@ class Config:
     # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
     # way to make clean images; regression: the baseline
-    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"] = "interpolant"
     task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
@@ -145,6 +146,7 @@ class Config:
     i2sb: I2SB = field(default_factory=I2SB)
     edm: EDM = field(default_factory=EDM)
     udpm: UDPM = field(default_factory=UDPM)
+    flowmap: FlowMap = field(default_factory=FlowMap)
     regression: Regression = field(default_factory=Regression)
 
     @property

@@ -34,9 +34,9 @@ def hashed(key: tuple) -> int:
     return random.Random(repr(key)).getrandbits(63)
 
 
-def stream(device: torch.device | str, *key) -> torch.Generator:
-    """A random stream of its own on `device`, a function of `key`."""
-    return torch.Generator(device).manual_seed(hashed(key))
+def stream(device: torch.device | str, *key, before: torch.Generator | None = None) -> torch.Generator:
+    """A random stream of its own on `device`, a function of `key`; `before`, if given, is the one that is seeded."""
+    return (before or torch.Generator(device)).manual_seed(hashed(key))
 
 
 # ------------------------------------------------------------------------------------------------ device and precision

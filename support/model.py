@@ -27,7 +27,8 @@ def make_unet(c, num_classes: int) -> Unet:
     upscale = c.chosen.upscale
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
     return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes,
-                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
+                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, two_times=c.chosen.two_times,
+                checkpointing=c.unet_checkpointing)
 
 
 def make_players(c, net: nn.Module, num_classes: int) -> list:

@@ -120,6 +120,8 @@ def check(c):
     if c.sampler == "dopri5" and c.sample_steps is not None:
         raise SettingsError(f"sample_steps = {c.sample_steps}: dopri5 chooses its own steps; "
                             "add --solver midpoint, or leave sample_steps out")
+    if c.guidance != 1 and not c.chosen.guided:
+        raise SettingsError(f"guidance = {c.guidance}: allowed is 1 for {c.method}")
     if c.guidance != 1 and not c.trains_null_label:
         raise SettingsError(f"guidance = {c.guidance}: allowed is 1 where no label is dropped in training; "
                             "--label-drop 0.1 drops a tenth of them")

@@ -35,7 +35,7 @@ from trainer import Trainer
 
 METHODS = {"interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "edm": "",
            "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-           "regression": "--solver auto --sample-steps 1"}
+           "flowmap": "--solver auto --sample-steps 1", "regression": "--solver auto --sample-steps 1"}
 # everything that draws random numbers is switched on, and nothing falls on the same steps as everything else
 STEPS = ("--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "
          "--print-loss-every 3 --checkpoint-every 2 --keep-every 4")
