@@ -6,20 +6,18 @@
 
 RUN is a run's folder, a checkpoint or an exported file. The task sr takes low-resolution files, every other one
 files of full size; a mixture with sr takes those too, and low-resolution files with --factor. Restored images keep
-their names and become PNG. Transparency is laid over white; for inpainting without --masks it is what gets filled in.
-What could not be restored is listed at the end. An image's noise depends on the seed, its name or number and the draw;
-the rest of its batch changes the result by rounding only (dopri5: by its tolerance).
+their names, EXIF, transparency and greyness, and become PNG unless --format says otherwise. For inpainting without
+--masks the transparent part is filled in. What is finished is skipped, so an interrupted command goes on; what could
+not be restored is listed at the end. An image's noise depends on the seed, its name or number and the draw; the rest
+of its batch changes the result by rounding only (dopri5: by its tolerance).
 """
 if __name__ == "__main__":
     from support.output import quiet_interrupt
     quiet_interrupt()
 
-import os
 import re
 import sys
-import time
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,13 +25,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
 
-import ode_int
-from images import DatasetError, SettingsError, files, one_line
+from images import SettingsError
 from images.data import MAX_BATCH
-from images.files import ENDINGS, list_images, read_image, refuse_outputs, save_png, to_image, user_path
-from images.pictures import deviation, grid, row_titles, titled, to_float, to_uint8
+from images.files import ENDINGS, refuse_outputs, save_png, to_image
+from images.pictures import grid, row_titles, titled, to_float, to_uint8
 from support import bounds
 from support.bounds import Count, Positive, Seed, between
 from support.checkpoints import EXPORTED, export, open_run
@@ -42,6 +38,7 @@ from support.machine import failed, partition
 from support.noise import noise_of
 from support.output import unbreakable_output
 from support.progress import Progress
+from support.restorer import Restorer, output_folder
 from support.sampler_settings import MethodFlags, given_flags
 from support.trace import Frames, save_trace
 from support.trained_model import Model, batched
@@ -55,12 +52,18 @@ class Options(MethodFlags):
     """What to do with the run: --input restores, --count makes new images, --export writes the weights."""
 
     run: tyro.conf.Positional[str]  # a run's folder, a checkpoint, or an exported .safetensors file
-    input: str | None = None  # damaged images: a folder, searched with the folders in it, or a file
+    # damaged images: files, folders, which are searched with the folders in them, and patterns as '*.jpg'
+    input: Annotated[tuple[str, ...] | None, tyro.conf.arg(aliases=["-i"])] = None
     count: Annotated[int, between(1, 10**7)] | None = None  # number of images to make, of each label
     export: str | None = None  # file to write, with the ending .safetensors
     half: bool = False  # --export: weights in bf16, a file of half the size
-    output: str | None = None  # folder of the pictures; None: a new one in the run's, of an exported file in runs
-    overwrite: bool = False  # replacement of files that exist; else they are left as they are
+    # folder of the pictures, or a file's name for the only one; None: a new folder in the run's, of an exported file in
+    # runs
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    overwrite: bool = False  # replacement of files that exist; else what is finished is skipped
+    format: Literal["png", "jpg", "webp"] = "png"  # format of the restored pictures
+    quality: Annotated[int, between(1, 100)] = 95  # quality of jpg and webp
+    suffix: str = ""  # end of the restored pictures' names, before the format's
 
     label: str | None = None  # class name or number, several joined by commas, or all; None: the network sees no label
     # classifier-free guidance: 0 ignores the label, 1 follows it, above 1 exaggerates it; None: as the run
@@ -77,8 +80,10 @@ class Options(MethodFlags):
     swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
     perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
-    # factor by which the result is larger, where the run knows several: 4 or 2; 1 restores at the image's own size
-    factor: int | None = None
+    # factor by which the result is larger; 1 restores at the image's own size. One that the run does not know, as 3 or
+    # 1.5, is made by its next larger one and then reduced. None: the run's own, of a mixture 1
+    factor: Positive | None = None
+    strength: Annotated[float, between(0, 1)] = 1.0  # share of the restoration in the result, the rest is the input
     # picture of the image beside its restoration, NAME_before_after.png; auto: where --input is one file
     before_after: Literal["auto", "on", "off"] = "auto"
     # folder of masks for inpaint, named as the images, or one mask for all; white is filled in, transparent is kept
@@ -111,194 +116,19 @@ class Options(MethodFlags):
         need("interpolate", lambda _: not self.swap and not self.perturb, "one of --interpolate, --swap and --perturb")
         need("swap", lambda _: not self.perturb, "one of --interpolate, --swap and --perturb")
         need("perturb", lambda edit: 0 <= edit[1] <= 1, "a level, and a strength from 0 to 1")
-        for name in ("input", "output"):
-            need(name, lambda path: path != "", "a path")
+        need("input", all, "paths")
+        need("output", lambda path: path != "", "a path")
         need("masks", lambda _: self.input, "a path, with --input only")
-        need("factor", lambda _: self.input, "a number with --input only")
+        need("factor", lambda f: self.input and f >= 1, "1 or more, with --input only")
         need("before_after", lambda which: which != "on" or self.input, "on with --input only")
         need("half", lambda half: not half or self.export, "True with --export only")
-        need("output", lambda path: Path(path).suffix.lower() not in ENDINGS, "a folder")
+        need("output", lambda path: self.input or Path(path).suffix.lower() not in ENDINGS, "a folder")
         need("export", lambda path: Path(path).suffix == EXPORTED, "a name that ends in .safetensors")
 
 
 def open_model(run: str | Path, *, ema: bool = True, **how) -> Model:
     """A run's folder, a checkpoint or an exported file -> Model, whose arguments `how` are. Raises SettingsError."""
     return Model(open_run(run, Config), ema=ema, **how)
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-def stem(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def output_folder(o: Options, kind: str) -> Path:
-    if o.output is not None:
-        return user_path(o.output)
-    if partition(o.partition)[1] > 1:  # whose clocks differ
-        raise SettingsError("output = None: allowed is a folder, where several processes share the images")
-    run = Path(o.run).resolve()
-    folder = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
-    if run.suffix == EXPORTED:  # what lies beside it is not its own
-        folder = Path("runs")
-    return folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-# ----------------------------------------------------------------------------------------------------------- restoring
-
-@dataclass
-class Draw:
-    """One restoration to make."""
-
-    name: str  # of the file
-    number: int  # among the draws of its image
-    image: Tensor  # (C, H, W) uint8
-    hole: Tensor | None  # (1, H, W), 1 where it is to be made; None: everywhere
-
-    @property
-    def kind(self) -> tuple:
-        """Draws of one kind make a batch."""
-        return self.image.shape, self.hole is None
-
-
-class Restorer:
-    """Restores files, neighbours of equal size together. What fails does not stop the others; it is told at the end."""
-
-    def __init__(self, o: Options, model: Model):
-        self.options, self.model, self.labels = o, model, model.label_numbers(o.label)
-        self.failures, self.taken, self.made = {}, set(), defaultdict(list)  # by name; paths; draws by name
-        if model.tasks == ["generate"]:
-            raise SettingsError(f"input = {o.input!r}: the run makes images from noise; --count N does")
-        if len(self.labels) > 1:
-            raise SettingsError(f"label = {o.label!r}: allowed is one, for all images")
-        if o.masks is not None and "inpaint" not in model.tasks:
-            raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
-        path, self.folder = user_path(o.input), output_folder(o, "restored")
-        self.before_after = o.before_after == "on" or (o.before_after == "auto" and path.is_file())
-        self.root, names = (path.parent, [path.name]) if path.is_file() else (path, list_images(path))
-        folder = Path(os.path.realpath(self.folder))
-        if folder == Path(os.path.realpath(self.root)):
-            raise SettingsError(f"output = {o.output!r}: allowed is another folder than the input's")
-        number, count = partition(o.partition)
-        inputs = [name for name in names if folder not in Path(os.path.realpath(self.root / name)).parents]
-        self.names = inputs[number::count]
-        if o.masks is not None:
-            masks = user_path(o.masks)
-            if masks.is_file():  # one for all
-                self.masks = dict.fromkeys(map(stem, names), masks)
-            else:
-                self.masks = {stem(name): masks / name for name in list_images(masks)}
-
-    def run(self) -> int:
-        """Exit status: 0 all are restored, 1 some are not."""
-        progress = Progress(self.model, self.options.draws * len(self.names), self.options.trace)
-        try:
-            some = []  # the next batch
-            for draw in self.draws():
-                if some and (draw.kind != some[0].kind or len(some) == self.model.at_a_time(*draw.image.shape[1:])):
-                    self.restore(some)
-                    progress.bar.update(len(some))
-                    some = []
-                some.append(draw)
-            if some:
-                self.restore(some)
-                progress.bar.update(len(some))
-            done = f"{len(self.names) - len(self.failures)} of {len(self.names)} images restored"
-            print(f"{done}, in {self.folder}: {progress.cost()}")
-        finally:  # also when it is interrupted
-            for failure in self.failures.values():
-                print(f"not restored: {failure}", file=sys.stderr)
-        return int(bool(self.failures))
-
-    def draws(self):
-        """Yields the draws of each file in turn, and notes the files that can't be restored."""
-        o = self.options
-        for name in self.names:
-            try:
-                paths = self.outputs(name)
-                if twice := self.taken.intersection(paths):
-                    raise DatasetError(f"{self.root / name}: another image of its name takes {min(twice)}")
-                refuse_outputs(paths, o.overwrite)
-                image = read_image(self.root / name, self.model.config.channels)
-                hole = self.read_hole(name, image) if "inpaint" in self.model.tasks else None
-                self.model.check_size(*image.shape[1:], name, o.trace)
-                self.taken.update(paths)
-            except SettingsError as failure:
-                self.failures[name] = failure
-                continue
-            for i in range(o.draws):
-                yield Draw(name, i, image, hole)
-
-    def outputs(self, name: str) -> list[str]:
-        """The files to be written for an input: its draws, then the others."""
-        n, base = self.options.draws, f"{self.folder}/{stem(name)}"
-        singles = [base] if n == 1 else [f"{base}_{i + 1}" for i in range(n)]
-        paths = [single + ".png" for single in singles]
-        if n > 1:
-            paths += [base + "_mean.png", base + "_std.png"]
-        if self.before_after:
-            paths += [single + "_before_after.png" for single in singles]
-        if self.options.trace:
-            paths += [single + end for single in singles for end in ("_trace.png", "_trace.gif")]
-        return paths
-
-    def read_hole(self, name: str, image: Tensor) -> Tensor | None:
-        path = self.root / name
-        if self.options.masks is None:
-            hole = files.read_alpha(path) < 255
-        elif stem(name) in self.masks:
-            hole = files.read_mask(self.masks[stem(name)])
-        else:
-            raise DatasetError(f"{path}: no mask of this name is in {self.options.masks}")
-        if hole.shape[1:] != image.shape[1:]:
-            (_, height, width), (_, h, w) = image.shape, hole.shape
-            raise DatasetError(f"{path}: it is {width}x{height}, its mask {w}x{h}")
-        if not hole.any() and (self.options.masks is not None or self.model.tasks == ["inpaint"]):
-            raise DatasetError(f"{path}: nothing to fill in: no --masks that is white there, no transparency")
-        return hole.float() if hole.any() else None
-
-    def restore(self, draws: list[Draw]):
-        """Draws of one kind -> files."""
-        o, zlo = self.options, self.model.full_size(to_float(torch.stack([draw.image for draw in draws])))
-        hole = None if draws[0].hole is None else torch.stack([draw.hole for draw in draws])
-        streams = [noise_of(o, self.model, draw.name, draw.number, o.draws) for draw in draws]
-        frames = Frames(zlo.shape[2:]) if o.trace else None
-        try:
-            sample = self.model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
-        except (torch.OutOfMemoryError, ode_int.SolverError) as failure:
-            reason = failure
-            if isinstance(failure, torch.OutOfMemoryError):
-                reason = "out of GPU memory; lower --batch-size or --tile"
-            self.failures |= {draw.name: f"{self.root / draw.name}: {reason}" for draw in draws}
-            return
-        for row, (draw, picture) in enumerate(zip(draws, to_uint8(sample))):
-            name, i = draw.name, draw.number
-            try:
-                paths = self.outputs(name)
-                save_png(Path(paths[i]), to_image(picture))
-                if self.before_after:
-                    self.save_before_after(paths[i], to_uint8(zlo[row]), picture)
-                if o.trace:
-                    save_trace(paths[i], frames.until(sample), slice(row, row + 1))
-                if o.draws > 1:
-                    self.made[name].append(picture)
-                    if len(self.made[name]) == o.draws:
-                        self.save_statistics(name, torch.stack(self.made.pop(name)).float())
-            except OSError as failure:  # a full disk, say
-                self.failures[name] = f"{self.root / name}: {one_line(failure)}"
-
-    def save_before_after(self, path: str, before: Tensor, after: Tensor):
-        """Both (C, H, W) uint8, side by side: the image as the network got it, and what became of it."""
-        if self.model.config.channels == 1:
-            before, after = before.expand(3, -1, -1), after.expand(3, -1, -1)
-        pictures = [x.permute(1, 2, 0).numpy() for x in (before, after)]
-        save_png(Path(stem(path) + "_before_after.png"), Image.fromarray(titled(["before", "after"], pictures)))
-
-    def save_statistics(self, name: str, draws: Tensor):
-        """Pictures of the mean over the draws (n, C, H, W) in levels of 255, and of their standard deviation."""
-        n, paths = len(draws), self.outputs(name)
-        save_png(Path(paths[n]), to_image(draws.mean(0).round().byte()))
-        save_png(Path(paths[n + 1]), to_image((8 * deviation(draws)).round().clamp(max=255).byte()))
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -358,6 +188,16 @@ def export_model(o: Options) -> int:
     return 0
 
 
+def network_factor(o: Options, run) -> int | None:
+    """How many times larger the network makes the images: --factor, or the next larger one that it knows."""
+    known = run.config.damage.factors(run.config.task, run.pair_factor)
+    if o.factor is None:
+        return None
+    if o.factor > max(known) or o.factor == 1 and 1 not in known:
+        raise SettingsError(f"factor = {o.factor:g}: allowed is {'1 to' if 1 in known else 'up to'} {max(known)}")
+    return min(factor for factor in known if factor >= o.factor)
+
+
 def run(o: Options, arguments: list[str]) -> int:
     if o.export:
         return export_model(o)
@@ -365,8 +205,8 @@ def run(o: Options, arguments: list[str]) -> int:
     c = opened.config
     settings = {c.method: given_flags(o, arguments, c, {c.method})}
     model = Model(opened, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
-                  factor=o.factor, tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision,
-                  **settings)
+                  factor=network_factor(o, opened), tile=o.tile, batch_size=o.batch_size, device=o.device,
+                  precision=o.precision, **settings)
     if model.num_classes and not c.trains_null_label and o.label is None:
         print("note: images without labels were no part of the training; give a --label")
     return Restorer(o, model).run() if o.input else generate(o, model)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import ode_int
 from images import SettingsError, data
-from images.corruptions import Batch, Damage, Draws, task_names
+from images.corruptions import Batch, Damage, Draws
 from methods import Method
 from methods.edm import EDM
+from methods.flowmap import FlowMap
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.regression import Regression
@@ -54,7 +55,7 @@ class Config:
     # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
     # way to make clean images; regression: the baseline
-    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"] = "interpolant"
     task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
@@ -145,6 +146,7 @@ class Config:
     i2sb: I2SB = field(default_factory=I2SB)
     edm: EDM = field(default_factory=EDM)
     udpm: UDPM = field(default_factory=UDPM)
+    flowmap: FlowMap = field(default_factory=FlowMap)
     regression: Regression = field(default_factory=Regression)
 
     @property
@@ -158,16 +160,8 @@ class Config:
         return self.chosen.solver if self.solver == "auto" else self.solver
 
     @property
-    def for_pictures(self) -> "Config":
-        """For the pictures in training: a method whose paper takes a thousand steps says how many will do there."""
-        steps = self.chosen.picture_steps if self.sampler == "own" else None
-        return replace(self, sample_steps=self.sample_steps or steps)
-
-    @property
     def steps(self) -> int:
-        if self.max_steps is not None:
-            return self.max_steps
-        return 1000 if self.overfit else 100_000
+        return self.max_steps or (1000 if self.overfit else 100_000)
 
     @property
     def dropped(self) -> float:
@@ -196,11 +190,6 @@ class Config:
         part = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         fall = dict(constant=1, cosine=(1 + math.cos(math.pi * part)) / 2, linear=1 - part)[self.lr_schedule]
         return self.base_lr * warm * self.lr_decay ** (step // 1000) * fall
-
-    @property
-    def generates(self) -> bool:
-        """Whether images are made from noise alone."""
-        return task_names(self.task) == ["generate"]
 
     def damaged(self, z1: Tensor, y: Tensor | None = None, zlo: Tensor | None = None,
                 draws: Draws | None = None) -> Batch:
@@ -236,10 +225,6 @@ class Trainer:
         self.precision = machine.set_up(self.device, config.precision)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         machine.join_processes(self.device)
-        if config.batch_size % self.world:
-            raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of {self.world}, "
-                                "the number of processes that share it")
-
         with machine.first_process_first():  # which downloads, if need be
             self.images = data.load(
                 config.dataset, config.image_size, config.channels, config.data_path, config.paired_path,
@@ -253,9 +238,7 @@ class Trainer:
         self.batches = Batches(config, self.images, self.device)
         self.batches.agree()
         self.num_classes = self.batches.num_classes
-        if config.guidance != 1 and not self.num_classes:
-            raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {self.images.name} has no classes")
-        self.try_sampler()
+        model.try_sampler(config, self.batches.shown()[:1])
 
         begun = folder and folder.begun
         # the weights, their average and gradient, and the optimizer's two averages
@@ -278,46 +261,19 @@ class Trainer:
             self.load(begun)
         if self.world > 1:
             machine.agree(step=self.step, weights=machine.digest(self.ema.state_dict().values()))
-        self.open_folder(folder)
+        if folder is None:
+            folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(config))
+        self.folder = folder
+        folder.announce(config, self.images, self.num_classes, self.players, self.precision, self.device, self.step)
+        folder.begin(config, self.images, self.step, again=config.pictures_due(self.step, self.sampled))
         if config.compile == "on":
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
-            model.compile_network(self.net, self.try_loss)
+            model.compile_network(config, self.net, self.players[0].loss, self.batches, self.precision)
 
     def player(self, module: nn.Module, loss: Callable) -> Player:
         c, shared = self.config, machine.data_parallel(module)
         optimizer = torch.optim.AdamW(module.parameters(), lr=c.base_lr, weight_decay=c.weight_decay, fused=True)
         return Player(module, loss, shared, optimizer)
-
-    def open_folder(self, folder: RunFolder | NoFolder | None):
-        """Makes it where it is a new one; tells what is about to be trained; opens the log."""
-        c = self.config
-        if folder is None:
-            folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(c.out_dir, c.method, c.task))
-        self.folder = folder
-        self.announce()
-        folder.begin(c, self.images, self.step, again=c.pictures_due(self.step, self.sampled))
-
-    def announce(self):
-        c, n, print0 = self.config, self.images, machine.print0
-        millions = " + ".join(f"{model.weights(each.module) / 1e6:.3g}M" for each in self.players)
-        gpus = f" x {self.world}" if self.world > 1 else ""
-        what = "overfitting one batch" if c.overfit else "training on batches"
-        print0(f"{c.method}, task {c.task}, on {n.name}: {len(n.train):,} training and {len(n.test):,} test images, "
-               f"{c.image_size}x{c.image_size}, {self.num_classes or 'no'} classes")
-        print0(f"{millions} parameters, {self.precision}, {machine.chip(self.device)}{gpus}")
-        print0(f"{what} of {c.batch_size}, steps {self.step:,} to {c.steps:,}, in {self.folder.path}")
-
-    @torch.no_grad()
-    def try_sampler(self):
-        """Samples one image with a network that says 0: a setting no sampler takes is refused before the first step."""
-        model.run_sampler(self.config.for_pictures, model.zero_net(self.config), self.batches.shown()[:1])
-
-    def try_loss(self):
-        """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
-        loss = self.players[0].loss
-        for step in range(max(1, 8 * self.config.chosen.levels)):
-            with machine.autocast(self.device, self.precision):
-                loss(self.net, self.batches(step)[0]).mean().backward()
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -327,11 +283,10 @@ class Trainer:
         pieces = self.batches(self.step)
         machine.reseed("dropout", c.seed, self.step, self.rank)
         rate = c.rate(self.step)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if self.device.type == "cuda":
             rate = self.rate.fill_(rate)  # where a CUDA graph reads it
         for player in self.players:
-            player.optimizer.param_groups[0].update(lr=rate, capturable=on_gpu)
+            player.optimizer.param_groups[0].update(lr=rate, capturable=torch.is_tensor(rate))
         self.update(pieces)
         c.chosen.after_step([player.module for player in self.players])
         self.step += 1
@@ -426,9 +381,9 @@ class Trainer:
         """The mean loss of the last `steps` steps, and their speed since `clock`. Only this waits for the GPU."""
         numbers, in_a_row = self.health.report()
         loss, rate = numbers["loss"], self.config.rate(self.step - 1)
-        images_per_second = self.config.batch_size * steps / (time.perf_counter() - clock)
-        self.folder.log(self.step, **numbers, images_per_second=images_per_second, learning_rate=rate)
-        line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {images_per_second:.3g} images/s"
+        speed = self.config.batch_size * steps / (time.perf_counter() - clock)
+        self.folder.log(self.step, **numbers, images_per_second=speed, learning_rate=rate)
+        line = ("no finite loss" if loss is None else f"loss {loss:.4f}") + f", {speed:.3g} images/s"
         bar.set_postfix_str(line)
         if bar.disable:
             machine.print0(f"step {self.step:,}: {line}")
@@ -440,27 +395,25 @@ class Trainer:
 
     @torch.no_grad()
     def show(self) -> float:
-        """Samples of the averaged network: PSNR beside the input's, NFE, seconds, the grids and the path they took.
-
-        Returns the seconds that it all took. The first process makes them, the others wait in their next step.
-        """
+        """Samples of the averaged network -> the seconds that they took. The first process makes them, the others wait
+        in their next step."""
         began = time.perf_counter()
         try:
             if self.rank == 0:
                 with self.signals.interruption(), machine.autocast(self.device, self.precision):
                     batch = self.batches.shown()
-                    numbers, pictures = model.sample_for_pictures(self.config.for_pictures, self.ema, batch)
+                    numbers, pictures = model.sample_for_pictures(self.config, self.ema, batch)
                     if not self.config.overfit:
                         machine.reseed("held out", self.config.seed)
                         numbers["held_out_loss"] = self.players[0].loss(self.ema, batch).mean().item()
                 self.folder.log(self.step, pictures, **numbers)
                 self.folder.tell_pictures(self.step, len(batch.zlo), **numbers)
-        except ode_int.SolverError as failure:
-            output.warn(f"no samples at step {self.step:,}: {failure}")
-        except (MemoryError, RuntimeError) as failure:
-            if not machine.is_out_of_memory(failure):
+        except (ode_int.SolverError, MemoryError, RuntimeError) as failure:
+            short = machine.is_out_of_memory(failure)
+            if not short and not isinstance(failure, ode_int.SolverError):
                 raise
-            output.warn(f"no samples at step {self.step:,}: out of memory; lower sample_count")
+            why = "out of memory; lower sample_count" if short else failure
+            output.warn(f"no samples at step {self.step:,}: {why}")
         except KeyboardInterrupt:
             tqdm.write(f"{self.signals.name}: the sampling is cut short; saving and leaving")
             return time.perf_counter() - began
@@ -470,11 +423,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self):
-        """checkpoints/last.pt, replaced atomically. Plain tensors and values: loads with weights_only=True.
-
-        Data order and all noise are functions of (seed, step), so the step is their whole state. What RunFolder.save
-        adds, the settings among it, does not change.
-        """
+        """checkpoints/last.pt. Data order and noise are functions of (seed, step), so the step is their whole state."""
         if self.rank == 0:
             state = dict(
                 step=self.step, images_seen=self.images_seen, sampled=self.sampled, num_classes=self.num_classes,
@@ -482,11 +431,7 @@ class Trainer:
                 optimizers=[player.optimizer.state_dict() for player in self.players],
                 scaler=self.scaler.state_dict(), **self.health.state())
             if why := self.health.unfit(state):
-                if not self.folder.refused:
-                    advice = self.folder.advice(self.config.base_lr)
-                    output.warn(f"step {self.step:,} is not saved: {why}; {advice}")
-                self.folder.refused = True
-                return
+                return self.folder.refuse(self.step, why, self.config.base_lr)
             self.folder.save(state, self.config.keeps_at(self.step))
         self.saved = (self.step, self.sampled)
 

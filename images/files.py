@@ -20,6 +20,9 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pi
 MAX_ENTRIES = 200_000  # files and folders that are looked at where fewer than one in a hundred is an image
 SRGB = ImageCms.createProfile("sRGB")
 
+with suppress(ImportError):  # optional: photographs of phones, .heic
+    import pillow_heif
+    pillow_heif.register_heif_opener()
 Image.init()  # has Pillow load all its formats
 # EPS is drawn by another program, Ghostscript, and WMF by Windows; of the others Pillow knows no more than the name
 FORMATS = [name for name in Image.ID if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
@@ -44,10 +47,10 @@ def open_image(path, channels: int = 3, background: str = "white") -> Image.Imag
     16-bit greys map 65535 to 255; floats count as [0, 1] where none is above 1, else as [0, 255]. Of an animation the
     first frame is taken.
     """
-    return flatten(_load(path), channels, path, background)
+    return flatten(load(path), channels, path, background)
 
 
-def _load(path) -> Image.Image:
+def load(path) -> Image.Image:
     """The file's picture, upright, in the mode that it is stored in. Raises DatasetError, and MemoryError."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device may never end
         raise DatasetError(f"{path}: is not a file; replace or remove it")
@@ -65,11 +68,16 @@ def _load(path) -> Image.Image:
         reason = getattr(error, "strerror", None) or one_line(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "its format is unknown"
+            if str(path).lower().endswith((".heic", ".heif")):
+                reason = "it needs one more package: pip install pillow-heif"
         raise DatasetError(f"{path}: can't be read as an image ({reason}); replace or remove it") from error
 
 
-def flatten(image: Image.Image, channels: int = 3, name="image", background: str = "white") -> Image.Image:
-    """A PIL image of any mode -> upright, opaque, 8-bit: see open_image. Raises DatasetError, which says `name`."""
+def flatten(image: Image.Image, channels: int = 3, name="image", background: str | None = "white") -> Image.Image:
+    """A PIL image of any mode -> upright, opaque, 8-bit: see open_image. Raises DatasetError, which says `name`.
+
+    background None: transparent pixels show the colours that they are stored with.
+    """
     image = to_srgb(upright(image))
     if image.mode[0] in "IF":
         grey = np.asarray(image).astype(np.float64)
@@ -82,7 +90,8 @@ def flatten(image: Image.Image, channels: int = 3, name="image", background: str
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        if background:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB" if channels == 3 else "L")
 
 
@@ -132,7 +141,7 @@ def read_image(path: Path, channels: int) -> Tensor:
 
 def read_mask(path: Path) -> Tensor:
     """(1, H, W) bool: true where the mask is white. What is transparent in it counts as black. Raises DatasetError."""
-    return mask_of(_load(path), path)
+    return mask_of(load(path), path)
 
 
 def mask_of(image: Image.Image, name="mask") -> Tensor:
@@ -142,7 +151,7 @@ def mask_of(image: Image.Image, name="mask") -> Tensor:
 
 def read_alpha(path: Path) -> Tensor:
     """(1, H, W) uint8: 0 transparent, 255 opaque. Raises DatasetError."""
-    return to_tensor(alpha(_load(path)))
+    return to_tensor(alpha(load(path)))
 
 
 def alpha(image: Image.Image) -> Image.Image:

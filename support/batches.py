@@ -1,11 +1,8 @@
 """What a run trains on and what it shows: batches that are functions of the seed and the step."""
-from collections import defaultdict
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from images import data
+from images import SettingsError, data
 from images.corruptions import Batch, Draws
 from support import machine
 
@@ -13,15 +10,21 @@ from support import machine
 class Batches:
     """A run's batches, damaged; each process makes its own share of them.
 
-    config, images, device: the run's trainer.Config, its data.Images, and where its network is.
+    config, images, device: the run's trainer.Config, its data.Images, and where its network is. Raises SettingsError
+    where the images can't be shared by all processes, or have no classes to guide by.
     """
 
     def __init__(self, config, images: data.Images, device: torch.device):
         self.config, self.images, self.device = config, images, device
         self.rank, self.world = machine.processes()
         # of each piece's noise; they stay, since a CUDA graph knows them, and are seeded anew
-        self.streams = defaultdict(partial(torch.Generator, device))
+        self.streams = {}
         self.num_classes = len(images.classes) if config.unet_use_classes else 0
+        if config.batch_size % self.world:
+            raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of {self.world}, "
+                                "the number of processes that share it")
+        if config.guidance != 1 and not self.num_classes:
+            raise SettingsError(f"guidance = {config.guidance}: allowed is 1, since {images.name} has no classes")
         self.feed = data.Feed(images, device, config.batch_size, config.seed, self.rank, self.world, config.overfit)
 
     def __call__(self, step: int) -> list[Batch]:
@@ -34,7 +37,8 @@ class Batches:
         """`start`: the number of its first image in this process's share."""
         c = self.config
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
-        stream = self.streams[start].manual_seed(machine.hashed(("train", c.seed, step)))
+        stream = machine.stream(self.device, "train", c.seed, step, before=self.streams.get(start))
+        self.streams[start] = stream
         draws = Draws(stream, machine.stream("cpu", "host", c.seed, step), rows, c.batch_size)
         if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5

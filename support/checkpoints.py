@@ -18,11 +18,9 @@ from support.disk import flush_folder, parse_json, write_atomically
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
-# what a checkpoint has to have to be sampled, and what else it may have; of which kind. read_config looks at the config
-KEYS = dict(step=int, config=object, classes=list, num_classes=int, ema=dict, players=list[dict])
-OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict[str, str], sampled=int, optimizers=list,
-                     scaler=dict, loss=Tensor, parts=dict[str, Tensor], skipped=Tensor, first_loss=float | None,
-                     lowest_loss=float | None, wandb_id=str | None, code=str)
+DATA_PATHS = ("dataset", "data_path", "paired_path")  # fields of Config
+# what a checkpoint has to have to be sampled
+KEYS = {"step", "config", "classes", "num_classes", "ema", "players"}
 
 
 @dataclass
@@ -88,23 +86,19 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
         raise DamagedError(f"run = {name!r}: there is no checkpoint {file}")
     try:
         c = load_tensors(file)
-        if missing := KEYS.keys() - c.keys():
+        if missing := KEYS - c.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        kinds = KEYS | OPTIONAL_KEYS
-        if wrong := [name for name in kinds if name in c and not bounds.fits(c[name], kinds[name])]:
-            raise ValueError(f"of another kind than it should be is {', '.join(wrong)}")
+        seen = c.get("images_seen", c["step"] * c["config"].get("batch_size", 1))
+        about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
         weights = dict(ema=c["ema"], raw=c["players"][0])
+        paths = c.get("absolute_paths", {})  # resume may be started from another working directory
+        there = {field: paths[field] for field in DATA_PATHS if field in paths and os.path.exists(Path(paths[field]))}
     except PermissionError as failure:
         raise SettingsError(f"run = {name!r}: {file} can't be read ({failure.strerror})") from None
     except Exception as failure:  # a file of anything fails in many ways
         why = one_line(failure)[:100]
         raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({why})") from None
-    config = read_config(name, c["config"], config_class)
-    there = {field: path for field, path in c.get("absolute_paths", {}).items()
-             if field in ("dataset", "data_path", "paired_path") and os.path.exists(path)}
-    config = replace(config, **there)  # the folder one stands in may be another today
-    seen = c.get("images_seen", c["step"] * config.batch_size)
-    about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
+    config = replace(read_config(name, c["config"], config_class), **there)
     return checked(Run(name, config, *about, weights, c))
 
 
@@ -165,7 +159,7 @@ def export(run: Run, path: Path, ema: bool = True, half: bool = False) -> int:
     -> its size in bytes
     """
     safetensors = import_safetensors()
-    paths = {name: portable(getattr(run.config, name)) for name in ("dataset", "data_path", "paired_path", "out_dir")}
+    paths = {name: portable(getattr(run.config, name)) for name in (*DATA_PATHS, "out_dir")}
     about = dict(config=asdict(run.config) | paths, classes=run.classes, num_classes=run.num_classes,
                  pair_factor=run.pair_factor, step=run.step, images_seen=run.images_seen, ema=ema)
     weights = {name: (w.bfloat16() if half else w).contiguous() for name, w in run.network(ema).items()}
@@ -207,7 +201,7 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
 def restore(checkpoint: dict, run: str, ema, players: list):
     """The state of the averaged network, and of each player's module and optimizer. Raises SettingsError.
 
-    An optimizer's rate, weight decay and what else its groups hold stay those of the settings.
+    An optimizer's weight decay and what else its groups hold stay those of the settings; its rate is set by each step.
     """
     if missing := {"optimizers", "loss", "skipped", "wandb_id"} - checkpoint.keys():
         raise SettingsError(f"run = {run!r}: its checkpoint lacks {', '.join(sorted(missing))}, can't go on")
@@ -215,7 +209,8 @@ def restore(checkpoint: dict, run: str, ema, players: list):
         ema.load_state_dict(checkpoint["ema"])
         for player, weights, moments in zip(players, checkpoint["players"], checkpoint["optimizers"], strict=True):
             player.module.load_state_dict(weights)
-            settings = {name: value for name, value in player.optimizer.param_groups[0].items() if name != "params"}
+            group = player.optimizer.param_groups[0]
+            settings = {name: value for name, value in group.items() if name not in ("params", "lr")}
             player.optimizer.load_state_dict(moments)
             player.optimizer.param_groups[0].update(settings)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as failure:

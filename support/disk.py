@@ -2,19 +2,12 @@
 
 A leaf module, as support/bounds.py is.
 """
-import errno
 import json
 import math
 import os
-import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
-
-from images import SettingsError
-
-LARGEST_JSON = 64 * 2**20  # bytes: a hundred times what our own files take
-DEEPEST_JSON = 20  # lists and dicts within one another
 
 
 def write_atomically(path: Path, write):
@@ -34,24 +27,6 @@ def write_atomically(path: Path, write):
             os.unlink(temporary)
         raise
     flush_folder(path.parent)
-
-
-def open_regular(path: Path, flags: int):
-    """The file, opened by these flags of os.open, without a buffer. No link is followed, and no pipe is waited for.
-
-    Raises OSError, and SettingsError where it is no regular file.
-    """
-    refused = f"{path}: is a link or no regular file; remove it"
-    try:
-        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError as failure:
-        if failure.errno == errno.ELOOP:
-            raise SettingsError(refused) from None
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise SettingsError(refused)
-    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
 
 
 def make_folder(folder: Path):
@@ -74,35 +49,18 @@ def flush_folder(folder: Path):
 
 def read_json(path: Path):
     """What a JSON file holds. Raises OSError, and ValueError as `parse_json`."""
-    with open(path, "rb") as f:
-        return parse_json(f.read(LARGEST_JSON + 1))
+    return parse_json(path.read_bytes())
 
 
 def parse_json(text: str | bytes):
     """JSON that anyone may have written -> plain values; their types are checked by whoever asked for them.
 
-    Raises ValueError for what is no JSON, and for what could harm the reader: a text of more than LARGEST_JSON, what
-    is nested too deeply, and numbers that are not finite or have too many digits.
+    Raises ValueError for what is no JSON, and for numbers that are not finite.
     """
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"more than {LARGEST_JSON:,} bytes")
     try:
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    inner = [value]
-    for _ in range(DEEPEST_JSON):
-        inner = [each for outer in inner if isinstance(outer, list | dict)
-                 for each in (outer.values() if isinstance(outer, dict) else outer)]
-    if inner:
-        raise ValueError("nested too deeply")
-    return value
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > 30:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
 
 
 def _finite(digits: str) -> float:
@@ -113,41 +71,22 @@ def _finite(digits: str) -> float:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process can still take: of the machine, and within the limits of its container.
+    """Bytes of memory that this process can still take: of the machine, and within its control groups (version 2), as
+    containers and clusters use them. None where the system says nothing, as outside of Linux.
 
-    None where the system says nothing, as outside of Linux. root: where /proc and /sys lie.
+    root: where /proc and /sys lie.
     """
-    free = [*_free_on_the_machine(root), *_free_in_containers(root)]
-    return min(free) if free else None
-
-
-def _free_on_the_machine(root: Path) -> list[int]:
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return [1024 * int(line.split()[1])]
-    return []
-
-
-def _free_in_containers(root: Path) -> list[int]:
-    """What each limit on the process's control groups and on those around them leaves free (cgroup version 1 or 2)."""
-    free = []
+    free = [1024 * int(line.split()[1]) for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = mount / group.lstrip("/")
-        while folder.is_relative_to(mount):  # in a container the mount itself may be the process's group
-            most, used = _lines(folder / limit), _lines(folder / usage)
-            if most and used and most[0] != "max":
-                cached = [line.split()[1] for line in _lines(folder / "memory.stat")
-                          if line.startswith(("inactive_file ", "active_file "))]  # given up when memory is short
-                free.append(max(0, int(most[0]) - int(used[0]) + sum(map(int, cached))))
-            folder = folder.parent
-    return free
+        if line.startswith("0::"):
+            group = root / "sys/fs/cgroup" / line.removeprefix("0::").lstrip("/")
+            for folder in (group, *group.parents):  # each of them may have a limit
+                most, used = _lines(folder / "memory.max"), _lines(folder / "memory.current")
+                if most and used and most[0] != "max":
+                    cached = [int(line.split()[1]) for line in _lines(folder / "memory.stat")
+                              if line.startswith(("inactive_file ", "active_file "))]  # given up when memory is short
+                    free.append(max(0, int(most[0]) - int(used[0]) + sum(cached)))
+    return min(free) if free else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,13 +1,16 @@
 """What a run leaves to look at: metrics.jsonl and pictures in its folder, and the same on Weights & Biases.
 
 Each of these is a sink: log(numbers, pictures) and close(). No sink may end a run or hold it up, so one that talks to
-another program is wrapped in a Background.
+another program works in a thread, as a Background.
 """
 import json
 import os
+import queue
 import secrets
 import shlex
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,13 +19,16 @@ from PIL import Image
 
 from images import SettingsError, one_line
 from images.files import save_png
-from support.background import Background
-from support.disk import open_regular, write_atomically
+from support.disk import write_atomically
 from support.output import Attempts, warn
+
+PATIENCE = 10  # seconds that the run waits for a sink in a thread, when it starts and when it ends
+QUEUE = 256  # entries that may wait for such a sink
+ONLINE_WITHIN = 6  # seconds that wandb may take to reach its server
 
 
 class Log:
-    """Numbers and pictures to every sink: the run's files, and wandb if wanted."""
+    """Numbers and pictures to every sink: the run's files, and wandb and TensorBoard if wanted."""
 
     def __init__(self, folder: Path, step: int, again: bool = False, wandb: dict | None = None,
                  tensorboard: bool = False):
@@ -37,7 +43,6 @@ class Log:
             self.wandb_id = wandb["id"] or secrets.token_hex(4)
             how = wandb | dict(id=self.wandb_id)
             self.sinks.append(Background("wandb", lambda: Wandb(folder, **how), leave_wandb))
-
         if tensorboard:
             self.sinks.append(Background("tensorboard", lambda: TensorBoard(folder, step)))
 
@@ -56,6 +61,68 @@ class Log:
             sink.close()
 
 
+class Background:
+    """A sink in a thread of its own. Where it fails or hangs it is dropped, with one warning, and the run goes on.
+
+    The thread is a daemon: Python does not wait for it to leave.
+    """
+
+    def __init__(self, name: str, make: Callable, release: Callable = lambda: None):
+        """make() -> the sink; release() frees what a sink that is done with would hold up the program's end by.
+
+        Waits until the sink is made, at most PATIENCE seconds: what it prints comes before the training's lines.
+        """
+        self.name, self.make, self.release = name, make, release
+        self.queue, self.dropped = queue.SimpleQueue(), False
+        self.ready, self.done = threading.Event(), threading.Event()
+        try:
+            threading.Thread(target=self.work, name=name, daemon=True).start()
+        except RuntimeError as failure:  # no more threads can be had
+            self.dropped = True
+            warn(f"{name} failed ({one_line(failure)}); the run goes on without it")
+        if not self.dropped and not self.ready.wait(PATIENCE):
+            print(f"{name}: no answer in {PATIENCE} seconds; training begins, and it joins when it can")
+
+    def work(self):
+        try:
+            sink = self.make()
+            self.ready.set()
+            while (entry := self.queue.get()) is not None:
+                sink.log(*entry)
+            sink.close()
+            self.release()
+        except (Exception, SystemExit) as failure:
+            self.drop(f"failed ({one_line(failure)}); the run goes on without it")
+        self.ready.set()
+        self.done.set()
+
+    def drop(self, why: str):
+        """Its thread may hang for ever, so another one releases what it holds."""
+        if not self.dropped:
+            self.dropped = True
+            warn(f"{self.name} {why}")
+            releasing = threading.Thread(target=self.release, daemon=True)
+            releasing.start()
+            releasing.join(1)
+
+    def log(self, numbers: dict, pictures: dict):
+        if self.queue.qsize() >= QUEUE:
+            self.drop("does not answer; the run goes on without it")
+        if not self.dropped:
+            self.queue.put((numbers, pictures))
+
+    def close(self):
+        """Waits for what is queued, at most PATIENCE seconds."""
+        if self.dropped:
+            return
+        self.queue.put(None)
+        try:
+            self.done.wait(PATIENCE)
+        finally:  # Ctrl-C as well
+            if not self.done.is_set():
+                self.drop(f"did not answer for {PATIENCE} seconds: it may lack the run's last lines")
+
+
 # --------------------------------------------------------------------------------------------------- the run's files
 
 class Files:
@@ -64,7 +131,8 @@ class Files:
     def __init__(self, folder: Path, step: int, attempt: Attempts, again: bool = False):
         self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
         try:
-            with open_regular(self.lines, os.O_RDWR | os.O_CREAT) as file:
+            with open(self.lines, "a+b") as file:
+                file.seek(0)
                 content = file.read()
             if step:
                 self.cut(content, step, again)
@@ -72,16 +140,14 @@ class Files:
             raise SettingsError(f"{self.lines} can't be written ({one_line(failure)})") from None
 
     def cut(self, content: bytes, step: int, again: bool):
-        """Drops the lines after `step`, and `again` of its pictures, which are about to come again. What can't be read
-        is kept in another file."""
+        """Drops the lines after `step`, and `again` of its pictures, which are about to come again; what can't be read
+        is left in a copy of the file."""
         lines = [line for line in content.splitlines(keepends=True) if line.strip()]
         steps = [step_of(line) for line in lines]
-        unreadable = [line for line, at in zip(lines, steps) if at is None]
-        if unreadable:
+        if None in steps:
             aside = self.lines.with_name("metrics.jsonl.unreadable")
-            with open_regular(aside, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
-                f.writelines(line.rstrip(b"\n") + b"\n" for line in unreadable)
-            warn(f"{len(unreadable)} lines of {self.lines} can't be read; they are now in {aside.name} beside it")
+            write_atomically(aside, lambda f: f.write(content))
+            warn(f"{steps.count(None)} lines of {self.lines} can't be read; {aside.name} beside it has them")
         kept = b"".join(line for line, at in zip(lines, steps) if at is not None and (
             at < step or at == step and not (again and b'"nfe"' in line)))
         if kept != content:
@@ -95,8 +161,8 @@ class Files:
     def append(self, numbers: dict):
         """A whole line or nothing."""
         line = (json.dumps(numbers) + "\n").encode()
-        with open_regular(self.lines, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
-            end = f.seek(0, os.SEEK_END)
+        with open(self.lines, "a+b", buffering=0) as f:
+            end = f.tell()
             if end:
                 f.seek(end - 1)
                 if f.read(1) != b"\n":  # half a line, of a process that was killed in the middle of it
@@ -114,7 +180,7 @@ class Files:
             save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def flush(self):
-        with suppress(OSError, SettingsError), open_regular(self.lines, os.O_RDWR) as f:
+        with suppress(OSError), open(self.lines, "rb") as f:
             os.fsync(f.fileno())
 
     def close(self):
@@ -168,7 +234,7 @@ class Wandb:
 
         self.wandb, mode = wandb, wandb_mode()
         how = dict(project=project, entity=entity, id=id, name=folder.name, dir=str(folder), config=config,
-                   resume="allow", settings=wandb.Settings(init_timeout=6, console="off"))
+                   resume="allow", settings=wandb.Settings(init_timeout=ONLINE_WITHIN, console="off"))
         self.run = None
         if mode != "offline":
             try:

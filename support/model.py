@@ -2,7 +2,8 @@
 import math
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from images.corruptions import Batch, cond_channels, task_names
 from images.pictures import grid, psnr, strip, titled
 from support.checkpoints import Run
 from support.disk import free_memory
-from support.machine import pick_device, processes
+from support.machine import autocast, pick_device, processes
 from unet import Counted, Guided, Unet
 
 COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
@@ -27,7 +28,8 @@ def make_unet(c, num_classes: int) -> Unet:
     upscale = c.chosen.upscale
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
     return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes,
-                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
+                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, two_times=c.chosen.two_times,
+                checkpointing=c.unet_checkpointing)
 
 
 def make_players(c, net: nn.Module, num_classes: int) -> list:
@@ -77,11 +79,16 @@ def weights(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def compile_network(net: nn.Module, rehearse):
-    """torch.compile in place, tried by `rehearse()`: without a C++ compiler, say, it warns and leaves net as it was."""
+def compile_network(c, net: nn.Module, loss: Callable, batches: Callable, precision: str):
+    """torch.compile in place, tried on a batch; where a batch has one of several levels, on so many that all occur.
+
+    Without a C++ compiler, say, it warns and leaves net as it was.
+    """
     net.compile(dynamic=False)
     try:
-        rehearse()
+        for step in range(max(1, 8 * c.chosen.levels)):
+            with autocast(next(net.parameters()).device, precision):
+                loss(net, batches(step)[0]).mean().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # of whatever type the compiler raises
@@ -120,15 +127,11 @@ def start_from(net: nn.Module, run: Run, classes: list[str]):
 class ZeroNet:
     """In place of a network: it always says 0. Shows what a sampler asks of one, and whether it takes its settings."""
 
-    def __init__(self, upscale: int):
-        self.num_classes, self.upscale = 0, upscale
+    def __init__(self, c):
+        self.num_classes, self.upscale = 0, c.chosen.upscale
 
     def __call__(self, x, t, y=None, cond=None):
         return x.new_zeros(len(x), x.shape[1], x.shape[2] * self.upscale, x.shape[3] * self.upscale)
-
-
-def zero_net(c) -> ZeroNet:
-    return ZeroNet(c.chosen.upscale)
 
 
 def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:
@@ -142,36 +145,45 @@ def run_sampler(c, net, batch: Batch, trace: list | None = None) -> Tensor:
     return ode_int.solve(ode, c.sampler, c.sample_steps, c.integration_atol, c.integration_rtol, trace)
 
 
-class StartShown(Exception):
-    """Ends a sampler that was asked for nothing but its start."""
-
-
-class Start(list):
-    """A trace of the first state alone."""
+class FirstFrame(list):
+    """A trace that keeps its first frame alone."""
 
     def append(self, frame):
-        super().append(frame)
-        raise StartShown
+        if not self:
+            super().append(frame)
 
 
-def start_states(c, net, batch: Batch) -> Tensor:
+def for_pictures(c):
+    """The settings for pictures in training, where a method whose paper takes a thousand steps makes do with fewer."""
+    steps = c.chosen.picture_steps if c.sampler == "own" else None
+    return replace(c, sample_steps=c.sample_steps or steps)
+
+
+@torch.no_grad()
+def try_sampler(c, batch: Batch):
+    """Samples with a network that costs nothing: settings that no sampler takes are refused before the first step."""
+    run_sampler(for_pictures(c), ZeroNet(c), batch)
+
+
+def start_states(c, batch: Batch) -> Tensor:
     """The states (B, C, H, W) that run_sampler would start from next, as a trace shows them. Uses no noise up."""
-    trace, device = Start(), batch.zlo.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), suppress(StartShown):
-        run_sampler(c, net, batch, trace)
+    trace, device = FirstFrame(), batch.zlo.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run_sampler(c, ZeroNet(c), batch, trace)  # whose steps cost next to nothing
     return trace[0][1]
 
 
 def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
     """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
-    z0, trace = start_states(c, Guided(net, c.guidance), batch), []
+    c = for_pictures(c)
+    z0, trace = start_states(c, batch), []
     counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
     sample = run_sampler(c, guided, batch)
     numbers = dict(nfe=counted.rows / len(sample), seconds=time.perf_counter() - began)
     run_sampler(c, guided, batch[:4], trace)
     columns = {"start": z0, "samples": sample, "truth": batch.z1}
-    if not c.generates:
+    if task_names(c.task) != ["generate"]:
         numbers |= dict(psnr=psnr(sample, batch.z1), psnr_zlo=psnr(batch.zlo, batch.z1))
         columns = {"low resolution" if task_names(c.task) == ["sr"] else "damaged": batch.zlo} | columns
     grids = titled(list(columns), [grid(images) for images in columns.values()])

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from images import SettingsError, one_line
 from support import checkpoints, machine
-from support.disk import flush_folder, open_regular, write_atomically
+from support.disk import flush_folder, write_atomically
 from support.logs import Log
 from support.output import warn
 
@@ -43,7 +43,7 @@ class NoFolder:
     def nothing(self, *_, **__):
         pass
 
-    begin = log = tell_pictures = advice = wait = close = nothing
+    announce = begin = log = tell_pictures = advice = refuse = wait = close = nothing
 
 
 class RunFolder:
@@ -59,7 +59,8 @@ class RunFolder:
         """Raises SettingsError where another trainer has the folder, or it is no run's."""
         self.path, self.begun, self.refused = path, None, False
         self.command = f"python trainer.py --resume {shlex.quote(str(path))}"
-        self.logger = self.saver = None
+        self.logger = self.saving = None
+        self.written = True  # the last checkpoint, as far as is known
         try:
             path.mkdir(parents=True, exist_ok=True)
             strange = not is_run(path) and any(file.name != ".lock" for file in path.iterdir())
@@ -68,6 +69,18 @@ class RunFolder:
         if strange:
             raise SettingsError(f"name = {path.name!r}: {path} holds something else than a run; allowed is a new name")
         self.lock = lock_folder(path)
+
+    def announce(self, c, images, num_classes: int, players: list, precision: str, device: torch.device, step: int):
+        """What is about to be trained, on what, where."""
+        counts = [sum(p.numel() for p in player.module.parameters()) for player in players]
+        millions = " + ".join(f"{count / 1e6:.3g}M" for count in counts)
+        world = machine.processes()[1]
+        gpus = f" x {world}" if world > 1 else ""
+        what = "overfitting one batch" if c.overfit else "training on batches"
+        print(f"{c.method}, task {c.task}, on {images.name}: {len(images.train):,} training and {len(images.test):,} "
+              f"test images, {c.image_size}x{c.image_size}, {num_classes or 'no'} classes\n"
+              f"{millions} parameters, {precision}, {machine.chip(device)}{gpus}\n"
+              f"{what} of {c.batch_size}, steps {step:,} to {c.steps:,}, in {self.path}", flush=True)
 
     def begin(self, config, images, step: int, again: bool):
         """Writes the settings and opens the log. `step`: where the run goes on; again: with that step's pictures.
@@ -79,9 +92,8 @@ class RunFolder:
         self.about = dict(config=asdict(config), classes=images.classes, pair_factor=images.pair_factor,
                           absolute_paths=checkpoints.absolute_paths(config), code=machine.code_version())
         remove_leftovers(self.path)
-        metrics = self.path / "metrics.jsonl"
         if not has_checkpoint(self.path):  # a run that died before its first checkpoint; this one writes the same lines
-            set_aside(metrics)
+            set_aside(self.path / "metrics.jsonl")
         elif "damaged" in state:  # else the next save would put it in the place of previous.pt, the good one
             set_aside(Path(state["damaged"]))
         self.write_settings()
@@ -92,7 +104,6 @@ class RunFolder:
         wandb = wandb | dict(config=self.about["config"] | dict(code=self.about["code"])) if config.use_wandb else None
         self.logger = Log(self.path, step, again, wandb, config.use_tensorboard)
         self.about["wandb_id"] = self.logger.wandb_id
-        self.saver = Saver(self)
 
     def log(self, step: int, pictures: dict | None = None, **numbers):
         """As of Log."""
@@ -106,6 +117,12 @@ class RunFolder:
         return (f"go on from the last good checkpoint, {self.command}, and lower base_lr ({base_lr}) or add "
                 "--precision fp32")
 
+    def refuse(self, step: int, why: str, base_lr: float):
+        """A state that must not replace a good one; said once, until one is saved again."""
+        if not self.refused:
+            warn(f"step {step:,} is not saved: {why}; {self.advice(base_lr)}")
+        self.refused = True
+
     def tell_pictures(self, step: int, count: int, nfe: float, seconds: float, **numbers):
         """A line about a sampling of `count` images."""
         decibels = ""
@@ -115,9 +132,37 @@ class RunFolder:
                    f"{self.path / 'samples' / f'step_{step:06d}.png'}")
 
     def save(self, state: dict, keep: bool):
-        """Writes it while training goes on; keep: it stays, as step_N.pt."""
+        """Writes a checkpoint in a thread, so that training waits for a copy in memory and not for the disk.
+
+        Waits for the one before. The state's tensors may change as soon as this returns. keep: it stays, as step_N.pt.
+        """
+        self.wait()
         self.refused = False
-        self.saver(state | self.about, keep)
+        try:
+            copy = copied(state)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # once, for all copies
+            # no daemon: Python does not leave before it has written
+            self.saving = threading.Thread(target=self.write, args=(copy, keep), name="checkpoint")
+            self.saving.start()
+        except (MemoryError, RuntimeError):  # no memory for a copy, or no thread to be had: training waits for the disk
+            self.saving = None
+            self.write(state, keep)
+
+    def write(self, state: dict, keep: bool):
+        def save():
+            self.make_again()
+            self.logger.flush()  # the lines that the checkpoint vouches for
+            return checkpoints.save_checkpoint(self.path, state | self.about, keep)
+
+        self.written = self.logger.attempt("the checkpoint", save) is not None
+
+    def wait(self) -> bool:
+        """Whether the newest state is on the disk, once all is written."""
+        if self.saving:
+            self.saving.join()
+            self.saving = None
+        return self.written and not self.refused
 
     def make_again(self):
         """Where somebody moved or removed the folder, the run goes on in another one of its name."""
@@ -132,10 +177,6 @@ class RunFolder:
     def write_settings(self):
         settings = self.about["config"] | dict(code=self.about["code"])
         write_text(self.path / "config.json", json.dumps(settings, indent=1))
-
-    def wait(self) -> bool:
-        """Whether the newest state is on the disk, once all is written."""
-        return not self.saver or self.saver.wait() and not self.refused
 
     def close(self):
         """Waits for what is being written, and lets other trainers in."""
@@ -156,12 +197,12 @@ def is_done(run: checkpoints.Run | None, config) -> bool:
 
 # -------------------------------------------------------------------------------------------------- which folder it is
 
-def new_path(out_dir: str, method: str, task: str) -> Path:
+def new_path(c) -> Path:
     """Where a run without a name goes: a folder named by its method, task and the time, which is made.
 
     Raises SettingsError.
     """
-    folder = Path(out_dir) / f"{method}-{task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(c.out_dir) / f"{c.method}-{c.task.replace(',', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     while True:
         try:
             folder.mkdir(parents=True)
@@ -169,7 +210,7 @@ def new_path(out_dir: str, method: str, task: str) -> Path:
         except FileExistsError:  # another one began in this second
             folder = folder.with_name(folder.name + "-1")
         except OSError as failure:
-            raise SettingsError(f"out_dir = {out_dir!r}: no folder can be made there ({failure.strerror})") from None
+            raise SettingsError(f"out_dir = {c.out_dir!r}: no folder can be made there ({failure.strerror})") from None
 
 
 def named_path(out_dir: str, name: str) -> Path:
@@ -193,10 +234,13 @@ def resumed_path(resume: str) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a trainer made it."""
-    with suppress(OSError, SettingsError), open_regular(folder / ".lock", os.O_RDONLY) as file:
-        if file.read(len(MARK)) == MARK:
-            return True
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    return is_marked(folder) or (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def is_marked(folder: Path) -> bool:
+    with suppress(OSError):
+        return (folder / ".lock").read_bytes() == MARK
+    return False
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -212,58 +256,20 @@ def lock_folder(folder: Path):
     file = None
     try:
         import fcntl  # not on Windows
-        file = open_regular(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        file = open(folder / ".lock", "a+b", buffering=0)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
     except (ImportError, OSError) as failure:
         warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
-    if file and file.read(len(MARK)) != MARK:
+    if file and not is_marked(folder):
         with suppress(OSError):  # a full disk; what can't be written there is told by the next file
-            file.seek(0)
+            file.truncate(0)
             file.write(MARK)
     return file
 
 
 # ----------------------------------------------------------------------------------------------------- what is in it
-
-class Saver:
-    """Writes a run's checkpoints in a thread, so that training waits for a copy in memory and not for the disk.
-
-    One at a time. The thread is no daemon: Python does not leave before it has written.
-    """
-
-    def __init__(self, folder: RunFolder):
-        self.folder, self.logger, self.thread, self.written = folder, folder.logger, None, True
-
-    def __call__(self, checkpoint: dict, keep: bool):
-        """Waits for the checkpoint before. Its tensors may change as soon as this returns. keep: of save_checkpoint."""
-        self.wait()
-        try:
-            copy = copied(checkpoint)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # once, for all copies
-            self.thread = threading.Thread(target=self.write, args=(copy, keep), name="checkpoint")
-            self.thread.start()
-        except (MemoryError, RuntimeError):  # no memory for a copy, or no thread to be had: training waits for the disk
-            self.thread = None
-            self.write(checkpoint, keep)
-
-    def write(self, checkpoint: dict, keep: bool):
-        def save():
-            self.folder.make_again()
-            self.logger.flush()  # the lines that the checkpoint vouches for
-            return checkpoints.save_checkpoint(self.folder.path, checkpoint, keep)
-
-        self.written = self.logger.attempt("the checkpoint", save) is not None
-
-    def wait(self) -> bool:
-        """-> whether the last checkpoint is on the disk."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        return self.written
-
 
 def copied(value):
     """Nested dicts and lists with copies of their tensors on the CPU."""

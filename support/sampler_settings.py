@@ -28,6 +28,8 @@ class MethodFlags:
 
 def check_guidance(run: Run, guidance: float):
     """Guidance starts from what the network says without a label. Raises SettingsError where that was not trained."""
+    if guidance != 1 and not run.config.chosen.guided:
+        raise SettingsError(f"guidance = {guidance}: allowed is 1 for {run.config.method}")
     if guidance != 1 and run.num_classes and not run.config.trains_null_label:
         raise SettingsError(f"guidance = {guidance}: allowed is 1, for images without labels were no part of the "
                             "training; train with --label-drop 0.1, and not on one batch")

@@ -26,6 +26,7 @@ from unet import Counted, Guided, Tiled
 BYTES_A_PIXEL = 260
 BYTES_A_CHANNEL = 65  # of the network's first level and pixel, where the image passes in one piece
 LONGEST = 1000  # times as long as wide
+TILE = 256  # pixels
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
 
 
@@ -98,7 +99,8 @@ class Model:
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
         self.align = max(2**c.chosen.levels, c.damage.block(c.task))
-        tile = c.image_size if tile is None else tile
+        if tile is None:  # what learned from parts of photographs, at their own resolution, takes larger ones too
+            tile = max(c.image_size, TILE) if c.crop == "random" else c.image_size
         self.tile = tile and max(-(-tile // self.align), 2) * self.align
 
         self.device = pick_device(device)

@@ -1,5 +1,4 @@
 """Checkpoints as a bad disk, another program or somebody with bad intent leaves them."""
-import math
 import pickle
 import random
 import zipfile
@@ -63,19 +62,3 @@ def damage_entry(path: Path, content: bytes, how: str, chance: random.Random):
     with zipfile.ZipFile(path, "w") as whole:
         for name, content in entries.items():
             whole.writestr(name, content)
-
-
-def nonsense(path: Path, chance: random.Random) -> str:
-    """A whole checkpoint in which one value is of another kind."""
-    state = torch.load(path, weights_only=True)
-    inside, key = state, chance.choice(sorted(state))
-    while isinstance(inside[key], (dict, list)) and inside[key] and chance.random() < 0.6:
-        if key == "optimizers":  # torch itself trusts what is in there
-            break
-        inside = inside[key]
-        key = chance.choice(sorted(inside, key=str)) if isinstance(inside, dict) else chance.randrange(len(inside))
-    values = [None, "x", -1, 0.5, math.nan, [], {}, [{}], {"x": 1}, torch.zeros(2)]
-    value = inside[key] = chance.choice([value for value in values if type(value) is not type(inside[key])])
-    path.unlink()
-    torch.save(state, path)
-    return f"{key} is {value}"

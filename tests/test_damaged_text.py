@@ -7,7 +7,7 @@ import torch
 import evaluate
 from images import SettingsError
 from support.checkpoints import export, open_run
-from support.disk import DEEPEST_JSON, LARGEST_JSON, parse_json
+from support.disk import parse_json
 from support.model import load_network
 from trainer import Config
 from untrained import make_run
@@ -16,7 +16,7 @@ DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" + 5000 * "0"
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "nul", "\x00", b"\xff\xfe{", '"\\ud8"', DEEP, '{"a":' * 30 + "1" + "}" * 30, LONG, "-" + LONG, "1e999",
+    "", "{", "nul", "\x00", b"\xff\xfe{", '"\\ud8"', DEEP, LONG, "-" + LONG, "1e999",
     "-1e999", "NaN", "[Infinity]", "-Infinity", '{"a": 1e308, "b": 2e308}'],
     ids=lambda text: repr(text[:20]) + str(len(text)))
 def test_what_could_harm_the_reader_is_no_json(text):
@@ -25,12 +25,9 @@ def test_what_could_harm_the_reader_is_no_json(text):
     assert "\n" not in str(refused.value) and not isinstance(refused.value, RecursionError)
 
 
-def test_usual_json_is_read_as_it_is(monkeypatch):
+def test_usual_json_is_read_as_it_is():
     value = {"a": [1, -2.5e-300, None, True, "é\\\n"], "b": {}, "c": 10**29, "": 1e308}
     assert parse_json(json.dumps(value)) == value == parse_json(json.dumps(value).encode())
-    assert parse_json("[" * DEEPEST_JSON + "]" * DEEPEST_JSON) == eval("[" * DEEPEST_JSON + "]" * DEEPEST_JSON)
-    with pytest.raises(ValueError, match="more than 67,108,864 bytes"):
-        parse_json(b" " * (LARGEST_JSON + 1))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +67,7 @@ def test_a_damaged_header_of_an_exported_file_is_one_line(exported, tmp_path, ke
     ("config", dict(base_lr=10**400)), ("config", {1: 2, "a": 3} | dict(seed=-1)), ("step", -1), ("step", True),
     pytest.param("step", 10**5000, id="a step of 5,000 digits"), ("classes", [1, 2]), ("num_classes", 10**9),
     ("num_classes", 1), ("pair_factor", 0), ("images_seen", -5), ("ema", {}), ("ema", {1: 2}),
-    ("ema", {"stem.weight": "x"}), ("players", []), ("players", [[]]), ("absolute_paths", {"dataset": 1}),
-    ("absolute_paths", {"dataset": "a\0b"})])
+    ("ema", {"stem.weight": "x"}), ("players", []), ("players", [[]]), ("absolute_paths", {"dataset": 1})])
 @pytest.mark.filterwarnings("ignore:settings of another version")
 def test_a_damaged_checkpoint_is_one_line(tmp_path, key, wrong):
     run = damaged(tmp_path, key, wrong)
@@ -80,7 +76,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, key, wrong):
     assert len(str(refused.value)) < 700
 
 
-@pytest.mark.parametrize("wrong", [{"seed": "/"}, {"dataset": "x" * 10_000}])
+@pytest.mark.parametrize("wrong", [{"seed": "/"}, {"dataset": "x" * 10_000}, {"dataset": "a\0b"}])
 def test_paths_that_are_none_are_passed_over(tmp_path, wrong):
     assert open_run(damaged(tmp_path, "absolute_paths", wrong), Config).config.dataset is None
 

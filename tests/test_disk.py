@@ -35,7 +35,7 @@ def test_free_memory_is_that_of_this_machine():
     assert 2**20 < free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+V2 = "sys/fs/cgroup"
 
 
 @pytest.mark.parametrize("files, free", [
@@ -48,11 +48,6 @@ V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
     ({"proc/self/cgroup": "0::/job/step", f"{V2}/job/step/memory.max": "max", f"{V2}/job/step/memory.current": "500",
       f"{V2}/job/memory.max": "700", f"{V2}/job/memory.current": "600"}, 100),
     ({"proc/self/cgroup": "0::/", f"{V2}/memory.max": "900", f"{V2}/memory.current": "1000"}, 0),
-    # version 1; in a container the group's path is that of the machine outside
-    ({"proc/self/cgroup": "5:cpu:/x\n4:memory:/outside/x\n0::/", f"{V1}/memory.limit_in_bytes": "900",
-      f"{V1}/memory.usage_in_bytes": "200"}, 700),
-    ({"proc/self/cgroup": "4:memory:/", f"{V1}/memory.limit_in_bytes": "9223372036854771712",
-      f"{V1}/memory.usage_in_bytes": "200"}, 8_000_000 * 1024),
 ])
 def test_free_memory_within_a_container(tmp_path, files, free):
     for name, text in {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n", **files}.items():

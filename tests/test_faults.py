@@ -14,7 +14,7 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.mark.parametrize("name", ["kill", "damaged_checkpoint", "damaged_metrics", "few_bad_gradients", "two_trainers",
+@pytest.mark.parametrize("name", ["kill_between_files", "damaged_checkpoint", "damaged_metrics", "two_trainers",
                                   "bad_gradients", "bad_state", "divergence"])
 def test_nothing_is_lost(place, monkeypatch, name):
     here = Path(__file__).parent
