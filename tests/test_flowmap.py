@@ -98,6 +98,7 @@ def test_jumps_begin_where_they_should():
     s, span = seen[-1].T
     assert (span[::2] == 0).all() and (span[1::2] > 0).float().mean() > 0.99 and (s + span).max() <= 1
     assert 0.22 < (s[1::2] == 0).float().mean() < 0.28
+    assert abs(s[::2].mean() - 1 / 2) < 0.02 and abs(s[::2].var() - 1 / 12) < 0.01, "not uniform on the diagonal"
 
 
 class Small(nn.Module):
