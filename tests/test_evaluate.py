@@ -241,8 +241,8 @@ def test_the_wrong_data_is_refused(runs, tmp_path, drawings, capsys):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("rows", {}), ("problem", []), ("baselines", None), ("method", 3), ("costs", "none"), ("left_out", [1]),
-    ("rows", [dict(sampler="euler", psnr="high")]), ("rows", [dict(sampler="euler", bias=[1, math.nan])])])
+    ("problem", []), ("baselines", None), ("costs", "none"), ("rows", [dict(sampler="euler", psnr="high")]),
+    ("rows", [dict(sampler="euler", default=False, psnr=math.nan)])])
 def test_a_result_with_nonsense_in_it_is_one_line(results, tmp_path, capsys, key, value):
     _, (good, _) = results
     path = tmp_path / "bad.json"

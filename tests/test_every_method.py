@@ -2,8 +2,10 @@
 bit for bit."""
 
 import contextlib
+from collections import defaultdict
 from itertools import cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -158,6 +160,7 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
     monkeypatch.setattr(trainer.machine, "pick_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(trainer.machine, "stream", lambda *_, **__: None)  # there are none on this device
     run = Trainer(config)
+    run.batches.streams = defaultdict(lambda: SimpleNamespace(manual_seed=lambda seed: None))
     run.train_step()  # makes tables that stay on the device
     with Copies() as copies:
         run.train_step()

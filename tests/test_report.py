@@ -36,12 +36,10 @@ def test_the_json_holds_each_figure_with_its_record(results):
         )
         assert (
             result["record"]["code"]
-            and result["record"]["quantised"].startswith("uint8")
             and result["problem"]["classifier_accuracy"] == 100
         )
         assert all(set(LOCAL) < row.keys() and set(LOCAL) == row["errors"].keys() for row in result["rows"])
         assert result["baselines"][-1]["errors"].keys() == {"accuracy", "frechet"}  # the floor's
-        assert "12 of 42 test images" in result["record"]["reference"] and "truth of 6" in result["record"]["reference"]
         json.dumps(result, allow_nan=False)
     assert interpolant["baselines"] == udpm["baselines"]
     net, critic = udpm["costs"]["parameters"]
