@@ -82,9 +82,9 @@ PRESETS = {  # name: what differs from Config's defaults
 
 # fields of Config that say where a run is, how long it takes, what it shows and on what machine, not what it learns
 INCIDENTAL = (
-    "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
-    "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
-    "wandb_entity", "device", "compile", "graph", "micro_batch")
+    "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_at_start", "sample_count",
+    "sample_steps", "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard",
+    "wandb_project", "wandb_entity", "device", "compile", "graph", "micro_batch")
 
 
 def from_plain(kind, plain: dict):
