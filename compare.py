@@ -5,25 +5,23 @@
     CUDA_VISIBLE_DEVICES=1 python compare.py --only edm  this method alone, for one GPU each
     python compare.py -- --damage.factor 4               what follows -- goes to trainer.py, for every run
 
-Into --output go a run METHOD-seedS each, results/METHOD-seedS.json, what the commands said in logs/, table.md,
-quality.png and .pdf, quality-seconds.png and .pdf. Ctrl-C saves; the same command again goes on and skips what is done.
+Into --output go a run METHOD-seedS each, results/METHOD-seedS.json, table.md, quality.png and .pdf, and
+quality-seconds.png and .pdf. Ctrl-C saves; the same command again goes on and skips what is done.
 """
 if __name__ == "__main__":
     from support.output import quiet_interrupt
     quiet_interrupt()
 
-import ctypes
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -41,12 +39,10 @@ from support.disk import write_atomically
 from support.machine import Signals
 from support.model import make_players, make_unet
 from support.output import unbreakable_output
-from support.settings import INCIDENTAL
 from trainer import Config, read_command_line
 
 HERE = Path(__file__).resolve().parent
 METHODS = get_args(get_type_hints(Config)["method"])
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: a forked child should do next to nothing
 
 
 @dataclass
@@ -80,33 +76,17 @@ class Options:
         need("seeds", self.seeds and len(set(self.seeds)) == len(self.seeds), "one or more, each once")
 
 
+@dataclass
 class Job:
-    """One method with one seed. Raises SettingsError where its settings can't be used, or its run began with others."""
+    """One method with one seed: what is asked of trainer.py and of evaluate.py, and where the figures are kept."""
 
-    def __init__(self, o: Options, method: str, seed: int, images: int, more: list[str]):
-        self.name, self.method, folder = f"{method}-seed{seed}", method, Path(o.output)
-        self.run, self.result = folder / self.name, folder / "results" / f"{self.name}.json"
-        self.unfinished = self.result.parent / f".{self.name}"  # where evaluate.py writes
-        self.log, self.errors, self.begun = (folder / "logs" / f"{self.name}{end}"
-                                             for end in (".txt", "-errors.txt", ".json"))
-        steps = math.ceil(images / o.batch_size)
-        flags = [*training_flags(o, method, more), "--seed", str(seed), "--max-steps", str(steps)]
-        self.measuring = ["--nfe", *map(str, o.nfe), "--default" if o.default else "--no-default", "--count",
-                          str(o.count), "--metrics", *o.metrics]
-        self.train = ["trainer.py", *flags, "--name", self.name, "--out-dir", o.output]
-        self.measure = ["evaluate.py", str(self.run), *self.measuring, "--device", o.device, "--output",
-                        str(self.unfinished)]
-        self.steps, self.batch_size = steps, o.batch_size
-        self.measuring_cost = o.count * sum(o.nfe) / 3  # in training images, of which a forward pass is a third
-        self.settings = json.loads(json.dumps(asdict(read_command_line(flags)[0])))  # as they are read again
-        had = json.loads(self.begun.read_text()) if self.begun.exists() else self.settings
-        other = [f"{key} {had[key]!r}, not {value!r}" for key, value in self.settings.items()
-                 if key not in INCIDENTAL and had.get(key, value) != value]
-        if had["max_steps"] > steps:  # more steps it may go on for
-            other.append(f"{had['max_steps']:,} steps, not {steps:,}")
-        if other:
-            raise SettingsError(f"run = {str(self.run)!r}: it has {'; '.join(other)}; allowed is the same, or another "
-                                "--output")
+    name: str
+    method: str
+    steps: int
+    train: list[str]  # command
+    measure: list[str]  # command
+    measuring: list[str]  # those of its flags that change figures
+    result: Path
 
     def measured(self) -> bool:
         """Whether the figures are those of the run's last step, by the same measuring, and all there."""
@@ -116,17 +96,73 @@ class Job:
             return False
         return result.get("measuring") == self.measuring and result["costs"]["steps"] == self.steps
 
-    def keep_result(self):
-        """The JSON file takes its place, once it is whole, with what was asked of it."""
-        result = json.loads((self.unfinished / self.result.name).read_text()) | dict(measuring=self.measuring)
+    def do(self, signals: Signals) -> int:
+        """Trains and measures -> exit status. A run that is trained already is left as it is by trainer.py."""
+        unfinished = self.result.parent / f".{self.name}"  # evaluate.py writes its file anew after each row
+        if status := call(self.train, signals) or call([*self.measure, "--output", str(unfinished)], signals):
+            return status
+        result = json.loads((unfinished / self.result.name).read_text()) | dict(measuring=self.measuring)
         write_atomically(self.result, lambda f: f.write(json.dumps(result, indent=1).encode()))
-        shutil.rmtree(self.unfinished)
-
-    def step(self) -> int:
-        """How far its training is, as metrics.jsonl has it."""
-        with suppress(OSError, ValueError, KeyError, IndexError, TypeError):  # not there yet, or a line half written
-            return json.loads((self.run / "metrics.jsonl").read_text(errors="replace").splitlines()[-1])["step"]
+        shutil.rmtree(unfinished)
         return 0
+
+
+def call(command: list[str], signals: Signals) -> int:
+    """One of our commands in a process of its own, to which a signal is passed on -> its exit status."""
+    # in a session of its own: Ctrl-C in the terminal would reach it twice
+    process = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], start_new_session=True)
+    passed = False
+    try:
+        while process.poll() is None:
+            if signals.number and not passed:
+                process.send_signal(signals.number)
+                passed = True
+            time.sleep(0.05)
+    finally:  # a second Ctrl-C
+        process.terminate()
+    return process.returncode
+
+
+def plan(o: Options, more: list[str]) -> list[Job]:
+    """All runs, seed by seed. Raises SettingsError where one can't be trained so, or was trained otherwise before."""
+    flags = {method: training_flags(o, method, more) for method in o.methods}
+    for each in flags.values():
+        read_command_line(each)
+    images = dict.fromkeys(o.methods, o.images)
+    if o.flops:
+        images = {method: math.ceil(o.flops / flops_per_image(each)) for method, each in flags.items()}
+    steps = {method: math.ceil(count / o.batch_size) for method, count in images.items()}
+    keep_settings(o, more, steps)
+    measuring = ["--nfe", *map(str, o.nfe), "--default" if o.default else "--no-default", "--count", str(o.count),
+                 "--metrics", *o.metrics]
+    jobs = []
+    for seed, method in product(o.seeds, o.methods):
+        name = f"{method}-seed{seed}"
+        train = ["trainer.py", *flags[method], "--seed", str(seed), "--max-steps", str(steps[method]), "--name", name,
+                 "--out-dir", o.output]
+        measure = ["evaluate.py", str(Path(o.output, name)), "--device", o.device, *measuring]
+        result = Path(o.output, "results", f"{name}.json")
+        jobs.append(Job(name, method, steps[method], train, measure, measuring, result))
+    return jobs
+
+
+def keep_settings(o: Options, more: list[str], steps: dict[str, int]):
+    """Writes into compare.json what the runs of a folder have in common, and the steps of each method.
+
+    Raises SettingsError where those before had other settings or more steps: they may only go on for longer.
+    """
+    file = Path(o.output, "compare.json")
+    now = dict(task=o.task, dataset=o.dataset, preset=o.preset, batch_size=o.batch_size, more=more)
+    had = json.loads(file.read_text()) if file.exists() else now | dict(steps={})
+    other = [f"{key} = {had[key]!r}, not {value!r}" for key, value in now.items() if had[key] != value]
+    other += [f"{had['steps'][method]:,} steps of {method}, not {count:,}" for method, count in steps.items()
+              if had["steps"].get(method, 0) > count]
+    if other:
+        raise SettingsError(f"output = {o.output!r}: its runs have {'; '.join(other)}; allowed is the same, or another "
+                            "--output")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.dumps(now | dict(steps=had["steps"] | steps), indent=1)
+    write_atomically(file, lambda f: f.write(kept.encode()))
 
 
 def training_flags(o: Options, method: str, more: list[str]) -> list[str]:
@@ -142,83 +178,15 @@ def training_flags(o: Options, method: str, more: list[str]) -> list[str]:
     return [*more, *ours]
 
 
-def flops_per_image(o: Options, method: str, more: list[str]) -> float:
-    """Floating-point operations of training by one image."""
-    c, _ = read_command_line(training_flags(o, method, more))
+def flops_per_image(flags: list[str]) -> float:
+    """Floating-point operations of training by one image, with these flags of trainer.py."""
+    c, _ = read_command_line(flags)
     images = data.load(c.dataset, c.image_size, c.channels, c.data_path, c.paired_path, limit=2, crop=c.crop)
     classes = len(images.classes) if c.unet_use_classes else 0
-    c = replace(c, **{method: c.chosen.settled()})
+    c = replace(c, **{c.method: c.chosen.settled()})
     z1, y, zlo = images.batch(torch.arange(2) % len(images.train), torch.device("cpu"), "train")
     batch = c.damaged(z1, y if classes else None, zlo)
     return training_flops(c.chosen.levels, make_players(c, make_unet(c, classes), classes), batch, "fp32")
-
-
-class Work:
-    """Trains and measures the jobs that are not measured yet, one after the other, until a signal comes."""
-
-    def __init__(self, jobs: list[Job], signals: Signals):
-        self.jobs, self.signals = jobs, signals
-        self.began, self.whole = time.monotonic(), self.left()
-
-    def left(self) -> float:
-        """What is still to be done, in training images."""
-        return sum(max(job.steps - job.step(), 0) * job.batch_size + job.measuring_cost
-                   for job in self.jobs if not job.measured())
-
-    def time_left(self) -> str:
-        """By how fast the work went since it began."""
-        left = self.left()
-        if left == self.whole:
-            return "time left not known yet"
-        return f"about {left / (self.whole - left) * (time.monotonic() - self.began) / 60:.0f} min left"
-
-    def do(self) -> list[str]:
-        """-> the names of the jobs that failed."""
-        failed = []
-        for job in self.jobs:
-            if not job.measured():
-                job.log.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(job.begun, lambda f: f.write(json.dumps(job.settings, indent=1).encode()))
-                # a run that is trained already is left as it is by its trainer
-                status = call(job.train, job, self) or call(job.measure, job, self)
-                if self.signals.number:
-                    break
-                if status:
-                    last = (job.errors.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-                    print(f"compare.py: {job.name} failed with exit status {status}: {last} (all of it: {job.errors})",
-                          file=sys.stderr)
-                    failed.append(job.name)
-                    continue
-                job.keep_result()
-            print(f"{job.name} is done: {self.time_left()}", flush=True)
-        return failed
-
-
-def call(command: list[str], job: Job, work: Work) -> int:
-    """A command of ours in a process of its own, to which a signal is passed on -> its exit status."""
-    told, passed = 0, False
-    job.errors.unlink(missing_ok=True)
-    with open(job.log, "ab") as log, open(job.errors, "wb") as errors:
-        # in a session of its own: Ctrl-C in the terminal would reach it twice
-        process = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=errors,
-                                   start_new_session=True, preexec_fn=end_with_parent)
-        while (status := process.poll()) is None:
-            if work.signals.number and not passed:
-                process.send_signal(work.signals.number)
-                passed = True
-            if time.monotonic() - told > 30:
-                told = time.monotonic()
-                what = f"step {job.step():,} of {job.steps:,}" if command is job.train else "being measured"
-                print(f"{job.name}: {what}; run {work.jobs.index(job) + 1} of {len(work.jobs)}, {work.time_left()}",
-                      flush=True)
-            time.sleep(0.05)
-    return status
-
-
-def end_with_parent():
-    """In a child: SIGTERM, at which a trainer saves and ends, once compare.py is gone. Linux only."""
-    if LIBC:
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,13 +200,18 @@ def main(arguments: list[str] | None = None) -> int:
         folder = o.output or f"runs/compare-{o.task.replace(',', '-')}"
         o = replace(o, methods=able if o.methods is None else o.methods, output=folder)
         o.check()
-        images = dict.fromkeys(o.methods, o.images)
-        if o.flops:
-            images = {m: math.ceil(o.flops / flops_per_image(o, m, more)) for m in o.methods}
-        jobs = [Job(o, m, seed, images[m], more) for seed in o.seeds for m in o.methods]
-        os.makedirs(Path(folder) / "results", exist_ok=True)
+        jobs, failed = plan(o, more), False
+        (Path(folder) / "results").mkdir(exist_ok=True)
+        todo = [job for job in jobs if job.method in (o.only or o.methods)]
         with Signals() as signals:
-            failed = Work([job for job in jobs if job.method in (o.only or o.methods)], signals).do()
+            for number, job in enumerate(todo, start=1):
+                print(f"run {number} of {len(todo)}: {job.name}{' is done' if job.measured() else ''}", flush=True)
+                status = 0 if job.measured() else job.do(signals)
+                if signals.number:
+                    break
+                if status:
+                    print(f"compare.py: {job.name} failed with exit status {status}", file=sys.stderr)
+                    failed = True
         if results := [read_result(str(job.result)) for job in jobs if job.measured()]:
             write_report(results, Path(folder))
     except (SettingsError, OSError) as failure:
@@ -246,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if signals.number:
-        print(f"{signal.Signals(signals.number).name}: the same command goes on", file=sys.stderr)
+        print(f"{signals.name}: the same command goes on", file=sys.stderr)
         return 128 + signals.number
     return 1 if failed else 0
 

@@ -3,6 +3,7 @@
     python evaluate.py RUN [RUN ...]                           runs' folders, checkpoints or exported files
     python evaluate.py RUN [RUN ...] --nfe 1 10 --count 200
     python evaluate.py RUN --guidance 1 2 3                    a row each, also of pictures: RUN.png, quality-guidance
+    python evaluate.py RUN --draws 8                           are the draws of an image right? also ranks.png
     python evaluate.py RUN --edm.S-churn 40                    its method's sampler with other settings than its own
     python evaluate.py RUN --pictures restored/                another program's pictures of the held-out images: a row
     python evaluate.py RUN/checkpoints/step_*.pt               checkpoints of one run: also quality-step, a curve
@@ -25,7 +26,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,7 +39,7 @@ import ode_int
 from evaluation.costs import samplers, training_flops
 from evaluation.judge import Judge
 from evaluation.metrics import COLUMNS, METRICS
-from evaluation.report import cell, check_result, differences, table, write_report
+from evaluation.report import cell, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
 from images.files import save_png
@@ -48,7 +49,7 @@ from support.bounds import Seed, between, length, require
 from support.checkpoints import Run, open_run
 from support.command_line import parse
 from support.disk import read_json, write_atomically
-from support.machine import ProcessLost, autocast, chip, first_process_first, pick_device, print0, reseed, set_up
+from support.machine import autocast, chip, first_process_first, pick_device, print0, reseed, set_up
 from support.model import load_network, make_players, run_sampler
 from support.output import unbreakable_output
 from support.sampler_settings import MethodFlags, check_guidance, given_flags, with_method
@@ -77,6 +78,7 @@ class Options(MethodFlags):
     pictures: tuple[str, ...] = ()
     # test images compared, at most; published tables take 10,000 to 50,000
     count: Annotated[int, between(1, 10**9)] = 1000
+    draws: Annotated[int, between(1, 1000)] = 1  # draws per image; of several, columns that say whether they are right
     metrics: Annotated[tuple[Literal[METRICS], ...], length(1)] = METRICS  # columns of the table
     # .npz file of mu and sigma of Inception's features, as ADM and clean-fid publish them: FID of all samples to these
     fid_statistics: str | None = None
@@ -105,6 +107,17 @@ class Options(MethodFlags):
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
+@dataclass
+class Job:
+    """A run with one scale of guidance: what is measured, by which samplers, and what is known of it so far."""
+
+    result: dict
+    net: Unet
+    config: Config
+    judge: Judge
+    samplers: list[Config]
+
+
 def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
     """All but the figures that the table, the plot and the reader need of a run, as plain values; and its network.
 
@@ -124,39 +137,35 @@ def describe(run: Run, o: Options, judge: Judge) -> tuple[dict, Unet]:
         flops = run.images_seen * training_flops(c.chosen.levels, players, batch, o.precision)
     except SettingsError as failure:  # a loss with LPIPS, whose weights are not available
         left_out["training FLOPs"] = one_line(failure)
-    knobs = [f.name for f in fields(c) if f.name.startswith("unet_")]
-    network = ", ".join(f"{knob.removeprefix('unet_').replace('_', ' ')} {getattr(c, knob)}" for knob in knobs)
+    network = ", ".join(f"{name.removeprefix('unet_').replace('_', ' ')} {value}" for name, value in asdict(c).items()
+                        if name.startswith("unet_"))
     problem = dict(
         task=task(c), dataset=judge.images.name, image_size=c.image_size, channels=c.channels, images=judge.count,
         split=judge.split, test_images=judge.digest, classifier=judge.key, classifier_accuracy=judge.accuracy,
         seed=o.seed)
+    if o.draws > 1:
+        problem["draws"] = o.draws
     if o.fid_statistics:
         problem["fid_statistics"] = Path(o.fid_statistics).name
     training = dict(
         network=network, labels=run.num_classes > 0, condition=c.condition, images_seen=run.images_seen,
         weights="EMA" if o.ema else "raw", guidance=c.guidance, overfit=c.overfit)
     costs = dict(parameters=parameters, training_flops=flops, steps=run.step, global_batch=c.batch_size)
-    half = f"{judge.half:,}"
     record = dict(
-        reference=f"the same {judge.count:,} of {len(judge.images.test):,} {judge.split} images, undamaged; FID and "
-        f"FD: the samples for {half} of them against the truth of {half} others of them, both ways; the mean",
-        errors="standard errors over these images, FD's by a jackknife; of one training and one draw of noise",
-        without="the figures without each of some groups of these images, for the errors of differences",
-        quantised="uint8, clamped", processes=machine.processes()[1],
-        dopri5=dict(atol=c.integration_atol, rtol=c.integration_rtol), batch_size=o.batch_size, precision=o.precision,
-        device=chip(device), code=machine.code_version(), python=platform.python_version(), torch=torch.__version__)
+        processes=machine.processes()[1], batch_size=o.batch_size, precision=o.precision, device=chip(device),
+        code=machine.code_version(), python=platform.python_version(), torch=torch.__version__)
     result = dict(
         name=run.name, run_name=run.name, run=run.path, method=c.method, problem=problem, training=training,
         costs=costs, record=record, rows=[], baselines=[], left_out=left_out, nfe_left_out=[], config=asdict(c))
     return result, net.eval().requires_grad_(False)
 
 
-def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: list[Config], file: Path):
-    """Fills in the rows, one for each sampler of `settings`. `file` holds the result as far as it goes."""
-    classes = net.num_classes
+def measure(job: Job, o: Options, file: Path):
+    """Fills in the rows of a job's result, one for each sampler. `file` holds the result as far as it goes."""
+    c, judge, rows, classes = job.config, job.judge, job.result["rows"], job.net.num_classes
     own = replace(c, solver="auto", sample_steps=None)
-    for setting in settings:
-        counted = Counted(net)
+    for setting in job.samplers:
+        counted = Counted(job.net)
 
         def make(batch):
             with autocast(judge.device, o.precision):
@@ -167,19 +176,20 @@ def measure(result: dict, net, c: Config, o: Options, judge: Judge, settings: li
             sampler = f"own {getattr(c.chosen, 'sampler', '')}".strip()
         row = dict(sampler=sampler, steps=setting.sample_steps, default=setting == own, nfe=None)
         try:
-            if setting is settings[0]:  # what comes first sets the device up, which says nothing of speed
+            if not rows:  # what comes first sets the device up, which says nothing of speed
                 with torch.no_grad(), suppress(ode_int.SolverError):  # the judge meets it again, in all processes
                     make(first_images(judge, c, classes, o.batch_size if o.nfe else 2))
                 counted.rows = 0
-            row |= judge(setting, classes > 0, make) | dict(nfe=sum(machine.all_gather(counted.rows)) / judge.count)
+            row |= judge(setting, classes > 0, make, o.draws)
+            row["nfe"] = sum(machine.all_gather(counted.rows)) / (judge.count * o.draws)
         except ode_int.SolverError as failure:
             row["failed"] = one_line(failure)
-        result["rows"].append(row)
+        rows.append(row)
         if machine.processes()[0] == 0:
-            plain = json.dumps(result, indent=1)
+            plain = json.dumps(job.result, indent=1)
             write_atomically(file, lambda f: f.write(plain.encode()))
-        figures = ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row)
-        print0(f"{result['name']}, {sampler}: {row.get('failed', figures)}")
+        figures = ", ".join(f"{m} {cell(row, m)}" for m in COLUMNS if m in row and COLUMNS[m].format)
+        print0(f"{job.result['name']}, {sampler}: {row.get('failed', figures)}")
 
 
 def first_images(judge: Judge, c: Config, classes: int, count: int) -> Batch:
@@ -202,7 +212,6 @@ def read_result(path: str) -> dict:
     """What an earlier evaluation wrote. Raises SettingsError."""
     try:
         result = read_json(Path(path)) | dict(name=Path(path).stem)
-        check_result(result)
         table([result])
         return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as failure:
@@ -219,21 +228,20 @@ def open_where_the_data_is(path: str, o: Options) -> Run:
     return replace(run, config=replace(run.config, paired_path=o.paired_path or run.config.paired_path, **moved))
 
 
-def as_asked(run: Run, o: Options, arguments: list[str], methods: set[str]) -> list[tuple[Config, dict]]:
-    """The settings that a run is measured with, one for each scale of guidance, and what they change of the run's.
-
-    Raises SettingsError.
-    """
+def as_asked(run: Run, o: Options, arguments: list[str], methods: set[str], steps: bool) -> list[tuple[Config, dict]]:
+    """The settings that a run is measured with, one for each scale of guidance, and what they change of the run's;
+    steps: several checkpoints of it are measured. Raises SettingsError."""
     new = given_flags(o, arguments, run.config, methods)
     config = with_method(run.config, new, o.solver)
-    new = {f"{config.method}.{name}": value for name, value in new.items()}
+    changed = dict(step=run.step) if steps else {}
+    changed |= {f"{config.method}.{name}": value for name, value in new.items()}
     asked = []
     for scale in dict.fromkeys(o.guidance or [config.guidance]):
         if scale != 1 and not run.num_classes:
             raise SettingsError(f"guidance = {scale}: allowed is 1, for {run.path} was trained without labels")
         check_guidance(run, scale)
-        more = {} if scale == run.config.guidance and o.guidance is None else dict(guidance=scale)
-        asked.append((replace(config, guidance=scale), new | more))
+        swept = {} if scale == run.config.guidance and o.guidance is None else dict(guidance=scale)
+        asked.append((replace(config, guidance=scale), changed | swept))
     return asked
 
 
@@ -242,8 +250,8 @@ def called(run: Run, changed: dict) -> str:
     return run.name + "".join(f"-{name}-{value}" for name, value in changed.items())
 
 
-def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[list[dict], list[tuple]]:
-    """-> a result of each run, and what is to be measured: (result, network, settings, judge, samplers, problem).
+def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[list[dict], list[Job]]:
+    """-> a result of each run, and what is to be measured.
 
     Everything is described before anything is measured: what is wrong shows at once. Raises SettingsError.
     """
@@ -251,13 +259,8 @@ def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[lis
         earlier = {path: read_result(path) for path in o.runs if Path(path).suffix == ".json"}
         runs = {path: open_where_the_data_is(path, o) for path in o.runs if path not in earlier}
         methods = {run.config.method for run in runs.values()}
-        asked = {path: as_asked(run, o, arguments, methods) for path, run in runs.items()}
-        steps = {}  # of the checkpoints of one run
-        for run in runs.values():
-            steps.setdefault(run.name, set()).add(run.step)
-        for path, run in runs.items():
-            if len(steps[run.name]) > 1:
-                asked[path] = [(config, dict(step=run.step) | new) for config, new in asked[path]]
+        times = Counter(run.name for run in runs.values())
+        asked = {path: as_asked(run, o, arguments, methods, times[run.name] > 1) for path, run in runs.items()}
         names = [earlier[path]["name"] if path in earlier else called(runs[path], asked[path][0][1])
                  for path in o.runs]
         if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -280,28 +283,28 @@ def prepare(o: Options, arguments: list[str], device: torch.device) -> tuple[lis
         with first_process_first():  # a loss with LPIPS downloads weights
             result, net = describe(runs[path], o, judge)
         batch = first_images(judge, c, net.num_classes, 2)
-        for c, new in asked[path]:
-            own = result | dict(name=called(runs[path], new), changed=new, config=asdict(c), rows=[],
+        for c, changed in asked[path]:
+            own = result | dict(name=called(runs[path], changed), changed=changed, config=asdict(c), rows=[],
                                 training=result["training"] | dict(guidance=c.guidance))
             settings, own["nfe_left_out"] = samplers(c, o.nfe, batch, o.solver, o.default)
             if not settings:  # its own count is the only one it can do
                 settings, _ = samplers(c, (), batch, o.solver, default=True)
-            jobs.append((own, net, c, judge, settings, (key, own["problem"]["task"])))
+            jobs.append(Job(own, net, c, judge, settings))
             results.append(own)
     return results, jobs
 
 
-def save_sweep(jobs: list[tuple], o: Options, file: Path):
-    """One picture of a run's jobs, (result, network, settings, judge, samplers, problem): of each the samples by its
-    last sampler, in a row; the images of a column have their noise in common."""
+def save_sweep(jobs: list[Job], o: Options, file: Path):
+    """One picture of a run's jobs: of each the samples by its last sampler, in a row; the images of a column have
+    their noise in common."""
     grids = []
-    for _, net, c, judge, settings, _ in jobs:
-        batch = first_images(judge, c, net.num_classes, SWEPT)
+    for job in jobs:
+        batch = first_images(job.judge, job.config, job.net.num_classes, SWEPT)
         reseed("sweep", o.seed)
-        with torch.no_grad(), autocast(judge.device, o.precision):
-            samples = run_sampler(settings[-1], Guided(net, c.guidance), batch)
+        with torch.no_grad(), autocast(job.judge.device, o.precision):
+            samples = run_sampler(job.samplers[-1], Guided(job.net, job.config.guidance), batch)
         grids.append(grid(samples.float().cpu(), columns=len(samples)))
-    titles = [", ".join(f"{name} {value}" for name, value in result["changed"].items()) for result, *_ in jobs]
+    titles = [", ".join(f"{name} {value}" for name, value in job.result["changed"].items()) for job in jobs]
     picture = np.concatenate(grids)
     picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
     save_png(file, Image.fromarray(picture))
@@ -323,16 +326,17 @@ def run(o: Options, arguments: list[str]):
         folder.mkdir(exist_ok=True)
     for difference in differences(results):
         print0(f"not one comparison: {difference}", sys.stderr)
-    baselines = {}  # of each data set and task
+    baselines = {}  # of each problem
     try:
-        for result, net, c, judge, settings, key in jobs:
-            if key not in baselines:
-                baselines[key] = judge.baselines(c)
-            result["baselines"] = baselines[key]
-            measure(result, net, c, o, judge, settings, folder / f"{result['name']}.json")
+        for job in jobs:
+            problem = json.dumps(job.result["problem"])
+            if problem not in baselines:
+                baselines[problem] = job.judge.baselines(job.config)
+            job.result["baselines"] = baselines[problem]
+            measure(job, o, folder / f"{job.result['name']}.json")
         if first and len(o.guidance or ()) > 1:
-            for name in dict.fromkeys(result["run_name"] for result, *_ in jobs):
-                of_run = [job for job in jobs if job[0]["run_name"] == name]
+            for name in dict.fromkeys(job.result["run_name"] for job in jobs):
+                of_run = [job for job in jobs if job.result["run_name"] == name]
                 with suppress(ode_int.SolverError):  # which the table tells
                     save_sweep(of_run, o, folder / f"{name}.png")
     finally:
@@ -356,12 +360,8 @@ def main(arguments: list[str] | None = None) -> int:
         print0(f"evaluate.py: {failure}", sys.stderr)
         machine.leave_processes()
         return 2
-    except torch.OutOfMemoryError:
-        print0("evaluate.py: out of GPU memory; lower batch_size", sys.stderr)
-        return 1
-    except (OSError, ProcessLost) as failure:  # a full disk; the first process tells
-        print0(f"evaluate.py: {one_line(failure)}", sys.stderr)
-        return 1
+    except (OSError, RuntimeError) as failure:
+        return machine.failed("evaluate.py", failure, "lower batch_size")
     except KeyboardInterrupt:
         print0("evaluate.py: interrupted", sys.stderr)
         return 130

@@ -28,6 +28,7 @@ from images import SettingsError, data
 from images.corruptions import Batch, Damage, Draws
 from methods import Method
 from methods.edm import EDM
+from methods.flowmap import FlowMap
 from methods.i2sb import I2SB
 from methods.interpolant import Interpolant
 from methods.regression import Regression
@@ -54,7 +55,7 @@ class Config:
     # whole recipe that the other flags start from; auto: cifar10-sr on a GPU, small on a CPU
     preset: str = "auto"
     # way to make clean images; regression: the baseline
-    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "regression"] = "interpolant"
+    method: Literal["interpolant", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"] = "interpolant"
     task: str = "sr"  # damage to undo: sr, inpaint, blur, noise, jpeg, chain, generate, paired, or a mixture: sr,jpeg
     overfit: bool = True  # training on one batch, which is also sampled: a quick demo; --no-overfit: the full run
     condition: bool = True  # sight of the damaged image, for the network
@@ -145,6 +146,7 @@ class Config:
     i2sb: I2SB = field(default_factory=I2SB)
     edm: EDM = field(default_factory=EDM)
     udpm: UDPM = field(default_factory=UDPM)
+    flowmap: FlowMap = field(default_factory=FlowMap)
     regression: Regression = field(default_factory=Regression)
 
     @property
@@ -159,9 +161,7 @@ class Config:
 
     @property
     def steps(self) -> int:
-        if self.max_steps is not None:
-            return self.max_steps
-        return 1000 if self.overfit else 100_000
+        return self.max_steps or (1000 if self.overfit else 100_000)
 
     @property
     def dropped(self) -> float:
@@ -264,24 +264,16 @@ class Trainer:
         if folder is None:
             folder = NoFolder() if self.rank else RunFolder(run_folder.new_path(config))
         self.folder = folder
-        networks = [player.module for player in self.players]
-        folder.announce(config, self.images, self.num_classes, networks, self.precision, self.device, self.step)
+        folder.announce(config, self.images, self.num_classes, self.players, self.precision, self.device, self.step)
         folder.begin(config, self.images, self.step, again=config.pictures_due(self.step, self.sampled))
         if config.compile == "on":
             machine.print0("compiling the network, which takes minutes (--compile off leaves it out)")
-            model.compile_network(self.net, self.try_loss)
+            model.compile_network(config, self.net, self.players[0].loss, self.batches, self.precision)
 
     def player(self, module: nn.Module, loss: Callable) -> Player:
         c, shared = self.config, machine.data_parallel(module)
         optimizer = torch.optim.AdamW(module.parameters(), lr=c.base_lr, weight_decay=c.weight_decay, fused=True)
         return Player(module, loss, shared, optimizer)
-
-    def try_loss(self):
-        """Forward and backward of a batch; where each batch has one level, of so many that all levels occur."""
-        loss = self.players[0].loss
-        for step in range(max(1, 8 * self.config.chosen.levels)):
-            with machine.autocast(self.device, self.precision):
-                loss(self.net, self.batches(step)[0]).mean().backward()
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 HEAD = 32  # channels of an attention head
 OVERLAP = 24  # pixels that neighbouring tiles share, see docs/sampling.md
@@ -146,13 +145,15 @@ class Unet(nn.Module):
     dropout       share of activations dropped before each block's second convolution
     upscale       the prediction has upscale times x's side (a pixel shuffle at the end)
     dim_time      sines and cosines in the time embedding, at dim_time / 2 learned frequencies
+    two_times     t is (B, 2), a time and a span of time; the span's embedding is 0 at first, and added to the time's
     block         the residual block's class: block(dim_in, dim_out, dim_emb, dropout), called with (x, emb)
     checkpointing blocks keep only their input and compute the rest again in the backward pass: less memory, more time
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, dim: int = 128,
                  dim_mults: tuple[int, ...] = (1, 2, 2, 2), num_classes: int = 0, blocks: int = 2, dropout: float = 0.0,
-                 upscale: int = 1, dim_time: int = 32, checkpointing: bool = False, block: type[nn.Module] = ResBlock):
+                 upscale: int = 1, dim_time: int = 32, two_times: bool = False, checkpointing: bool = False,
+                 block: type[nn.Module] = ResBlock):
         super().__init__()
         self.checkpointing, self.num_classes, self.upscale = checkpointing, num_classes, upscale
         self.stride = 2 ** (len(dim_mults) - 1)
@@ -184,6 +185,11 @@ class Unet(nn.Module):
             self.enlarge.append(nn.Conv2d(after, before, 3, padding=1))
         self.last = residual(2 * dim, dim)
         self.out = nn.Conv2d(dim, out_channels * upscale**2, 1)
+        self.embed_span = None
+        if two_times:  # made last, so that all other weights are those of a network without it
+            self.embed_span = nn.Sequential(
+                FourierTime(dim_time), nn.Linear(dim_time + 1, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
+            nn.init.zeros_(self.embed_span[-1].weight), nn.init.zeros_(self.embed_span[-1].bias)
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -191,8 +197,8 @@ class Unet(nn.Module):
         return block(*inputs)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), any sides; t (B,); y (B,) int64, None: the null label; cond (B, Cc, H, W)
-        -> (B, out_channels, H * upscale, W * upscale) fp32."""
+        """x (B, C, H, W), any sides; t (B,), or (B, 2) with two_times; y (B,) int64, None: the null label; cond
+        (B, Cc, H, W) -> (B, out_channels, H * upscale, W * upscale) fp32."""
         if cond is not None:
             x = torch.cat([x, cond], dim=1)
         height, width = x.shape[2:]
@@ -201,7 +207,10 @@ class Unet(nn.Module):
             x = F.pad(x, (0, right, 0, below), mode="replicate")
 
         with torch.autocast(x.device.type, enabled=False):
+            t, span = (t, None) if self.embed_span is None else t.unbind(1)
             emb = self.embed_time(t.float())
+            if span is not None:
+                emb = emb + self.embed_span(span.float())
             if self.num_classes:
                 y = torch.full_like(t, self.num_classes, dtype=torch.long) if y is None else y
                 emb = torch.cat([emb, self.embed_class(y)], dim=1)
@@ -239,8 +248,8 @@ class Network(Protocol):
     upscale: int  # sides of the output in units of x's
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), any sides; t (B,) float32; y (B,) int64, None: the null label; cond (B, Cc, H, W), None: no
-        image is seen -> (B, C, H * upscale, W * upscale), float32."""
+        """x (B, C, H, W), any sides; t (B,) float32, (B, 2) where a method has two_times; y (B,) int64, None: the null
+        label; cond (B, Cc, H, W), None: no image is seen -> (B, C, H * upscale, W * upscale), float32."""
 
 
 class Counted:
@@ -303,10 +312,9 @@ class Tiled:
             at = [[slice(s.start // scale, s.stop // scale) for s, _ in tile] for tile in some]
             return None if z is None else torch.cat([z[:, :, down, across] for down, across in at])
 
-        for k in tqdm(range(0, len(tiles), most), "tiles", leave=False, disable=None, dynamic_ncols=True):
-            some = tiles[k:k + most]
+        for some in (tiles[k:k + most] for k in range(0, len(tiles), most)):
             labels = None if y is None else y.repeat(len(some))
-            made = self.net(cut(x, some), t.repeat(len(some)), labels, cut(cond, some)).chunk(len(some))
+            made = self.net(cut(x, some), torch.cat([t] * len(some)), labels, cut(cond, some)).chunk(len(some))
             for ((down, v), (across, w)), tile in zip(some, made):
                 out[:, :, down, across] += v[:, None] * w * tile
         return out

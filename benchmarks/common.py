@@ -20,7 +20,7 @@ from images.corruptions import task_names
 from support import bounds
 from support.bounds import Count, Positive
 from support.command_line import parse
-from support.machine import bf16_helps, pick_device
+from support.machine import bf16_helps, chip, code_version, pick_device
 from support.settings import PRESETS
 from trainer import Config
 
@@ -112,9 +112,6 @@ def in_turns(work: dict[str, Timer], repeats: int, seconds: float) -> dict[str, 
 
 
 def failed(failure: Exception) -> str:
-    if isinstance(failure, torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        return "out of memory"
     return f"{type(failure).__name__}: {one_line(failure)[:150]}"
 
 
@@ -159,22 +156,16 @@ def machine(device: torch.device) -> dict:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0].strip("\t :")
-    result = dict(
-        cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), bf16=bf16_helps(device),
-        load=os.getloadavg()[0], system=platform.system(), python=platform.python_version(), torch=torch.__version__,
-        torchvision=torchvision.__version__, torchdiffeq=torchdiffeq.__version__)
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        result |= dict(gpu=gpu.name, gpu_bytes=gpu.total_memory, cuda=torch.version.cuda,
-                       cudnn=torch.backends.cudnn.version())
-    return result
+    return dict(chip=chip(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+                cores=os.cpu_count(), bf16=bf16_helps(device), load=os.getloadavg()[0], system=platform.system(),
+                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                torchdiffeq=torchdiffeq.__version__, cuda=torch.version.cuda, code=code_version())
 
 
 def describe(report: dict) -> str:
     m = report["machine"]
-    chip = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
     busy = ""
     if m["load"] > m["cores"] / 4:
         busy = (f"\nThe machine was busy before this run (load {m['load']:.1f} on {m['cores']} cores): "
                 "do not trust these figures.")
-    return f"{chip}; torch {m['torch']}, Python {m['python']}\n`{report['command']}`{busy}\n"
+    return f"{m['chip']}; torch {m['torch']}, Python {m['python']}\n`{report['command']}`{busy}\n"

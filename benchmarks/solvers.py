@@ -1,7 +1,7 @@
 """Which solver, in how many steps: a trained run's network evaluations (NFE) against the distance from dopri5 at 1e-5.
 
     python benchmarks/solvers.py RUN                     held-out images of the run's data
-    python benchmarks/solvers.py RUN --precisions bf16 fp32
+    python benchmarks/solvers.py RUN --solvers midpoint --steps 3 5 10
 
 Every row starts from the same noise. Distance is the root mean square over pixels, in levels of 255, of what the solver
 makes of an image minus what dopri5 at 1e-5 makes of it. Not PSNR: one Euler step is the regression answer, and scores
@@ -26,7 +26,7 @@ from images import SettingsError
 from support import bounds
 from support.bounds import Count, Positive
 from support.checkpoints import open_run
-from support.machine import bf16_helps, pick_device, set_up
+from support.machine import autocast, bf16_helps, pick_device, set_up
 from support.model import load_network, run_sampler
 from trainer import Config
 from unet import Counted, Guided
@@ -40,11 +40,8 @@ class Options:
     solvers: tuple[Literal["euler", "midpoint", "heun", "rk4"], ...] = tuple(ode_int.FIXED_STEP)  # with each of `steps`
     steps: tuple[Count, ...] = (2, 3, 4, 5, 7, 10, 15, 20)  # of those
     tolerances: tuple[Positive, ...] = (1e-2, 1e-3, 1e-4)  # of dopri5, beside the reference at 1e-5
-    # of the fixed steps; None: bf16 where the chip computes in it
-    precisions: tuple[Literal["bf16", "fp32"], ...] | None = None
     count: Count = 500  # images
     batch_size: Count = 100  # images at a time; dopri5's steps depend on it a little
-    frechet: bool = True  # also the Frechet distance, by a classifier that is trained once, some minutes on a CPU
     dataset: str | None = None  # folder of the data, if it moved; None: the run's
     device: str = "auto"  # auto: cuda if there is one; or cuda, cuda:1, cpu
     out: str | None = None  # the JSON file; None: runs/solvers-DATE.json
@@ -61,71 +58,16 @@ def rms_in_levels(x: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def candidates(o: Options, config: Config, device: torch.device) -> list[tuple[str, Config, str]]:
-    """(name, settings, precision), the reference first."""
-    precisions = o.precisions or ("bf16" if bf16_helps(device) else "fp32",)
-    adaptive = replace(config, solver="dopri5", sample_steps=None)
+    """(name, settings, precision), the reference first. Fixed steps are in bf16 where the chip computes in it."""
     result = []
     for tolerance in (1e-5, *o.tolerances):
-        setting = replace(adaptive, integration_atol=tolerance, integration_rtol=tolerance)
+        setting = replace(config, solver="dopri5", sample_steps=None, integration_atol=tolerance,
+                          integration_rtol=tolerance)
         result.append((f"dopri5, {tolerance:g}", setting, "fp32"))
-    for precision, solver, steps in product(precisions, o.solvers, o.steps):
+    for solver, steps in product(o.solvers, o.steps):
         setting = replace(config, solver=solver, sample_steps=steps)
-        result.append((f"{solver}, {steps} steps", setting, precision))
+        result.append((f"{solver}, {steps} steps", setting, "bf16" if bf16_helps(device) else "fp32"))
     return result
-
-
-def measure_all(o: Options, config: Config, net, judge, device: torch.device) -> list[dict]:
-    """A row a candidate: NFE, distance, Frechet distance, seconds."""
-    table, reference = [], None
-    for name, setting, precision in candidates(o, config, device):
-        counted, samples = Counted(net), []
-
-        def make(batch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                samples.append(run_sampler(setting, Guided(counted, config.guidance), batch))
-            return samples[-1]
-
-        row = dict(name=name, solver=setting.solver, precision=precision)
-        try:
-            scores = judge(setting, net.num_classes > 0, make)
-        except ode_int.SolverError as failure:
-            if reference is None:
-                raise
-            table.append(row | dict(error=str(failure)))
-            continue
-        x = torch.cat(samples)
-        reference = x if reference is None else reference
-        rms, worst = rms_in_levels(x, reference)
-        nfe, seconds = counted.rows / len(x), scores["seconds"]
-        table.append(row | dict(nfe=nfe, rms=rms, rms_worst=worst, frechet=scores.get("frechet"), seconds=seconds))
-        print(f"{name}, {precision}: {nfe:.0f} NFE, RMS {rms:.3f} levels", file=sys.stderr)
-    return table
-
-
-def cheapest(table: list[dict], rms: float = 1.0, share: float = 0.02) -> dict | None:
-    """The row of fewest evaluations within `rms` levels of the first, of a Frechet distance at most `share` larger."""
-    def good(row):
-        near = row.get("rms", float("inf")) <= rms
-        return near and (row["frechet"] is None or row["frechet"] <= (1 + share) * table[0]["frechet"])
-
-    return min(filter(good, table), key=lambda row: (row["nfe"], row["rms"]), default=None)
-
-
-def show(report: dict) -> str:
-    table = []
-    for row in report["table"]:
-        numbers = [row.get("error", ""), "", "", "", ""]
-        if "rms" in row:
-            numbers = [f"{row['nfe']:.0f}", f"{row['rms']:.3f}", f"{row['rms_worst']:.3f}", f"{row['seconds']:.3g}",
-                       "" if row["frechet"] is None else f"{row['frechet']:.3f}"]
-        table.append([row["name"], row["precision"], *numbers])
-    head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s per image", "FD"]
-    best, first = cheapest(report["table"]), report["table"][0]
-    within = "one level" if first["frechet"] is None else "one level and 2% of FD"
-    choice = (f"Fewest evaluations within {within}: {best['name']}, {best['precision']}: {best['nfe']:.0f} NFE "
-              f"instead of {first['nfe']:.0f}.")
-    missing = f"\nNo FD: {report['no_frechet']}." if report["no_frechet"] else ""
-    return markdown(f"{report['count']} held-out images, {report['run']}.", head, table) + f"\n{choice}{missing}\n"
 
 
 def measure(o: Options, report: dict):
@@ -136,14 +78,38 @@ def measure(o: Options, report: dict):
     if not config.chosen.has_ode:
         raise SettingsError(f"run = {o.run!r}: allowed are runs of methods that have an ODE, and {config.method} has "
                             "none")
-    judge = Judge(config, device, ("frechet",) if o.frechet else (), o.count, o.batch_size)
-    try:
-        table = measure_all(o, config, net, judge, device)
-    except ode_int.SolverError as failure:
-        raise SettingsError(f"run = {o.run!r}: dopri5 fails at 1e-5 ({failure})") from None
-    report |= dict(run=o.run, config=asdict(config), count=judge.count, table=table,
-                   no_frechet=judge.why.get("frechet") if o.frechet else "switched off")
-    print(show(report))
+    judge = Judge(config, device, ("frechet",), o.count, o.batch_size)
+    rows, reference = [], None
+    for name, setting, precision in candidates(o, config, device):
+        counted, samples = Counted(net), []
+
+        def make(batch):
+            with autocast(device, precision):
+                samples.append(run_sampler(setting, Guided(counted, config.guidance), batch))
+            return samples[-1]
+
+        row = dict(name=name, precision=precision)
+        try:
+            scores = judge(setting, net.num_classes > 0, make)
+            x = torch.cat(samples)
+            reference = x if reference is None else reference
+            rms, worst = rms_in_levels(x, reference)
+            row |= dict(nfe=counted.rows / len(x), rms=rms, rms_worst=worst, frechet=scores.get("frechet"),
+                        seconds=scores["seconds"])
+        except ode_int.SolverError as failure:
+            if reference is None:
+                raise SettingsError(f"run = {o.run!r}: dopri5 fails at 1e-5 ({failure})") from None
+            row["error"] = f": {failure}"
+        rows.append(row)
+        print(f"{name}, {precision}: done", file=sys.stderr)
+    report |= dict(run=o.run, config=asdict(config), count=judge.count, table=rows)
+    forms = dict(nfe=".0f", rms=".3f", rms_worst=".3f", seconds=".3g", frechet=".3f")
+    table = []
+    for row in rows:
+        figures = [format(row[name], form) if row.get(name) is not None else "" for name, form in forms.items()]
+        table.append([row["name"] + row.get("error", ""), row["precision"], *figures])
+    head = ["solver", "precision", "NFE", "RMS, levels", "worst image", "s per image", "FD"]
+    print(markdown(f"{judge.count} held-out images, {o.run}.", head, table))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,12 +2,8 @@
 
     python benchmarks/speed.py                                          the preset that trainer.py takes here
     python benchmarks/speed.py --preset cifar10-sr --batch-size 16      the 34.4M network
-    python benchmarks/speed.py --parts save --preset sr3-faces128 --batch-size 1    how long a checkpoint takes
 
-The plain recipe: fp32 (TF32 on CUDA), NCHW, eager, PIL transforms of one image at a time in DataLoader workers,
-torchdiffeq's dopri5 at 1e-5. What is compared is timed in turns, A B C A B C ..., so that a machine that slows down
-slows all of them; a ratio is the median of the turns' ratios. Prints Markdown tables and writes JSON that holds every
-turn. benchmarks/README.md explains the columns.
+Prints Markdown tables and writes JSON that holds every turn. benchmarks/README.md explains the columns.
 """
 import contextlib
 import copy
@@ -18,7 +14,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +23,9 @@ import torch
 
 from benchmarks.common import Common, cells, command, failed, in_turns, markdown, rows, synchronize, timer
 from benchmarks.plain import PlainLoop, plain_sample
-from benchmarks.step import PEER, flops_per_image, full_precision_name, make_step, matmul, one_batch, unet, variants
+from benchmarks.step import flops_per_image, full_precision_name, make_step, matmul, one_batch, unet, variants
 from images import data
 from images.corruptions import Batch, task_names
-from support import bounds
 from support.bounds import Count
 from support.checkpoints import open_run
 from support.machine import bf16_helps, reseed, set_up
@@ -47,12 +41,10 @@ class Options(Common):
     batch_size: Count | None = None  # images per training step; None: the preset's
     image_size: Count | None = None  # side of the images, pixels; None: the preset's
     unet_channels: Count | None = None  # channels of the network's first level; None: the preset's
-    # step: the training step alone; loop: training with its data; data: the data pipeline alone; sample: the samplers;
-    # save: a checkpoint
-    parts: tuple[Literal["step", "loop", "data", "sample", "save"], ...] = ("step", "loop", "data", "sample")
+    # step: the training step alone; loop: training with its data; data: the data pipeline alone; sample: the samplers
+    parts: tuple[Literal["step", "loop", "data", "sample"], ...] = ("step", "loop", "data", "sample")
     # rows of the compiled network too; auto: on a GPU
     compile: Literal["auto", "on", "off"] = "auto"
-    peer: bool = False  # rows of diffusers' UNet2DModel of the same widths too (pip install diffusers)
     workers: Count | None = None  # processes of the plain recipe's DataLoader; None: one per CPU core, 8 at most
     run: str | None = None  # trained run whose network samples; None: a network of a few training steps
     sample_count: Count | None = None  # images per sampling; None: 32 on a GPU, 4 on a CPU
@@ -60,8 +52,6 @@ class Options(Common):
 
     def check(self):
         super().check()
-        bounds.require(self, "peer", not self.peer or find_spec("diffusers"), "that with one more package: pip install "
-                                                                             "diffusers")
         if self.quick:
             self.workers, self.solver_steps = 1, 2
 
@@ -78,7 +68,7 @@ def measure(o: Options, report: dict):
     with tempfile.TemporaryDirectory(dir=".") as folder:  # the disk that runs are written to
         if "step" in o.parts:
             measure_steps(o, config, device, compiled, report)
-        if {"loop", "data", "sample", "save"} & set(o.parts):
+        if {"loop", "data", "sample"} & set(o.parts):
             with contextlib.redirect_stdout(io.StringIO()):  # overfit: draws a batch of images, not 10,000
                 trainer = Trainer(replace(config, overfit=True, out_dir=folder, compile="on" if compiled else "off"))
             trainer.config = trainer.batches.config = replace(trainer.config, overfit=False)
@@ -88,13 +78,11 @@ def measure(o: Options, report: dict):
                         measure_loop(o, config, device, report, part, trainer)
             if "sample" in o.parts:
                 measure_samplers(o, config, device, compiled, report, trainer, trained)
-            if "save" in o.parts:
-                measure_saving(o, report, trainer)
 
 
 def measure_steps(o: Options, config: Config, device: torch.device, compiled: bool, report: dict):
     """Training steps of each variant, and the matrix products that say what the device can do, in turns."""
-    todo, batch = {v.name: v for v in variants(device, compiled, o.peer)}, one_batch(config, device)
+    todo, batch = {v.name: v for v in variants(device, compiled)}, one_batch(config, device)
     side = 128 if o.quick else 8192 if device.type == "cuda" else 2048
     fp32 = full_precision_name(device)
     kinds = ["bf16"] * bf16_helps(device) + [fp32]
@@ -110,23 +98,21 @@ def measure_steps(o: Options, config: Config, device: torch.device, compiled: bo
         except Exception as failure:
             broken[name] = failed(failure)
     times = in_turns(work, o.repeats, o.seconds) | broken
-    flops = {peer: flops_per_image(config, device, peer) for peer in {v.peer for v in todo.values()}}
+    flops = flops_per_image(config, device)
     rates = {kind: 2 * side**3 / statistics.median(times[kind]) for kind in kinds}
-    report |= dict(flops_per_image=flops[False], matmul_flops_per_second=rates)
+    report |= dict(flops_per_image=flops, matmul_flops_per_second=rates)
     report["step"] = rows({name: times[name] for name in todo}, next(iter(todo)), config.batch_size)
     table = []
     for row in report["step"]:
         variant, share = todo[row["name"]], ""
         if "seconds" in row:
-            row["share"] = flops[variant.peer] * row["images_per_second"] / rates["bf16" if variant.bf16 else fp32]
+            row["share"] = flops * row["images_per_second"] / rates["bf16" if variant.bf16 else fp32]
             share = f"{row['share']:.1%}"
         row["first_step"] = first.get(row["name"])
         seconds = "" if row["first_step"] is None else f"{row['first_step']:.1f}"
         table.append([row["name"], *cells(row), share, seconds])
-    title = (f"Training step, batch {config.batch_size}, {flops[False] / 1e9:.3g} GFLOP per image forward and "
+    title = (f"Training step, batch {config.batch_size}, {flops / 1e9:.3g} GFLOP per image forward and "
              f"backward. Matrix products, TFLOP/s: {', '.join(f'{k} {r / 1e12:.3g}' for k, r in rates.items())}.")
-    if o.peer:
-        title += f" {PEER} has {sum(p.numel() for p in unet(config, True).parameters()) / 1e6:.1f}M parameters."
     head = ["forward + backward + step", "ms (min-max)", "images/s", "x plain", "share of matmul", "first step, s"]
     print(markdown(title, head, table), flush=True)
 
@@ -208,24 +194,6 @@ def measure_samplers(o: Options, config: Config, device: torch.device, compiled:
         table.append([row["name"], f"{row['nfe']:.0f}" if row["nfe"] else "", seconds, images_per_second, ratio])
     head = ["sampler", "NFE", "s per image", "images/s", "x plain"]
     print(markdown(f"Sampling {count} images at once, {what}.", head, table), flush=True)
-
-
-def measure_saving(o: Options, report: dict, trainer: Trainer):
-    """How long a checkpoint holds up training, and after how long it is on the disk."""
-    trainer.train_step()  # AdamW has its moments from then on
-    held, written = [], []
-    for _ in range(o.repeats):
-        synchronize(trainer.device)
-        start = time.perf_counter()
-        trainer.save()
-        held.append(time.perf_counter() - start)
-        trainer.folder.wait()
-        written.append(time.perf_counter() - start)
-    size = (trainer.folder.path / "checkpoints" / "last.pt").stat().st_size
-    report["save"] = dict(bytes=size, held=held, written=written)
-    times = [f"{statistics.median(t):.3g} ({min(t):.3g}-{max(t):.3g})" for t in (held, written)]
-    head = ["checkpoint, GB", "training waits, s (min-max)", "on the disk after, s (min-max)"]
-    print(markdown("Saving.", head, [[f"{size / 1e9:.2f}", *times]]), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

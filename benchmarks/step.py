@@ -7,14 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ode_int
-from benchmarks.peer import Peer
 from images import data
 from images.corruptions import Batch
 from support.machine import bf16_helps, reseed
 from support.model import make_unet
 from trainer import Config
-
-PEER = "diffusers' UNet2DModel"
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,10 @@ class Variant:
     bf16: bool = True
     channels_last: bool = True
     compile: bool = False
-    peer: bool = False  # diffusers' network in place of ours
 
 
-def variants(device: torch.device, compiled: bool = False, peer: bool = False) -> list[Variant]:
-    """The plain one first, then what changes, one at a time; `peer`: then another network, as it comes and tuned."""
+def variants(device: torch.device, compiled: bool = False) -> list[Variant]:
+    """The plain one first, then what changes, one at a time."""
     fp32 = full_precision_name(device)
     result = [Variant(f"{fp32}, NCHW (plain)", bf16=False, channels_last=False)]
     result.append(Variant(f"{fp32}, channels_last", bf16=False))
@@ -38,9 +34,6 @@ def variants(device: torch.device, compiled: bool = False, peer: bool = False) -
     last = result[-1]
     if compiled:
         result.append(replace(last, name=f"{last.name}, compiled", compile=True))
-    if peer:
-        result += [Variant(f"{PEER}, as it comes: {fp32}, NCHW", bf16=False, channels_last=False, peer=True),
-                   replace(last, name=f"{PEER}, {last.name}", peer=True)]
     return result
 
 
@@ -48,8 +41,8 @@ def full_precision_name(device: torch.device) -> str:
     return "TF32" if device.type == "cuda" else "fp32"
 
 
-def unet(config: Config, peer: bool = False) -> torch.nn.Module:
-    return (Peer if peer else make_unet)(config, len(data.SHAPES) if config.unet_use_classes else 0)
+def unet(config: Config) -> torch.nn.Module:
+    return make_unet(config, len(data.SHAPES) if config.unet_use_classes else 0)
 
 
 def one_batch(config: Config, device: torch.device, count: int | None = None) -> Batch:
@@ -67,7 +60,7 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
     device = batch.zlo.device
     reseed("weights", config.seed)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    net = unet(config, variant.peer).to(device, memory_format=layout)
+    net = unet(config).to(device, memory_format=layout)
     if variant.compile:
         net.compile(dynamic=False)
     optimizer = torch.optim.AdamW(net.parameters(), config.base_lr, weight_decay=0.0, fused=True)
@@ -84,9 +77,9 @@ def make_step(config: Config, variant: Variant, batch: Batch) -> Callable[[], to
     return step
 
 
-def flops_per_image(config: Config, device: torch.device, peer: bool = False) -> int:
+def flops_per_image(config: Config, device: torch.device) -> int:
     """Of the network, forward and backward; a multiplication and an addition count as two."""
-    net, batch = unet(config, peer).to(device), one_batch(config, device, 1)
+    net, batch = unet(config).to(device), one_batch(config, device, 1)
     with FlopCounterMode(display=False) as counter:
         config.chosen.loss(net, batch).mean().backward()
     return counter.get_total_flops()

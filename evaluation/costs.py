@@ -32,30 +32,23 @@ def samplers(config: Config, nfe, batch: Batch, solver="auto", default=True) -> 
     usual = evaluations(own, batch) if few[0].sampler == own.sampler else None
     found, missing = [], []
     for n in sorted(set(nfe)):
-        exact = own if usual == n else None
-        for each in few:
-            exact = exact or with_evaluations(each, n, batch)
-        if exact:
-            found.append(exact)
-        else:
-            missing.append(n)
+        exact = [own] if usual == n else [setting for each in few if (setting := with_evaluations(each, n, batch))]
+        found += exact[:1]
+        missing += [] if exact else [n]
     if default and own not in found:
         found.append(own)
     return found, missing
 
 
 def with_evaluations(config: Config, n: int, batch: Batch) -> Config | None:
-    """The sampler in as many steps as take exactly n evaluations, found by bisection; None where no count does."""
-    low, high = 1, n
-    while low <= high:  # evaluations grow with steps
-        setting = replace(config, sample_steps=(low + high) // 2)
-        cost = evaluations(setting, batch)
-        if cost == n:
-            return setting
-        if cost < n:
-            low = setting.sample_steps + 1
-        else:
-            high = setting.sample_steps - 1
+    """The sampler in as many steps as take exactly n evaluations, which grow by as many with each step; else None."""
+    first, second = (evaluations(replace(config, sample_steps=steps), batch) for steps in (1, 2))
+    if first == n:
+        return replace(config, sample_steps=1)
+    if not first < second < math.inf:
+        return None
+    setting = replace(config, sample_steps=1 + round(max(0, n - first) / (second - first)))
+    return setting if evaluations(setting, batch) == n else None
 
 
 def training_flops(levels: int, players: list, batch: Batch, precision: str) -> float:

@@ -11,7 +11,8 @@ same of the other + (standard error of the difference over the test images)^2), 
 """
 import json
 import math
-import statistics
+
+import numpy as np
 
 from evaluation.metrics import COLUMNS, jackknife
 from support.settings import INCIDENTAL
@@ -47,7 +48,7 @@ def mean_row(rows: list[dict]) -> dict:
     """What one sampler made with the networks of several seeds. A seed where it failed does not count.
 
     "seed_errors": metric -> the part of its error that another training would change; "without": metric -> the mean
-    without each group of images, where all runs have it.
+    without each group of images, where all runs have it. What has several figures, the bias say, has a list of each.
     """
     good = [row for row in rows if "failed" not in row]
     if not good:
@@ -57,27 +58,28 @@ def mean_row(rows: list[dict]) -> dict:
         values = [row[column] for row in good if row.get(column) is not None]
         if not values:
             continue
-        if isinstance(values[0], list):  # the bias, by channel
-            mean[column] = [statistics.fmean(channel) for channel in zip(*values)]
-            if len(values) > 1:
-                mean["spread"][column] = [statistics.stdev(channel) for channel in zip(*values)]
-            elif column in good[0].get("errors", {}):
-                mean["spread"][column] = good[0]["errors"][column]
-            continue
-        mean[column] = statistics.fmean(values)
+        mean[column] = plain(np.mean(values, 0))
         if column in ("nfe", "seconds"):
             continue
-        over_images = [e for row in good if type(e := row.get("errors", {}).get(column)) in (int, float)]
-        image_error = statistics.fmean(over_images) if over_images else None
-        spread = statistics.stdev(values) if len(values) > 1 else image_error
-        if spread is not None:
-            seed_error = spread / math.sqrt(len(values)) if len(values) > 1 else 0
-            mean["spread"][column], mean["errors"][column] = spread, math.hypot(seed_error, image_error or 0)
-            mean["seed_errors"][column] = seed_error
+        over_images = [row["errors"][column] for row in good if row.get("errors", {}).get(column) is not None]
+        image_error = np.mean(over_images, 0) if over_images else 0
+        if len(values) > 1:
+            spread = np.std(values, 0, ddof=1)
+            seed_error = spread / math.sqrt(len(values))
+        elif over_images:
+            spread, seed_error = image_error, 0 * image_error
+        else:
+            continue
+        mean["spread"][column], mean["seed_errors"][column] = plain(spread), plain(seed_error)
+        mean["errors"][column] = plain(np.hypot(seed_error, image_error))
         without = [row.get("without", {}).get(column) for row in good]
         if all(without):
-            mean["without"][column] = [statistics.fmean(figures) for figures in zip(*without)]
+            mean["without"][column] = plain(np.mean(without, 0))
     return mean
+
+
+def plain(value: np.ndarray) -> float | list[float]:
+    return np.asarray(value).tolist()
 
 
 def best(rows: list[dict], column: str) -> list[dict]:

@@ -33,10 +33,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ode_int
+from evaluation.calibration import calibration_scores, spread_skill, unevenness
 from evaluation.classifier import Classifier, cached, digest, pieces
 from evaluation.elsewhere import find_pictures, read_pictures
 from evaluation.metrics import (
     COLUMNS,
+    DRAWN,
     METRICS,
     TABLE,
     Samples,
@@ -47,6 +49,7 @@ from evaluation.metrics import (
     jackknife,
     mean_without,
     read_statistics,
+    without_each_group,
 )
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
@@ -160,19 +163,20 @@ class Judge:
         return {metric: reason for metric, reason in why.items() if metric in self.metrics}
 
     @torch.no_grad()
-    def __call__(self, config: Config, labels: bool, make: Callable) -> dict:
+    def __call__(self, config: Config, labels: bool, make: Callable, draws: int = 1) -> dict:
         """Of make(batch) -> (B, C, H, W): the mean of every metric over the images, and the seconds an image.
 
         "errors": metric -> standard error, where there is one; "without": metric -> its value without each group of
-        images, for metrics that have a better and a worse. labels: whether the network sees classes. All processes get
-        the same. Raises ode_int.SolverError for samples that are not finite, torch.OutOfMemoryError, and
-        ProcessLost.
+        images, for metrics that have a better and a worse. labels: whether the network sees classes. draws: how many
+        are made of each image; of several, DRAWN is measured too. All processes get the same.
+
+        Raises ode_int.SolverError for samples that are not finite, torch.OutOfMemoryError, and ProcessLost.
         """
         left_out, scores, failure = self.left_out(config, labels), {}, None
         mine = range(self.rank, len(self.batches), self.world)
         try:
             for number in tqdm(mine, desc="images", disable=True if self.rank else None, leave=False):
-                scores[number] = self.scores(config, labels, make, number, left_out)
+                scores[number] = self.scores(config, labels, make, number, left_out, draws)
         except (ode_int.SolverError, torch.OutOfMemoryError) as caught:
             failure = caught
         everyone = all_gather((scores, failure))
@@ -187,7 +191,13 @@ class Judge:
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
             without = {metric: mean_without(values[metric]) for metric in found
-                       if metric in TABLE and TABLE[metric].arrow}
+                       if metric in TABLE | DRAWN and (TABLE | DRAWN)[metric].arrow}
+        for metric, function in dict(spread_skill=spread_skill, unevenness=unevenness).items():
+            if "ranks" in values and self.count > 1:
+                found[metric] = function(values, draws)
+                without[metric] = [function({name: value[kept] for name, value in values.items()}, draws)
+                                   for kept in without_each_group(self.count)]
+                errors[metric] = jackknife(without[metric])
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
             found[metric] = across(ours, self.gaussians[metric])
@@ -198,12 +208,13 @@ class Judge:
             without["frechet"] = across_without(*halves)
             errors["frechet"] = jackknife(without["frechet"])
         asked = [metric for metric in TABLE if metric in self.metrics]
-        wanted = [metric for metric in (*asked, "fid_given") if metric in found]
+        wanted = [metric for metric in (*asked, *DRAWN, "fid_given") if metric in found]
         return {metric: found[metric] for metric in (*wanted, "seconds")} | dict(
             errors={metric: errors[metric] for metric in wanted if metric in errors},
             without={metric: without[metric] for metric in wanted if metric in without})
 
-    def scores(self, config: Config, labels: bool, make: Callable, number: int, left_out) -> dict[str, Tensor]:
+    def scores(self, config: Config, labels: bool, make: Callable, number: int, left_out,
+               draws: int) -> dict[str, Tensor]:
         """Of make(batch) for the batch of this number: each image's score (B,), bias (B, C) and features (B, d)."""
         rows = self.batches[number]
         z1, y, zlo = self.images.batch(rows, self.device, "test")
@@ -230,6 +241,13 @@ class Judge:
         for metric in set(self.metrics) - left_out.keys() - self.features.keys():
             value = self.loaded[metric](x, truth) if metric in self.loaded else TABLE[metric].score(of)
             score[metric] = value.double().cpu()
+        if draws > 1 and task_names(config.task) != ["generate"]:  # which has no truth
+            several = [sample]
+            for draw in range(1, draws):
+                reseed("noise", self.seed, number, draw)
+                several.append(make(batch))
+            score |= {metric: value.double().cpu() for metric, value in
+                      calibration_scores(torch.stack(several), z1, batch.to_make).items()}
         return score
 
     def now(self) -> float:

@@ -176,6 +176,15 @@ TABLE = {
     "frechet": Metric("FD", "{:.2f}", "↓", "log", features=True, imperfect=True),  # the judge's own classifier
 }
 METRICS = tuple(TABLE)
-COLUMNS = {"nfe": Metric("NFE", "{:.4g}"), **TABLE,
+DRAWN = {  # of several draws, see evaluation/calibration.py
+    "crps": Metric("CRPS, levels", "{:.2f}", "↓"),
+    "mean_error": Metric("absolute error of the draws' mean, levels", "{:.2f}", "↓"),
+    "spread_skill": Metric("spread / error", "{:.3f}"),
+    "unevenness": Metric("unevenness of ranks, %", "{:.1f}", "↓"),
+    "coverage": Metric("coverage of the central 50 and 75%", "{:.1f}"),
+    "psnr_of_means": Metric("PSNR of the mean of 1, 2, 4 ... draws, dB", "{:.2f}"),
+    "ranks": Metric("rank histogram", ""),  # a plot of its own, and no column
+}
+COLUMNS = {"nfe": Metric("NFE", "{:.4g}"), **TABLE, **DRAWN,
            "fid_given": Metric("FID to the given statistics", "{:.2f}", "↓", "log", imperfect=True),
            "seconds": Metric("s/image", "{:.2g}")}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from evaluation.calibration import rank_plot
 from evaluation.errors import SURE, best, mean_over_seeds
 from evaluation.metrics import COLUMNS
 from support.disk import write_atomically
@@ -20,21 +21,12 @@ class. FD and FID: Frechet distances on the classifier's and on Inception's feat
 images to the truth of the other half, both ways; truth against truth: one half to the other, the least there is. They
 depend on the number of images: compare them within this table only, and of fewer images than features (at most 128, and
 2,048) they are mostly bias. Training FLOPs: forward and backward of all networks."""
-
-
-def check_result(result: dict):
-    """Raises TypeError, ValueError or KeyError for what can't be a result of evaluate.py."""
-    kinds = dict(name=str, run=str, method=str, problem=dict, training=dict, costs=dict, record=dict, rows=list,
-                 baselines=list, left_out=dict, nfe_left_out=list)
-    for key, kind in kinds.items():
-        if not isinstance(result[key], kind):
-            raise TypeError(f"{key} is {result[key]!r}")
-    for row in [*result["rows"], *result["baselines"]]:
-        for column in COLUMNS:
-            kinds = [row, row.get("errors", {}), row.get("without", {})]
-            for value in [value for kind in kinds for value in flat(kind.get(column))]:
-                if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
-                    raise ValueError(f"{column} is {value!r}")
+ABOUT_DRAWS = """
+Several draws of each image, in levels of 255: CRPS, least where the draws are right; the absolute error of their mean;
+spread / error, 1 where they are right, less where they are too sure; unevenness, the share of pixels that would have to
+change their rank among the draws for all ranks to be as frequent; how much of the truth lies in the central 50 and 75%
+of the draws. A truth equal to some draws counts in equal parts for its possible ranks. FD and all else: the first
+draw."""
 
 
 def flat(value) -> list:
@@ -114,12 +106,13 @@ def table(results: list[dict]) -> str:
         lines += [f"## {heading(group[0]['problem'])}", "", *figures(group, name), ""]
         lines += [f"- {note}" for note in notes(group, name)]
         lines.append("")
-    return "\n".join(lines + sizes(results, name)) + f"\n\n{ABOUT}\n"
+    about = ABOUT + ABOUT_DRAWS * any("draws" in result["problem"] for result in results)
+    return "\n".join(lines + sizes(results, name)) + f"\n\n{about}\n"
 
 
 def figures(group: list[dict], name: Callable) -> list[str]:
     """Of runs on one problem: a row for each baseline, then for each sampler of each run."""
-    columns = [m for m in COLUMNS if any(m in row for result in group for row in result["rows"])]
+    columns = [m for m in COLUMNS if COLUMNS[m].format and any(m in row for result in group for row in result["rows"])]
     lines = [line("run", "sampler", *(COLUMNS[m].heading for m in columns)), "|---|---|" + "---:|" * len(columns)]
     for row in group[0]["baselines"]:
         lines.append(line(row["name"], "", *(cell(row, m) for m in columns)))
@@ -194,15 +187,6 @@ OPEN = dict(ms=8, mfc="none", mew=1)  # the marker of a paper's own sampler
 AXES = {"nfe": "network evaluations (NFE)", "seconds": "seconds per image", "guidance": "scale of guidance",
         "step": "training steps"}
 SWEEPS = ("guidance", "step")  # of those, what the results of one run may differ in
-
-
-def few_ticks(axis, low: float, high: float):
-    """Plain numbers on a logarithmic axis: 1 2 5 10 20 ..., or 1 10 100 ... where those were too many."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())
 
 
 def plot(results: list[dict], against: str = "nfe"):
@@ -294,14 +278,19 @@ def draw_baselines(ax, metric: str, group: list[dict], name: Callable):
 
 def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
     ax.set(xlabel=AXES[against], ylabel=better)
     if against not in SWEEPS:
         ax.set_xscale("log")
-        few_ticks(ax.xaxis, *ax.get_xlim())
     if COLUMNS[metric].panel == "log":
         ax.set_yscale("log")
-        few_ticks(ax.yaxis, *ax.get_ylim())
+    for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        if axis.get_scale() == "log":  # 1 2 5 10 20 ..., or 1 10 100 ... where those were too many
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
     if math.isfinite(COLUMNS[metric].below):  # what is far below everyone's best would hide the differences
         tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
         tops += [row[metric] for row in group[0]["baselines"] if metric in row]
@@ -310,7 +299,8 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
 
 
 def write_report(results: list[dict], folder: Path):
-    """table.md, and with matplotlib quality.png and .pdf, against NFE, and quality-seconds.png and .pdf."""
+    """table.md, and with matplotlib, each as .png and .pdf: quality, against NFE, quality-seconds, and where they were
+    measured quality-guidance, quality-step and ranks."""
     written = table(results)
     print("\n" + written)
     write_atomically(folder / "table.md", lambda f: f.write(written.encode()))
@@ -318,15 +308,19 @@ def write_report(results: list[dict], folder: Path):
         import matplotlib
     except ImportError:
         print("no plot: pip install matplotlib", file=sys.stderr)
-    else:
-        with matplotlib.rc_context(PAPER):
-            plots = {"quality": "nfe", "quality-seconds": "seconds"}
-            for kind in SWEEPS:
-                if any(kind in result.get("changed", {}) for result in results):
-                    plots[f"quality-{kind}"] = kind
-            for file, against in plots.items():
-                figure = plot(results, against)
-                for kind in ("pdf", "png"):
-                    how = dict(format=kind, dpi=300, bbox_inches="tight")  # tight: long names are not cut off
-                    write_atomically(folder / f"{file}.{kind}", lambda f: figure.savefig(f, **how))
+        print(f"in {folder}")
+        return
+    with matplotlib.rc_context(PAPER):
+        plots = {"quality": plot(results), "quality-seconds": plot(results, "seconds")}
+        for kind in SWEEPS:
+            if any(kind in result.get("changed", {}) for result in results):
+                plots[f"quality-{kind}"] = plot(results, kind)
+        means = mean_over_seeds(results)
+        drawn = {title(result, means): [row for row in result["rows"] if "ranks" in row] for result in means}
+        if drawn := {name: rows for name, rows in drawn.items() if rows}:
+            plots["ranks"] = rank_plot(drawn)
+        for name, figure in plots.items():
+            for kind in ("pdf", "png"):
+                how = dict(format=kind, dpi=300, bbox_inches="tight")  # tight: long names are not cut off
+                write_atomically(folder / f"{name}.{kind}", lambda f: figure.savefig(f, **how))
     print(f"in {folder}")

@@ -1,4 +1,4 @@
-"""The five methods and the baseline, a file each. This one holds their common interface and what inpainting needs."""
+"""The five methods, the flow map and the baseline, a file each. Here: their common interface, and inpainting."""
 from torch import Tensor, nn
 
 from images import SettingsError
@@ -11,8 +11,8 @@ class Method:
     """A method is its knobs, the fields of a frozen dataclass, and its equations.
 
     Training, sampling and measuring use nothing of it but what stands here. `net` is called as net(x, t, y, cond) ->
-    prediction, with t (B,) float32 of order 1: whatever tells it how noisy x is, gamma in SR3, k/n in I2SB. Guidance,
-    counting and tiling wrap around it, so no method knows of them.
+    prediction, with t (B,) float32 of order 1: whatever tells it how noisy x is, gamma in SR3, k/n in I2SB; of a method
+    with two_times (B, 2). Guidance, counting and tiling wrap around it, so no method knows of them.
 
     The comment above or beside a field is its help on the command line, and what it is annotated with its type and
     bounds (support/bounds.py). The class's name in small letters, the field of Config and the choice of --method are
@@ -23,6 +23,8 @@ class Method:
     picture_steps = None  # steps of its own sampler that are enough for the pictures in training; None: its usual count
     has_ode = False  # whether `velocity` gives one
     no_ode = "has no ODE"  # what the error message says where it gives none
+    two_times = False  # whether the network is told a time and a span of time, t (B, 2)
+    guided = True  # whether classifier-free guidance of the network's output makes sense
     upscale = 1  # sides of the network's output in units of its input's
     # names of the fields that the network's training does not depend on, so that they may be changed when sampling
     free_at_sampling = ()

@@ -1,7 +1,4 @@
 """What a run trains on and what it shows: batches that are functions of the seed and the step."""
-from collections import defaultdict
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,7 +18,7 @@ class Batches:
         self.config, self.images, self.device = config, images, device
         self.rank, self.world = machine.processes()
         # of each piece's noise; they stay, since a CUDA graph knows them, and are seeded anew
-        self.streams = defaultdict(partial(torch.Generator, device))
+        self.streams = {}
         self.num_classes = len(images.classes) if config.unet_use_classes else 0
         if config.batch_size % self.world:
             raise SettingsError(f"batch_size = {config.batch_size}: allowed are multiples of {self.world}, "
@@ -40,7 +37,8 @@ class Batches:
         """`start`: the number of its first image in this process's share."""
         c = self.config
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
-        stream = self.streams[start].manual_seed(machine.hashed(("train", c.seed, step)))
+        stream = machine.stream(self.device, "train", c.seed, step, before=self.streams.get(start))
+        self.streams[start] = stream
         draws = Draws(stream, machine.stream("cpu", "host", c.seed, step), rows, c.batch_size)
         if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5

@@ -2,16 +2,12 @@
 
 A leaf module, as support/bounds.py is.
 """
-import errno
 import json
 import math
 import os
-import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
-
-from images import SettingsError
 
 
 def write_atomically(path: Path, write):
@@ -31,24 +27,6 @@ def write_atomically(path: Path, write):
             os.unlink(temporary)
         raise
     flush_folder(path.parent)
-
-
-def open_regular(path: Path, flags: int):
-    """The file, opened by these flags of os.open, without a buffer. No link is followed, and no pipe is waited for.
-
-    Raises OSError, and SettingsError where it is no regular file.
-    """
-    refused = f"{path}: is a link or no regular file; remove it"
-    try:
-        handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError as failure:
-        if failure.errno == errno.ELOOP:
-            raise SettingsError(refused) from None
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise SettingsError(refused)
-    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
 
 
 def make_folder(folder: Path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from images import SettingsError, one_line
 from images.files import save_png
-from support.disk import open_regular, write_atomically
+from support.disk import write_atomically
 from support.output import Attempts, warn
 
 PATIENCE = 10  # seconds that the run waits for a sink in a thread, when it starts and when it ends
@@ -131,7 +131,8 @@ class Files:
     def __init__(self, folder: Path, step: int, attempt: Attempts, again: bool = False):
         self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
         try:
-            with open_regular(self.lines, os.O_RDWR | os.O_CREAT) as file:
+            with open(self.lines, "a+b") as file:
+                file.seek(0)
                 content = file.read()
             if step:
                 self.cut(content, step, again)
@@ -160,8 +161,8 @@ class Files:
     def append(self, numbers: dict):
         """A whole line or nothing."""
         line = (json.dumps(numbers) + "\n").encode()
-        with open_regular(self.lines, os.O_RDWR | os.O_CREAT | os.O_APPEND) as f:
-            end = f.seek(0, os.SEEK_END)
+        with open(self.lines, "a+b", buffering=0) as f:
+            end = f.tell()
             if end:
                 f.seek(end - 1)
                 if f.read(1) != b"\n":  # half a line, of a process that was killed in the middle of it
@@ -179,7 +180,7 @@ class Files:
             save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def flush(self):
-        with suppress(OSError, SettingsError), open_regular(self.lines, os.O_RDWR) as f:
+        with suppress(OSError), open(self.lines, "rb") as f:
             os.fsync(f.fileno())
 
     def close(self):

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -34,9 +33,9 @@ def hashed(key: tuple) -> int:
     return random.Random(repr(key)).getrandbits(63)
 
 
-def stream(device: torch.device | str, *key) -> torch.Generator:
-    """A random stream of its own on `device`, a function of `key`."""
-    return torch.Generator(device).manual_seed(hashed(key))
+def stream(device: torch.device | str, *key, before: torch.Generator | None = None) -> torch.Generator:
+    """A random stream of its own on `device`, a function of `key`; `before`, if given, is the one that is seeded."""
+    return (before or torch.Generator(device)).manual_seed(hashed(key))
 
 
 # ------------------------------------------------------------------------------------------------ device and precision
@@ -85,8 +84,8 @@ def set_up(device: torch.device, precision: str = "auto") -> str:
 def keep_freed_memory():
     """From now on the C library keeps what is freed for the next tensor, if it is glibc and the user left it alone.
 
-    By default it hands large pieces back to the system, and each training step waits for tens of thousands of pages
-    that the system clears and maps again: benchmarks/README.md has what that takes.
+    Else each training step waits for tens of thousands of pages that the system clears and maps again
+    (benchmarks/README.md).
     """
     set_by_user = any(name.startswith(("GLIBC_TUNABLES", "MALLOC_")) for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or set_by_user:
@@ -174,20 +173,15 @@ def partition(named: str | None) -> tuple[int, int]:
 
 
 def join_processes(device: torch.device):
-    """Lets the processes talk; of one process it does nothing."""
+    """Lets the processes talk; of one process it does nothing. Raises SettingsError where the others do not come."""
     if processes()[1] > 1 and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None
         others = f"other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         alone = f"for one process alone: unset {' '.join(TORCHRUN)}"
-        waiting = threading.Timer(20, print, [f"waiting for the {others}; {alone}"])
-        waiting.daemon = True
-        waiting.start()
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         except (RuntimeError, ValueError, OSError) as failure:
             raise SettingsError(f"no {others} ({one_line(failure)[:100]}); {alone}") from None
-        finally:
-            waiting.cancel()
         # torchrun keeps its store when it starts lost processes again: they must not find the addresses of before
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # the others wait for the first one while it reads the data set, and while it samples

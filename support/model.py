@@ -2,6 +2,7 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from images.corruptions import Batch, cond_channels, task_names
 from images.pictures import grid, psnr, strip, titled
 from support.checkpoints import Run
 from support.disk import free_memory
-from support.machine import pick_device, processes
+from support.machine import autocast, pick_device, processes
 from unet import Counted, Guided, Unet
 
 COMPILE_FROM = 10_000  # steps: benchmarks/README.md has what compiling takes and saves
@@ -27,7 +28,8 @@ def make_unet(c, num_classes: int) -> Unet:
     upscale = c.chosen.upscale
     seen = c.channels + cond_channels(c.task, c.channels, c.condition) * upscale**2
     return Unet(seen, c.channels, dim=c.unet_channels, dim_mults=c.unet_dim_mults, num_classes=num_classes,
-                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, checkpointing=c.unet_checkpointing)
+                blocks=c.unet_blocks, dropout=c.unet_dropout, upscale=upscale, two_times=c.chosen.two_times,
+                checkpointing=c.unet_checkpointing)
 
 
 def make_players(c, net: nn.Module, num_classes: int) -> list:
@@ -77,11 +79,16 @@ def weights(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def compile_network(net: nn.Module, rehearse):
-    """torch.compile in place, tried by `rehearse()`: without a C++ compiler, say, it warns and leaves net as it was."""
+def compile_network(c, net: nn.Module, loss: Callable, batches: Callable, precision: str):
+    """torch.compile in place, tried on a batch; where a batch has one of several levels, on so many that all occur.
+
+    Without a C++ compiler, say, it warns and leaves net as it was.
+    """
     net.compile(dynamic=False)
     try:
-        rehearse()
+        for step in range(max(1, 8 * c.chosen.levels)):
+            with autocast(next(net.parameters()).device, precision):
+                loss(net, batches(step)[0]).mean().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # of whatever type the compiler raises

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from images import SettingsError, one_line
 from support import checkpoints, machine
-from support.disk import flush_folder, open_regular, write_atomically
+from support.disk import flush_folder, write_atomically
 from support.logs import Log
 from support.output import warn
 
@@ -70,9 +70,10 @@ class RunFolder:
             raise SettingsError(f"name = {path.name!r}: {path} holds something else than a run; allowed is a new name")
         self.lock = lock_folder(path)
 
-    def announce(self, c, images, num_classes: int, networks: list, precision: str, device: torch.device, step: int):
+    def announce(self, c, images, num_classes: int, players: list, precision: str, device: torch.device, step: int):
         """What is about to be trained, on what, where."""
-        millions = " + ".join(f"{sum(p.numel() for p in net.parameters()) / 1e6:.3g}M" for net in networks)
+        counts = [sum(p.numel() for p in player.module.parameters()) for player in players]
+        millions = " + ".join(f"{count / 1e6:.3g}M" for count in counts)
         world = machine.processes()[1]
         gpus = f" x {world}" if world > 1 else ""
         what = "overfitting one batch" if c.overfit else "training on batches"
@@ -91,9 +92,8 @@ class RunFolder:
         self.about = dict(config=asdict(config), classes=images.classes, pair_factor=images.pair_factor,
                           absolute_paths=checkpoints.absolute_paths(config), code=machine.code_version())
         remove_leftovers(self.path)
-        metrics = self.path / "metrics.jsonl"
         if not has_checkpoint(self.path):  # a run that died before its first checkpoint; this one writes the same lines
-            set_aside(metrics)
+            set_aside(self.path / "metrics.jsonl")
         elif "damaged" in state:  # else the next save would put it in the place of previous.pt, the good one
             set_aside(Path(state["damaged"]))
         self.write_settings()
@@ -234,10 +234,13 @@ def resumed_path(resume: str) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a trainer made it."""
-    with suppress(OSError, SettingsError), open_regular(folder / ".lock", os.O_RDONLY) as file:
-        if file.read(len(MARK)) == MARK:
-            return True
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+    return is_marked(folder) or (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
+def is_marked(folder: Path) -> bool:
+    with suppress(OSError):
+        return (folder / ".lock").read_bytes() == MARK
+    return False
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -253,15 +256,15 @@ def lock_folder(folder: Path):
     file = None
     try:
         import fcntl  # not on Windows
-        file = open_regular(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        file = open(folder / ".lock", "a+b", buffering=0)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None
     except (ImportError, OSError) as failure:
         warnings.warn(f"{folder} can't be locked ({one_line(failure)}): let no second trainer work in it")
-    if file and file.read(len(MARK)) != MARK:
+    if file and not is_marked(folder):
         with suppress(OSError):  # a full disk; what can't be written there is told by the next file
-            file.seek(0)
+            file.truncate(0)
             file.write(MARK)
     return file
 

@@ -17,7 +17,7 @@ QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
 
 @dataclass(kw_only=True)
 class MethodFlags:
-    """A flag for each setting of a method; UDPM and regression have none that sampling may change."""
+    """A flag for each setting of a method; UDPM, FlowMap and regression have none that sampling may change."""
 
     # settings of the run's method: as trained unless they are given, and those that the training fixed are refused
     interpolant: Interpolant = field(default_factory=Interpolant)
@@ -28,6 +28,8 @@ class MethodFlags:
 
 def check_guidance(run: Run, guidance: float):
     """Guidance starts from what the network says without a label. Raises SettingsError where that was not trained."""
+    if guidance != 1 and not run.config.chosen.guided:
+        raise SettingsError(f"guidance = {guidance}: allowed is 1 for {run.config.method}")
     if guidance != 1 and run.num_classes and not run.config.trains_null_label:
         raise SettingsError(f"guidance = {guidance}: allowed is 1, for images without labels were no part of the "
                             "training; train with --label-drop 0.1, and not on one batch")

@@ -82,9 +82,9 @@ PRESETS = {  # name: what differs from Config's defaults
 
 # fields of Config that say where a run is, how long it takes, what it shows and on what machine, not what it learns
 INCIDENTAL = (
-    "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_count", "sample_steps",
-    "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard", "wandb_project",
-    "wandb_entity", "device", "compile", "graph", "micro_batch")
+    "preset", "max_steps", "out_dir", "name", "resume", "data_path", "sample_every", "sample_at_start", "sample_count",
+    "sample_steps", "solver", "print_loss_every", "checkpoint_every", "keep_every", "use_wandb", "use_tensorboard",
+    "wandb_project", "wandb_entity", "device", "compile", "graph", "micro_batch")
 
 
 def from_plain(kind, plain: dict):
@@ -120,6 +120,8 @@ def check(c):
     if c.sampler == "dopri5" and c.sample_steps is not None:
         raise SettingsError(f"sample_steps = {c.sample_steps}: dopri5 chooses its own steps; "
                             "add --solver midpoint, or leave sample_steps out")
+    if c.guidance != 1 and not c.chosen.guided:
+        raise SettingsError(f"guidance = {c.guidance}: allowed is 1 for {c.method}")
     if c.guidance != 1 and not c.trains_null_label:
         raise SettingsError(f"guidance = {c.guidance}: allowed is 1 where no label is dropped in training; "
                             "--label-drop 0.1 drops a tenth of them")

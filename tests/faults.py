@@ -1,7 +1,7 @@
 """Kills runs of the trainer, starves them, damages their files; then sees whether anything was lost.
 
     python tests/faults.py                                   every fault; exit status 1 if anything was lost
-    python tests/faults.py --only kill full_disk --tries 40 --seed 7
+    python tests/faults.py --only kill signals --tries 40 --seed 7
 
 A fault is survived where the same command, given again, ends with the bits of a run that was never interrupted: all
 checkpoints, metrics.jsonl but for its clocks, pictures. Where only a logger fails, the run has to come to its end by
@@ -15,11 +15,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,12 +35,11 @@ from trainer import Trainer
 
 METHODS = {"interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "edm": "",
            "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-           "regression": "--solver auto --sample-steps 1"}
+           "flowmap": "--solver auto --sample-steps 1", "regression": "--solver auto --sample-steps 1"}
 # everything that draws random numbers is switched on, and nothing falls on the same steps as everything else
 STEPS = ("--no-overfit --unet-dropout 0.1 --label-drop 0.3 --warmup-steps 10 --max-steps 12 --sample-every 4 "
          "--print-loss-every 3 --checkpoint-every 2 --keep-every 4")
 PATIENCE = 100  # seconds after which a process that should have ended counts as hanging
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # who may mount a disk
 
 
 class Lost(AssertionError):
@@ -207,26 +204,6 @@ def pictures(folder: Path):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "ab"[i % 2] / f"{i:02d}.png")
 
 
-@contextmanager
-def disk(folder: Path, megabytes: int):
-    """A disk of its own at `folder`, for root alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "faults", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def fill(ballast: Path):
-    """Takes what room the disk has left, to the last byte."""
-    with open(ballast, "ab", buffering=0) as f:
-        for size in (2**16, 2**12, 1):
-            with suppress(OSError):
-                while True:
-                    f.write(bytes(size))
-
-
 # -------------------------------------------------------------------------------------------------- a process, inside
 
 def live(arguments, out, err, ready, preludes, env):
@@ -275,17 +252,6 @@ def die_at_call(count: int, folder: Path):
     on_calls(folder, lambda: next(calls) == count and os.kill(os.getpid(), signal.SIGKILL))
 
 
-def lose_folder(count: int, folder: Path, moved: Path | None):
-    """Just before the call of that count the folder is renamed, or removed where `moved` is None."""
-    calls = itertools.count(1)
-
-    def lose():
-        if next(calls) == count and folder.exists():
-            shutil.rmtree(folder) if moved is None else folder.rename(moved)
-
-    on_calls(folder, lose)
-
-
 def in_step(first: int, last: int, before, after=lambda trainer: None):
     """Calls before(trainer) and after(trainer) around the training steps first to last, counted from 1."""
     original = Trainer.train_step
@@ -301,8 +267,8 @@ def in_step(first: int, last: int, before, after=lambda trainer: None):
     Trainer.train_step = train_step
 
 
-def die_in_step(step: int, number: int = signal.SIGKILL):
-    in_step(step, step, lambda trainer: os.kill(os.getpid(), number))
+def die_in_step(step: int):
+    in_step(step, step, lambda trainer: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def poison(what: str, value: float, first: int, last: int):
@@ -359,14 +325,6 @@ def signals(place: Place):
     place.finish()
 
 
-def before_pictures(place: Place):
-    """SIGTERM in a step that would be followed by pictures, then kill -9 as files are changed"""
-    place.start((die_in_step, place.chance.choice([4, 8, 12]), signal.SIGTERM)).end(128 + signal.SIGTERM)
-    for _ in range(2):
-        place.die_at_some_call(30)
-    place.finish()
-
-
 def long_files(place: Place):
     """no file may be longer than some bytes (EFBIG), then it may"""
     size = int(10 ** place.chance.uniform(1, 5.7))
@@ -377,33 +335,6 @@ def long_files(place: Place):
         if status == 2:
             victim.refused()
     place.finish()
-
-
-def full_disk(place: Place):
-    """the disk is full from a random moment on (ENOSPC), then there is room again"""
-    with disk(place.folder / "out", 16):
-        victim, ballast = place.start(), place.folder / "out" / "ballast"
-        place.nap()
-        while victim.process.exitcode is None:
-            fill(ballast)
-            time.sleep(0.002)
-        if victim.end(0, 1, 2):
-            victim.expect_said("No space left")
-        ballast.unlink(missing_ok=True)
-        place.finish()
-
-
-def folder_gone(place: Place):
-    """the run's folder is renamed or removed while it runs"""
-    moved = place.folder / "moved" if place.chance.random() < 0.5 else None
-    count, last = place.chance.randint(10, place.straight().calls), "checkpoints/last.pt"
-    if place.start((lose_folder, count, place.run, moved)).end(0, 1) == 0:
-        ours, theirs = (state(run / last) for run in (place.run, place.straight().run))
-        expect(all(equal(ours[key], theirs[key]) for key in theirs), "last.pt is not what it should be")
-    if moved:  # it is as good as the folder of a run that was killed
-        shutil.rmtree(place.run, ignore_errors=True)
-        moved.rename(place.run)
-        place.finish()
 
 
 def dead_logger(place: Place, hangs: bool = False):
@@ -539,9 +470,8 @@ def one_of_two(place: Place):
 
 
 FAULTS = {function.__name__: function for function in (
-    kill, kill_between_files, signals, before_pictures, long_files, full_disk, folder_gone, dead_logger, frozen_logger,
-    bad_gradients, bad_state, divergence, damaged_checkpoint, damaged_checkpoints, damaged_metrics, two_trainers,
-    one_of_two)}
+    kill, kill_between_files, signals, long_files, dead_logger, frozen_logger, bad_gradients, bad_state, divergence,
+    damaged_checkpoint, damaged_checkpoints, damaged_metrics, two_trainers, one_of_two)}
 
 
 def attempt(name: str, number: int, seed, folder: Path) -> str | None:
@@ -571,9 +501,6 @@ def main() -> int:
     rows = ["| fault | tries | survived | lost |", "|---|---|---|---|"]
     for name in asked.only:
         text, lost[name] = FAULTS[name].__doc__, 0
-        if name == "full_disk" and not ROOT:
-            rows.append(f"| {text} | skipped: needs root | | |")
-            continue
         for number in range(asked.tries):
             if reason := attempt(name, number, asked.seed, folder):
                 lost[name] += 1

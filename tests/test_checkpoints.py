@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 import trainer
 from images import SettingsError
 from runs import FINISHED, TINY, at_step, checkpoint, linux, one_line, resume, same, start
-from support import checkpoints, run_folder
+from support import run_folder
 from support.health import Health
 from trainer import Config
 
@@ -66,22 +65,6 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path, monk
     same(torch.load(run / "checkpoints" / "step_000002.pt", weights_only=True), checkpoint(straight))
 
 
-def test_a_run_that_breaks_off_leaves_when_its_checkpoint_is_written(tmp_path, monkeypatch):
-    original = trainer.checkpoints.save_checkpoint
-
-    def slow(*arguments):
-        time.sleep(0.5)
-        return original(*arguments)
-
-    def breaks():
-        raise FloatingPointError("a test says so")
-
-    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", slow)
-    at_step(monkeypatch, 3, breaks)
-    run = start(tmp_path, FINISHED, status=1)
-    assert checkpoint(run)["step"] == 2
-
-
 # ------------------------------------------------------------------------------------------- shortages of the moment
 
 def allocator(*_):
@@ -122,15 +105,6 @@ def test_no_memory_for_a_step_is_one_line(tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 3, allocator)
     run = start(tmp_path, FINISHED, status=1)
     assert "out of memory; lower batch_size" in one_line(capsys) and checkpoint(run)["step"] == 2
-
-
-def test_a_working_directory_that_is_gone_costs_nothing(tmp_path, monkeypatch, folder, finished):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    at_step(monkeypatch, 3, lambda: shutil.rmtree(tmp_path / "here"))
-    run = start(tmp_path / "out", f"{FINISHED} --data-path relative")
-    same(checkpoint(run), checkpoint(finished))
-    assert checkpoint(run)["absolute_paths"]["data_path"] == str(tmp_path / "here" / "relative")
 
 
 def test_a_network_is_measured_before_it_takes_memory(tmp_path, capsys):
@@ -218,16 +192,6 @@ def test_a_checkpoint_with_nonsense_in_it_is_one_line(copy, capsys, change, word
     resume(copy, "--max-steps 6", status=2)
     error = one_line(capsys)
     assert all(word in error for word in words), error
-
-
-def test_a_checkpoint_that_may_not_be_read_is_one_line(copy, monkeypatch, capsys):
-    def refused(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", refused)
-    capsys.readouterr()
-    resume(copy, "--max-steps 6", status=2)
-    assert "last.pt can't be read (Permission denied)" in one_line(capsys)
 
 
 # ---------------------------------------------------------------------------------------------- one trainer a folder

@@ -13,7 +13,7 @@ import evaluate
 import trainer
 from benchmarks import record
 from evaluation import errors, report
-from runs import linux, until
+from runs import at_step, metrics
 
 NETWORK = ("--image-size 16 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 --sample-count 2 "
            "--integration-atol 0.1 --integration-rtol 0.1 --no-use-wandb --precision fp32 --print-loss-every 2")
@@ -24,7 +24,7 @@ def command(folder, out, flags="", more=""):
             f"--metrics psnr bias --device cpu --output {out} {flags} -- {NETWORK} {more}").split()
 
 
-def in_process(command, job, work):
+def in_process(command, signals):
     """compare.call without a process of its own: imports take seconds."""
     main = trainer.main if command[0] == "trainer.py" else evaluate.main
     return main(command[1:])
@@ -73,63 +73,59 @@ def test_what_is_done_is_skipped(compared, folder, monkeypatch, capsys):
 def test_figures_of_another_measuring_are_not_kept(compared, folder, tmp_path, monkeypatch):
     out, asked = shutil.copytree(compared, tmp_path / "out"), []
 
-    def measure(command, job, work):
-        asked.append((command[0], job.name))
-        return in_process(command, job, work)
+    def measure(command, signals):
+        asked.append(command[0])
+        return in_process(command, signals)
 
     monkeypatch.setattr(compare, "call", measure)
-    for flags, rows in (("--nfe 2", 1), ("--nfe 2 --count 3", 1), ("--nfe 2 --count 3 --metrics psnr", 1)):
+    for flags, rows in (("--nfe 2", 1), ("--nfe 2 --count 3", 1)):
         before = figures(out)["interpolant-seed0"]
         assert compare.main(command(folder, out, f"--methods interpolant {flags}")) == 0
         after = figures(out)["interpolant-seed0"]
         assert len(after) == rows and after != before
-    assert asked == [("trainer.py", "interpolant-seed0"), ("evaluate.py", "interpolant-seed0")] * 3
+    assert asked == ["trainer.py", "evaluate.py"] * 2
 
 
-def begun(folder, out, process, flags, more=""):
-    """compare.main in a process of its own, whose trainer has begun its steps."""
-    flags = command(folder, out, f"--methods interpolant {flags}", more)
-    first = process(compare.main, flags, env=dict(OMP_NUM_THREADS="1"))
-    until((out / "interpolant-seed0" / "metrics.jsonl").exists, first)
-    return first
+def test_stopped_in_the_middle_and_run_again(compared, folder, tmp_path, monkeypatch, capsys):
+    """A signal in training ends the trainer, which saves, and the comparison; then the rest, to the same figures."""
+    def stopped(command, signals):
+        status = in_process(command, signals)
+        signals.number = status - 128 if status > 128 else 0
+        return status
 
-
-def test_stopped_in_the_middle_and_run_again(compared, folder, tmp_path, process, monkeypatch):
-    """With real processes: a signal in training ends the trainer, which saves; then the rest, to the same figures."""
     out = tmp_path / "out"
-    first = begun(folder, out, process, "", "--sample-every 3")
-    os.kill(first.pid, signal.SIGTERM)
-    first.join(60)
-    assert first.exitcode == 143 and "the same command goes on" in first.log.read_text()
-    assert not figures(out)
-    monkeypatch.setattr(compare, "call", in_process)
-    assert compare.main(command(folder, out, "--methods interpolant", "--sample-every 3")) == 0
+    monkeypatch.setattr(compare, "call", stopped)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert compare.main(command(folder, out, "--methods interpolant")) == 143
+    assert "SIGTERM: the same command goes on" in capsys.readouterr().err
+    assert not figures(out) and metrics(out / "interpolant-seed0")[-1]["step"] < 6
+    assert compare.main(command(folder, out, "--methods interpolant")) == 0
     assert figures(out)["interpolant-seed0"] == figures(compared)["interpolant-seed0"]
 
 
-@linux
-def test_a_trainer_does_not_outlive_the_comparison(folder, tmp_path, process):
-    out = tmp_path / "out"
-    first = begun(folder, out, process, "--images 36000", "--sample-every 9000")
-    os.kill(first.pid, signal.SIGKILL)
-    log = out / "logs" / "interpolant-seed0.txt"
-    until(lambda: "go on with: " in log.read_text(), seconds=60)  # it was told to stop, and has saved
+def test_a_command_is_told_of_the_signal_that_comes(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text("import signal, sys, time\n"
+                      "signal.signal(signal.SIGHUP, lambda *_: sys.exit(int(sys.argv[1])))\n"
+                      f"open({str(tmp_path / 'ready')!r}, 'w')\n"
+                      "time.sleep(60)\n")
+
+    class Signals:
+        @property
+        def number(self):
+            return signal.SIGHUP if (tmp_path / "ready").exists() else 0
+
+    assert compare.call([str(script), "7"], Signals()) == 7
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, process, monkeypatch, capsys):
-    """The trainer's own last line is told, whatever a trainer of before still says."""
-    call = compare.call
-
-    def failing(command, job, work):
-        if job.method == "interpolant":
-            job.log.write_text("of an earlier trainer\n")
-            return call(["trainer.py", "--max-steps", "none"], job, work)
-        return in_process(command, job, work)
+def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, monkeypatch, capsys):
+    def failing(command, signals):
+        return 2 if "interpolant-seed0" in command else in_process(command, signals)
 
     monkeypatch.setattr(compare, "call", failing)
     assert compare.main(command(folder, tmp_path / "out")) == 1
-    error = capsys.readouterr().err
-    assert "interpolant-seed0 failed with exit status 2: trainer.py: " in error and "earlier" not in error
+    assert "interpolant-seed0 failed with exit status 2" in capsys.readouterr().err
     assert list(figures(tmp_path / "out")) == ["regression-seed0"]
 
 
@@ -138,7 +134,8 @@ def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, process, 
     ("--images 0", "", "images = 0"),
     ("--seeds 0 0", "", "seeds = (0, 0)"), ("--nfe 0", "", "nfe = (0,)"), ("", "--seed 3", "--seed after --"),
     ("", "--batch_size=8", "--batch_size=8 after --"), ("", "--base-lr 0", "base_lr = 0"),
-    ("", "--base-lr 0.5", "it has base_lr 0.001, not 0.5"), ("--images 8", "", "it has 6 steps, not 2")])
+    ("", "--base-lr 0.5", "not ['--image-size'"), ("--task jpeg", "", "task = 'sr', not 'jpeg'"),
+    ("--images 8", "", "6 steps of interpolant, not 2")])
 def test_what_is_refused_in_one_line(compared, folder, capsys, flags, more, said):
     assert compare.main(command(folder, compared, flags, more)) == 2
     error = capsys.readouterr().err
@@ -146,11 +143,19 @@ def test_what_is_refused_in_one_line(compared, folder, capsys, flags, more, said
 
 
 def test_equal_flops_are_fewer_images_of_a_larger_network(folder, tmp_path):
-    more = [*NETWORK.split(), "--udpm.lpips-weight", "0", "0", "0"]
-    o = compare.Options(dataset=str(folder), device="cpu", output=str(tmp_path))
-    small = compare.flops_per_image(o, "i2sb", more)
-    wide = compare.flops_per_image(o, "i2sb", [*more, "--unet-channels", "16"])
-    assert small == compare.flops_per_image(o, "edm", more) and 1.5 < wide / small < 4.5
+    def steps(flops, *more):
+        flags = ["--methods", "i2sb", "edm", "--flops", flops, "--output", str(tmp_path / f"out{len(more)}")]
+        return [job.steps for job in compare.plan(*parsed(folder, flags, more))]
+
+    i2sb, edm = steps("1e12")
+    wide, _ = steps("1e12", "--unet-channels", "16")
+    assert i2sb == edm and 1.5 < i2sb / wide < 4.5
+
+
+def parsed(folder, flags, more):
+    """What compare.main hands to compare.plan."""
+    o = compare.parse(compare.Options, ["--dataset", str(folder), "--batch-size", "4", "--device", "cpu", *flags], "")
+    return o, [*NETWORK.split(), *more]
 
 
 # ------------------------------------------------------------------------------------------ seeds, errors, ties, plots

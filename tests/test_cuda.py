@@ -15,6 +15,7 @@ GPU = "--device cuda --precision fp32 --unet-dropout 0.1"
 METHODS = {
     "interpolant": "--solver midpoint --sample-steps 2", "sr3": "--solver auto --sample-steps 3",
     "i2sb": "--solver auto --sample-steps 3", "edm": "--task generate --solver auto --sample-steps 2",
+    "flowmap": "--solver auto --sample-steps 2",
     "regression": "--solver auto --sample-steps 1",
     "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8"}
 

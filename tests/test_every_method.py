@@ -2,8 +2,10 @@
 bit for bit."""
 
 import contextlib
+from collections import defaultdict
 from itertools import cycle, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -26,9 +28,10 @@ METHODS = {  # few network evaluations, and no download
     "i2sb": "--sample-steps 3",
     "edm": "--sample-steps 2",
     "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+    "flowmap": "--sample-steps 2",
     "regression": "",
 }
-NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "regression": 1}
+NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "flowmap": 2, "regression": 1}
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +158,9 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
                             paired_path=str(pictures / "damaged") if task == "paired" else None, use_wandb=False,
                             compile="off", out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
     monkeypatch.setattr(trainer.machine, "pick_device", lambda name: torch.device("meta"))
-    monkeypatch.setattr(trainer.machine, "stream", lambda *_: None)  # there are none on this device
+    monkeypatch.setattr(trainer.machine, "stream", lambda *_, **__: None)  # there are none on this device
     run = Trainer(config)
+    run.batches.streams = defaultdict(lambda: SimpleNamespace(manual_seed=lambda seed: None))
     run.train_step()  # makes tables that stay on the device
     with Copies() as copies:
         run.train_step()

@@ -121,7 +121,7 @@ RECORDED = {
     "wandb_entity": "me", "device": "cpu", "compile": "off", "graph": False, "use_tensorboard": False,
     "use_wandb": False}
 # tested above, or of another task, data set or method
-ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "regression"}
+ELSEWHERE = {"name", "crop", "resume", "paired_path", "sr3", "i2sb", "edm", "udpm", "flowmap", "regression"}
 
 
 def flag(name, value) -> str:

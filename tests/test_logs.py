@@ -93,19 +93,6 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, capsys):
         "warning: metrics.jsonl failed (File too large); the run goes on without it", "metrics.jsonl works again"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path, copy, capsys, name, kind):
-    target = tmp_path / "other"
-    target.write_text("somebody's")
-    (copy / name).unlink()
-    (copy / name).symlink_to(target) if kind == "link" else os.mkfifo(copy / name)
-    capsys.readouterr()
-    resume(copy, "--max-steps 6", status=2)
-    assert f"{copy / name}: is a link or no regular file" in one_line(capsys)
-    assert target.read_text() == "somebody's" and checkpoint(copy)["step"] == 4
-
-
 def test_files_that_cannot_be_written_are_one_line_at_the_start(tmp_path, copy, capsys):
     for name in ("metrics.jsonl", "config.json"):
         run = shutil.copytree(copy, tmp_path / f"without-{name}")

@@ -1,11 +1,7 @@
 """A batch in one piece, in several, or shared by processes: the same noise, the same gradients to rounding."""
-import math
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -40,21 +36,35 @@ def recorded(arguments, record):
         Trainer.train_step = original
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_pieces_and_processes_have_the_gradients_of_one_piece(tmp_path, process, method):
-    def arguments(name, more=""):
-        return f"{TINY} {FLAGS} {METHODS[method]} --out-dir {tmp_path}/{name} {more}".split()
+def flags(out, method, more="") -> list[str]:
+    return f"{TINY} {FLAGS} {METHODS[method]} --out-dir {out} {more}".split()
 
-    together(process, recorded, *((arguments("pair"), tmp_path / f"pair-{rank}") for rank in range(2)))
-    assert recorded(arguments("whole"), tmp_path / "whole-0") == 0
-    assert recorded(arguments("pieces", "--micro-batch 4"), tmp_path / "pieces-0") == 0  # 4 and 2 images
-    whole, *others = (torch.load(tmp_path / name) for name in ("whole-0", "pieces-0", "pair-0", "pair-1"))
+
+def same_step(folder, *names):
+    """The gradients and the loss that the runs of these names left are equal, to rounding."""
+    whole, *others = (torch.load(folder / f"{name}.pt") for name in names)
     largest = max(grad.abs().max() for grad in whole.values())
     for other in others:
         for name, grad in whole.items():
             assert (other[name] - grad).abs().max() < 1e-5 * largest, name
-    losses = {metrics(next((tmp_path / name).iterdir()))[0]["loss"] for name in ("whole", "pieces", "pair")}
+    losses = {metrics(next(folder.glob(f"{name}-out/*")))[0]["loss"] for name in names}
     assert max(losses) - min(losses) < 2e-5 * max(losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_have_the_gradients_of_one_piece(tmp_path, method):
+    for name, more in (("whole", ""), ("pieces", "--micro-batch 4")):  # 4 and 2 images
+        assert recorded(flags(tmp_path / f"{name}-out", method, more), tmp_path / f"{name}.pt") == 0
+    same_step(tmp_path, "whole", "pieces")
+
+
+def test_processes_have_the_gradients_of_one(tmp_path, process):
+    pair = flags(tmp_path / "pair-out", "interpolant")
+    together(process, recorded, (pair, tmp_path / "pair.pt"), (pair, tmp_path / "other.pt"))
+    assert recorded(flags(tmp_path / "whole-out", "interpolant"), tmp_path / "whole.pt") == 0
+    same_step(tmp_path, "whole", "pair")
+    one, other = (torch.load(tmp_path / name) for name in ("pair.pt", "other.pt"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_both_players_of_udpm_train_in_two_processes_with_pieces(tmp_path, process):
@@ -93,11 +103,10 @@ def test_draws_are_the_rows_of_the_whole(rows, shape):
 
 
 @pytest.mark.parametrize("more, said", [
-    ("--seed 1", "process 1 differs from process 0 in seed"), ("--dataset OTHER", "in dataset, images"),
-    ("--init RUN", "in init")])
-def test_processes_that_differ_end_in_one_line(tmp_path, process, folder, finished, more, said):
-    """One was started with another seed, other images, or from another state: no step is made."""
-    more = more.replace("OTHER", str(folder)).replace("RUN", str(finished))
+    ("--seed 1", "process 1 differs from process 0 in seed"), ("--dataset OTHER", "in dataset, images")])
+def test_processes_that_differ_end_in_one_line(tmp_path, process, folder, more, said):
+    """One was started with another seed or other images: no step is made."""
+    more = more.replace("OTHER", str(folder))
     flags = f"{TINY} --batch-size 4 --max-steps 6 --out-dir {tmp_path}/out"
     logs = together(process, trainer.main, *((f"{flags} {other}".split(),) for other in ("", more)), status=2)
     assert all(said in log and "Traceback" not in log and "allowed are the same" in log for log in logs), logs
@@ -115,29 +124,24 @@ def test_a_process_that_dies_ends_the_other_in_one_line(tmp_path, process):
     assert said.count("another process has ended") == 1
 
 
-def test_a_lost_process_is_made_good_by_torchrun(tmp_path):
+def torchrun(arguments, port):
+    from torch.distributed.run import main
+
+    main(["--nproc-per-node", "2", "--max-restarts", "3", "--master-port", port, str(TRAINER), *arguments])
+
+
+def test_a_lost_process_is_made_good_by_torchrun(tmp_path, process):
     """One of two is killed: torchrun starts both again, and by its name the run goes on from its checkpoint."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
-               "--master-port", ranks(1)[0]["MASTER_PORT"], str(TRAINER)]
-    flags = f"{TINY} --max-steps 120 --checkpoint-every 5 --print-loss-every 10 --sample-every 1000 --name lost"
-    with open(tmp_path / "log", "wb") as log:
-        run = subprocess.Popen([*command, *flags.split(), "--out-dir", str(tmp_path)], stdout=log, stderr=log,
-                               env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
-    try:
-        end, killed = time.monotonic() + 150, False
-        while run.poll() is None and time.monotonic() < end:
-            if not killed and (tmp_path / "lost/checkpoints/previous.pt").exists():
-                os.kill(worker(run.pid), signal.SIGKILL)
-                killed = True
-            time.sleep(0.05)
-        said = (tmp_path / "log").read_text()
-        assert run.poll() == 0 and killed, said
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    first, second = re.findall(r"steps ([\d,]+) to 120", said)
-    assert first == "0" and int(second) >= 5 and checkpoint(tmp_path / "lost")["step"] == 120
-    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "lost") if "loss" in line)
+    flags = (f"{TINY} --max-steps 60 --checkpoint-every 5 --print-loss-every 10 --sample-every 1000 --name lost "
+             f"--out-dir {tmp_path}")
+    run = process(torchrun, flags.split(), ranks(1)[0]["MASTER_PORT"], env=dict(OMP_NUM_THREADS="1"))
+    until((tmp_path / "lost/checkpoints/previous.pt").exists, run)
+    os.kill(worker(run.pid), signal.SIGKILL)
+    run.join(120)
+    said = run.log.read_text()
+    assert run.exitcode == 0, said
+    first, second = re.findall(r"steps ([\d,]+) to 60", said)
+    assert first == "0" and int(second) >= 5 and checkpoint(tmp_path / "lost")["step"] == 60
 
 
 def worker(agent: int) -> int:

@@ -57,18 +57,16 @@ def test_resume_by_folder_or_file_wherever_it_lies(tmp_path, copy, capsys):
 
 
 def damage_file(path, damage):
-    if damage == "another object":
-        torch.save([1, 2], path)
-    elif damage == "another program's":
+    content = path.read_bytes()
+    path.unlink()  # previous.pt may be the same file
+    if damage == "another program's":
         torch.save({"model": torch.zeros(2), "step": 7}, path)
     else:
-        content = path.read_bytes()
         flipped = content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:]  # one bit, in somebody's weights
-        path.unlink()  # previous.pt may be the same file
-        path.write_bytes(dict(truncated=content[:-2000], flipped=flipped, empty=b"", text=b"epoch 3\n")[damage])
+        path.write_bytes(dict(truncated=content[:-2000], flipped=flipped)[damage])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "another object", "another program's"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "another program's"])
 def test_the_checkpoint_before_takes_a_damaged_ones_place(copy, capsys, damage):
     last, straight = copy / "checkpoints" / "last.pt", checkpoint(copy)
     damage_file(last, damage)
@@ -268,7 +266,7 @@ def interrupted(arguments, rank, moment):
     return trainer.main(arguments)
 
 
-@pytest.mark.parametrize("moment, every, stops_at", [("in the step", 1, 2), ("between", 1, 3), ("in the step", 50, 10)])
+@pytest.mark.parametrize("moment, every, stops_at", [("between", 1, 3), ("in the step", 50, 10)])
 def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, moment, every, stops_at):
     arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000 --print-loss-every {every}".split()
     together(process, interrupted, *((arguments, rank, moment) for rank in range(2)), status=143)
