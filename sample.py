@@ -41,7 +41,7 @@ from support.progress import Progress
 from support.restorer import Restorer, output_folder
 from support.sampler_settings import MethodFlags, given_flags
 from support.trace import Frames, save_trace
-from support.trained_model import Model, batched
+from support.trained_model import Model, Precision, Solver, batched
 from trainer import Config
 
 GRID = 1024  # images that grid.png shows
@@ -71,13 +71,12 @@ class Options(MethodFlags):
     seed: Seed = 0  # seed of the noise
     # solver of the method's ODE; auto: the method's own sampler; None: as the run, but for an interpolant midpoint in 5
     # steps, which ends within one grey level of dopri5 at a tenth of the evaluations (benchmarks/README.md)
-    solver: Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None = None
+    solver: Solver | None = None
     steps: Count | None = None  # steps of the sampler; None: as the run
     tolerance: Positive | None = None  # tolerance of dopri5, absolute and relative; None: as the run
     ema: bool = True  # averaged weights; --no-ema: the raw ones
     trace: bool = False  # pictures of the iterative process too: a strip (states above clean estimates) and a GIF
     interpolate: tuple[int, int] | None = None  # two seeds: images, or draws, go from the noise of one to the other's
-    swap: tuple[int, int] | None = None  # UDPM: LEVEL SEED, that level's noise is the other seed's
     perturb: tuple[int, float] | None = None  # UDPM: LEVEL STRENGTH (0 to 1), that level's noise is redrawn in part
 
     # factor by which the result is larger; 1 restores at the image's own size. One that the run does not know, as 3 or
@@ -90,15 +89,15 @@ class Options(MethodFlags):
     masks: str | None = None
     # restorations of each image; also writes their mean, and their standard deviation (white: 32 or more of 255 levels)
     draws: Annotated[int, between(1, 10**6)] = 1
-    # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network:
-    # up to there one piece is better, and cheaper. None: the side trained on; 0: one piece always
+    # side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the network;
+    # 0: one piece always. None: the side trained on, or 256 after training on parts of photographs
     tile: Annotated[int, between(0, 10**9)] | None = None
 
     # images at a time; those larger than trained on count as several
     batch_size: Annotated[int, between(1, MAX_BATCH)] = 64
     partition: str | None = None  # share of the images: 2/4 is that of the third of four processes; None: torchrun's
     device: str = "auto"  # device: auto (cuda if there is one), cuda, cuda:1 or cpu
-    precision: Literal["auto", "bf16", "fp16", "fp32"] | None = None  # precision of the activations; None: as the run
+    precision: Precision | None = None  # precision of the activations; None: as the run
 
     def check(self):
         """Raises SettingsError, one line that names field, value and what is allowed."""
@@ -113,13 +112,12 @@ class Options(MethodFlags):
         need("draws", lambda n: n == 1 or self.input, "more than 1 with --input only")
         for name in ("interpolate", "perturb"):  # the first is the one that the others differ from
             need(name, lambda _: max(self.draws, self.count or 1) > 1, "with --count or --draws above 1 only")
-        need("interpolate", lambda _: not self.swap and not self.perturb, "one of --interpolate, --swap and --perturb")
-        need("swap", lambda _: not self.perturb, "one of --interpolate, --swap and --perturb")
+        need("interpolate", lambda _: not self.perturb, "None with --perturb")
         need("perturb", lambda edit: 0 <= edit[1] <= 1, "a level, and a strength from 0 to 1")
         need("input", all, "paths")
         need("output", lambda path: path != "", "a path")
         need("masks", lambda _: self.input, "a path, with --input only")
-        need("factor", lambda f: self.input and f >= 1, "1 or more, with --input only")
+        need("factor", lambda _: self.input, "a number with --input only")
         need("before_after", lambda which: which != "on" or self.input, "on with --input only")
         need("half", lambda half: not half or self.export, "True with --export only")
         need("output", lambda path: self.input or Path(path).suffix.lower() not in ENDINGS, "a folder")
@@ -166,7 +164,7 @@ def generate(o: Options, model: Model) -> int:
             if of == 1 and done % count < of_each:
                 shown.append(picture)
             done += 1
-        progress.bar.update(len(some))
+        progress.finished(len(some))
     print(f"{len(mine)} images in {folder}: {progress.cost()}")
     if of > 1:
         return 0
@@ -188,16 +186,6 @@ def export_model(o: Options) -> int:
     return 0
 
 
-def network_factor(o: Options, run) -> int | None:
-    """How many times larger the network makes the images: --factor, or the next larger one that it knows."""
-    known = run.config.damage.factors(run.config.task, run.pair_factor)
-    if o.factor is None:
-        return None
-    if o.factor > max(known) or o.factor == 1 and 1 not in known:
-        raise SettingsError(f"factor = {o.factor:g}: allowed is {'1 to' if 1 in known else 'up to'} {max(known)}")
-    return min(factor for factor in known if factor >= o.factor)
-
-
 def run(o: Options, arguments: list[str]) -> int:
     if o.export:
         return export_model(o)
@@ -205,8 +193,8 @@ def run(o: Options, arguments: list[str]) -> int:
     c = opened.config
     settings = {c.method: given_flags(o, arguments, c, {c.method})}
     model = Model(opened, ema=o.ema, solver=o.solver, steps=o.steps, tolerance=o.tolerance, guidance=o.guidance,
-                  factor=network_factor(o, opened), tile=o.tile, batch_size=o.batch_size, device=o.device,
-                  precision=o.precision, **settings)
+                  factor=o.factor, tile=o.tile, batch_size=o.batch_size, device=o.device, precision=o.precision,
+                  **settings)
     if model.num_classes and not c.trains_null_label and o.label is None:
         print("note: images without labels were no part of the training; give a --label")
     return Restorer(o, model).run() if o.input else generate(o, model)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 HEAD = 32  # channels of an attention head
 OVERLAP = 24  # pixels that neighbouring tiles share, see docs/sampling.md
@@ -313,8 +312,7 @@ class Tiled:
             at = [[slice(s.start // scale, s.stop // scale) for s, _ in tile] for tile in some]
             return None if z is None else torch.cat([z[:, :, down, across] for down, across in at])
 
-        for k in tqdm(range(0, len(tiles), most), "tiles", leave=False, disable=None, dynamic_ncols=True):
-            some = tiles[k:k + most]
+        for some in (tiles[k:k + most] for k in range(0, len(tiles), most)):
             labels = None if y is None else y.repeat(len(some))
             made = self.net(cut(x, some), torch.cat([t] * len(some)), labels, cut(cond, some)).chunk(len(some))
             for ((down, v), (across, w)), tile in zip(some, made):

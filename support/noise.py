@@ -60,7 +60,7 @@ def between_seeds(a: int, b: int, i: int, n: int, name: str) -> list[tuple]:
     return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]
 
 
-def other_level(levels: int, level: int, share: float, key: tuple, other: tuple) -> list[tuple]:
+def perturbed(levels: int, level: int, share: float, key: tuple, other: tuple) -> list[tuple]:
     """A row of NoisePerImage: UDPM's latent of `key`, of which `other` gives a share, 0 to 1, of one level's noise.
 
     Raises SettingsError where the method does not have that level.
@@ -69,23 +69,16 @@ def other_level(levels: int, level: int, share: float, key: tuple, other: tuple)
         allowed = f"1 to {levels}" if levels else "one of a run of UDPM only"
         raise SettingsError(f"level = {level}: allowed is {allowed}")
     edited = levels - level  # the coarsest map is drawn first
-
-    def weight(draw: int) -> float:
-        return share if draw == edited else 0.0
-
-    return [(lambda draw: math.sqrt(1 - weight(draw) ** 2), key), (weight, other)]
+    return [(lambda draw: math.sqrt(1 - share**2) if draw == edited else 1.0, key),
+            (lambda draw: share if draw == edited else 0.0, other)]
 
 
 def noise_of(o, model, name: str, i: int, n: int) -> list[tuple]:
     """A row of NoisePerImage by sample.py's Options, for the i-th of an input's n images. Raises SettingsError."""
-    levels = model.config.chosen.levels
     if o.interpolate is not None:
         return between_seeds(*o.interpolate, i, n, name)
-    if o.swap is not None:
-        level, seed = o.swap
-        return other_level(levels, level, 1.0, (o.seed, name, i), (seed, name, i))
     if o.perturb is not None:
         level, strength = o.perturb
         share = strength if i else 0.0  # the first image is shown as it was
-        return other_level(levels, level, share, (o.seed, name, 0), (o.seed, name, "redrawn", i))
+        return perturbed(model.config.chosen.levels, level, share, (o.seed, name, 0), (o.seed, name, "redrawn", i))
     return [(1.0, (o.seed, name, i))]

@@ -5,18 +5,28 @@ from tqdm import tqdm
 
 from support.trained_model import Model
 
+FORMAT = "{percentage:3.0f}%|{bar}| {n:.4g} of {total} images [{elapsed}, {remaining} left]"
+
 
 class Progress:
-    """A bar that also moves while a large image is made, and what an image took."""
+    """A bar in images, which also moves while one is made, by the network's evaluations of its tiles."""
 
     def __init__(self, model: Model, total: int, traced: bool):
-        self.model, self.traced, self.clock = model, traced, time.perf_counter()
-        self.bar = tqdm(total=total, disable=None, dynamic_ncols=True, unit="image", miniters=0)
+        self.model, self.traced, self.done, self.clock = model, traced, 0, time.perf_counter()
+        self.bar = tqdm(total=total, disable=None, dynamic_ncols=True, bar_format=FORMAT, miniters=0)
+        if not self.bar.disable:
+            model.net.register_forward_hook(self.tick)
 
-        def tick(*_):
-            self.bar.update(0)
+    def tick(self, net, inputs, output):
+        share = len(output) / (self.model.passes * self.model.evaluations)  # of an image
+        self.bar.update(min(share, self.bar.total - self.bar.n))
 
-        model.net.register_forward_pre_hook(tick)
+    def finished(self, images: int):
+        self.done += images
+        self.bar.update(self.done - self.bar.n)
+
+    def left_out(self, images: int):
+        self.bar.total -= images
 
     def cost(self) -> str:
         """--trace's own evaluations included. An evaluation in tiles counts as one."""

@@ -1,7 +1,9 @@
 """Model: a trained run that restores and makes images."""
+import math
 from collections import defaultdict
 from dataclasses import replace
-from typing import Annotated, Literal, NamedTuple
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +12,17 @@ from torch import Tensor
 
 import ode_int
 from images import SettingsError
-from images.corruptions import from_damaged, task_names, to_full_size
+from images.corruptions import from_damaged, has_holes, task_names, to_full_size
 from images.files import alpha, flatten, mask_of, to_image, to_tensor
 from images.pictures import deviation, to_float, to_uint8
 from support.bounds import Count, Positive, between, fits, shown, words
 from support.checkpoints import Run
 from support.disk import free_memory
 from support.machine import autocast, pick_device, set_up
-from support.model import load_network, run_sampler
+from support.model import ZeroNet, load_network, run_sampler
 from support.noise import NoisePerImage
 from support.sampler_settings import check_guidance, sampling_config, with_method
-from unet import Counted, Guided, Tiled
+from unet import Counted, Guided, Tiled, windows
 
 # of memory: 180 to 260 a pixel of the result were measured, and twice as many by dopri5 or with a trace
 BYTES_A_PIXEL = 260
@@ -29,12 +31,8 @@ LONGEST = 1000  # times as long as wide
 TILE = 256  # pixels
 SMALL_SIDE = 16  # pixels: below it fp32 is no slower, and bf16 has been seen to give infinities
 
-
-ARGUMENTS = dict(  # of Model
-    solver=Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"] | None, steps=Count | None,
-    tolerance=Positive | None, guidance=float | None, factor=Count | None,
-    tile=Annotated[int, between(0, 10**12)] | None, batch_size=Count,
-    precision=Literal["auto", "bf16", "fp16", "fp32"] | None)
+Solver = Literal["auto", "dopri5", "euler", "midpoint", "heun", "rk4"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def batched(items: list, size: int) -> list[list]:
@@ -65,10 +63,10 @@ class Model:
     ema          the averaged weights, or the raw ones
     solver, steps, tolerance, guidance, precision
                  None takes the run's own, but for an interpolant: its dopri5 becomes midpoint in 5 steps
-    factor       how many times larger a restored image becomes: one that the run was trained on; a mixture also has 1,
-                 for what is of full size already. None: the run's own, of a mixture 1
+    factor       how many times larger a restored image becomes; one that the run was not trained on, as 3 or 1.5, is
+                 made by the next larger one and then reduced. None: the run's own; of a mixture 1, the same size
     tile         side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the
-                 network; None: the side trained on, 0: one piece always
+                 network; 0: one piece always. None: the side trained on, or 256 after training on parts of photographs
     batch_size   images at a time; those larger than trained on count as several
     method       settings of the run's method by its name, of those that sampling may change (the method's
                  free_at_sampling): i2sb=dict(clip_denoise=True)
@@ -76,15 +74,14 @@ class Model:
     Raises SettingsError where an argument does not fit the run.
     """
 
-    def __init__(self, run: Run, *, ema: bool = True, solver: str | None = None, steps: int | None = None,
-                 tolerance: float | None = None, guidance: float | None = None, factor: int | None = None,
-                 tile: int | None = None, batch_size: int = 64, device: str = "auto", precision: str | None = None,
-                 **method: dict):
-        given = dict(solver=solver, steps=steps, tolerance=tolerance, guidance=guidance, factor=factor, tile=tile,
-                     batch_size=batch_size, precision=precision)
-        for name, value in given.items():
-            if not fits(value, ARGUMENTS[name]):
-                raise SettingsError(f"{name} = {shown(value)}: allowed is {words(ARGUMENTS[name])}")
+    def __init__(self, run: Run, *, ema: bool = True, solver: Solver | None = None, steps: Count | None = None,
+                 tolerance: Positive | None = None, guidance: float | None = None, factor: Positive | None = None,
+                 tile: Annotated[int, between(0, 10**12)] | None = None, batch_size: Count = 64, device: str = "auto",
+                 precision: Precision | None = None, **method: dict):
+        given = locals()
+        for name, hint in get_type_hints(Model.__init__, include_extras=True).items():
+            if not fits(given[name], hint):
+                raise SettingsError(f"{name} = {shown(given[name])}: allowed is {words(hint)}")
         for name, settings in method.items():
             if name != run.config.method or not isinstance(settings, dict):
                 raise SettingsError(f"{name} = {shown(settings)}: allowed is, beside a model's arguments, "
@@ -95,7 +92,7 @@ class Model:
         self.tasks, self.batch_size = task_names(c.task), batch_size
         self.guidance = c.guidance if guidance is None else guidance
         check_guidance(run, self.guidance)
-        self.factor = self.choose_factor(factor)
+        self.factor, self.enlargement = self.choose_factor(factor)  # of the network, and of what it made in the end
 
         # sides are multiples of UDPM's smallest pixel, and tiles begin where blocks of pixels damaged together do
         self.align = max(2**c.chosen.levels, c.damage.block(c.task))
@@ -107,17 +104,37 @@ class Model:
         self.precision = set_up(self.device, precision or c.precision)
         self.net = load_network(run, ema).to(self.device)
         self.images = self.rows = 0  # made so far, and what they took of the network
+        self.passes = 1  # rows of the network that an image takes in each evaluation: its tiles, guided twice as many
 
-    def choose_factor(self, factor: int | None) -> int:
-        """How many times larger a restored image becomes. Raises SettingsError."""
-        allowed = self.config.damage.factors(self.config.task, self.run.pair_factor)
+    def choose_factor(self, factor: float | None) -> tuple[int, float]:
+        """-> how many times larger the network makes an image, and what it becomes then. Raises SettingsError."""
+        known = self.config.damage.factors(self.config.task, self.run.pair_factor)
         if factor is None:
-            factor = allowed[0]  # a mixture defaults to the same size; --factor enlarges
-            if len(allowed) > 1 and factor > 1:
-                raise SettingsError(f"factor = None: the run knows {', '.join(map(str, allowed))}; name one")
-        if factor not in allowed:
-            raise SettingsError(f"factor = {factor}: allowed is {', '.join(map(str, allowed))}")
-        return factor
+            if len(known) > 1 and known[0] > 1:  # a mixture defaults to the same size; --factor enlarges
+                raise SettingsError(f"factor = None: the run knows {', '.join(map(str, known))}; name one")
+            return known[0], known[0]
+        if factor not in known and not 1 < factor < known[-1]:
+            least = "1 or more" if known[0] == 1 else "more than 1"
+            allowed = f"{least}, up to {known[-1]}" if known[-1] > 1 else "1"
+            raise SettingsError(f"factor = {factor:g}: allowed is {allowed}")
+        return min(each for each in known if each >= factor), factor
+
+    def enlarged(self, made: Tensor) -> Tensor:
+        """Images (B, C, H, W) on the network's grid -> as large as they are wanted; antialiased bicubic."""
+        if self.enlargement == self.factor:
+            return made
+        sides = [max(1, round(side // self.factor * self.enlargement)) for side in made.shape[2:]]
+        return F.interpolate(made, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+
+    @cached_property
+    def evaluations(self) -> float:
+        """Network evaluations of a sample, for a bar of progress; dopri5, which chooses its own steps, has inf."""
+        c = self.config
+        if c.sampler == "dopri5":
+            return math.inf
+        (zlo, hole), counted = self.nothing(1), Counted(ZeroNet(c))
+        run_sampler(c, counted, from_damaged(c.task, zlo, None, c.condition, hole if has_holes(c.task) else None))
+        return counted.rows
 
     def label_number(self, label: str | int) -> int:
         """A class's name, or its number. Raises SettingsError."""
@@ -194,7 +211,8 @@ class Model:
                 zlo = self.full_size(torch.stack([damaged[i] for i, _ in some]))
                 hole = None if whole else torch.stack([holes[i] for i, _ in some])
                 noise = [[(1.0, (seed, "", rows[i], draw) if draw else (seed, "", rows[i]))] for i, draw in some]
-                for (i, draw), sample in zip(some, self.sample(zlo, hole, [label] * len(some), noise)):
+                samples = self.enlarged(self.sample(zlo, hole, [label] * len(some), noise))
+                for (i, draw), sample in zip(some, samples):
                     made[i][draw] = sample
         return [torch.stack(each) for each in made]
 
@@ -265,10 +283,12 @@ class Model:
         if self.num_classes:
             y = torch.tensor([self.num_classes if label is None else label for label in labels], device=self.device)
         batch = replace(from_damaged(c.task, zlo, y, c.condition, hole), draws=NoisePerImage(noise, self.device))
+        guidance = self.guidance if any(label is not None for label in labels) else 1
+        self.passes = 1 if guidance in (0, 1) else 2
         if 0 < 2 * self.tile < max(height, width):
             net = Tiled(net, zlo.shape[2], self.tile, self.align, self.batch_size)
+            self.passes *= math.prod(len(windows(side, self.tile, self.align, self.device)) for side in zlo.shape[2:])
         counted = Counted(net)
-        guidance = self.guidance if any(label is not None for label in labels) else 1
         precision = self.precision if min(zlo.shape[2:]) >= SMALL_SIDE else "fp32"
         with autocast(self.device, precision):
             made = run_sampler(c, Guided(counted, guidance), batch, trace)

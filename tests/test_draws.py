@@ -263,7 +263,7 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys, settings
 
 # UDPM's latent --------------------------------------------------------------------------------------------------------
 
-def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
+def test_a_level_of_the_latent_is_redrawn(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
     seen, original = [], UDPM.latent
 
@@ -273,22 +273,19 @@ def test_a_level_of_the_latent_is_swapped_or_redrawn(tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UDPM, "latent", latent)
-        for name, flags in dict(a=(), b=("--seed", 1), swapped=("--swap", 2, 1), redrawn=("--perturb", 3, 0.6)).items():
+        for name, flags in dict(a=(), redrawn=("--perturb", 3, 0.6)).items():
             assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
-    a, b, swapped, redrawn = seen  # level 3, 2, 1
-    for i, level in enumerate((3, 2, 1)):
-        torch.testing.assert_close(swapped[i], (b if level == 2 else a)[i])
+    a, redrawn = seen  # level 3, 2, 1
     first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
     torch.testing.assert_close(redrawn[1], first[1])
     torch.testing.assert_close(redrawn[2], first[2])
     torch.testing.assert_close(redrawn[0][0], a[0][0])  # as it was, for comparison
     fresh = (redrawn[0][1:] - 0.8 * first[0][1:]) / 0.6
     assert (fresh[0] - fresh[1]).abs().max() > 0.1 and 0.3 < fresh.std() < 2
-    assert run(path, "--count", 1, "--output", tmp_path / "x", "--perturb", 3, 0.6) == 2
-    assert "perturb = (3, 0.6): allowed is with --count or --draws above 1" in capsys.readouterr().err
-    for flags, words in ((("--swap", 4, 1), "level = 4"), (("--perturb", 1, 1.5), "perturb"),
-                         (("--swap", 1, 1, "--perturb", 1, 0.5), "swap")):
-        assert run(path, "--count", 2, "--output", tmp_path / "x", *flags) == 2 and words in capsys.readouterr().err
     other = make_run(tmp_path / "edm", method="edm", task="generate", sample_steps=2)
-    assert run(other, "--count", 2, "--output", tmp_path / "x", "--swap", 1, 1) == 2
-    assert "of UDPM only" in capsys.readouterr().err
+    for which, count, flags, words in ((path, 1, "--perturb 3 0.6", "perturb = (3, 0.6): allowed is with --count or"),
+                                       (path, 2, "--perturb 4 1", "level = 4"), (path, 2, "--perturb 1 1.5", "perturb"),
+                                       (path, 2, "--perturb 1 1 --interpolate 1 2", "interpolate = (1, 2): allowed is"),
+                                       (other, 2, "--perturb 1 1", "of UDPM only")):
+        assert run(which, "--count", count, "--output", tmp_path / "x", *flags.split()) == 2
+        assert words in capsys.readouterr().err

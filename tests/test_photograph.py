@@ -3,11 +3,16 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+import torch
+from PIL import Image
 
+import sample
 from images.corruptions import Damage
+from images.files import open_image
 from pixels import doubled, get, photo, put
-from untrained import make_run, run
+from support.progress import Progress
+from test_files import GAMMA, WIDE, colorants, curve, profile
+from untrained import METHODS, make_run, run
 
 
 @pytest.fixture(scope="module")
@@ -59,43 +64,65 @@ def test_transparency_goes_back_onto_the_restored_colours(tmp_path):
     assert laid_over_white.shape == (16, 20, 3)
 
 
-def test_a_profile_is_converted_and_said(same, tmp_path, capsys):
-    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    put(tmp_path / "in/a.png", photo(8, 8), icc_profile=lab)
-    assert "icc_profile" not in restored(same, tmp_path).info
-    assert "note: colours are converted to sRGB, and the profile is left out (1 image)" in capsys.readouterr().out
+@pytest.mark.parametrize("kind", ["colours", "greys"])
+def test_a_profile_is_converted_and_said(same, tmp_path, capsys, kind):
+    wide, icc = photo(16, 16) // 2 + 64, profile(b"RGB ", **GAMMA, **colorants(*WIDE.T))
+    if kind == "greys":
+        wide, icc = wide[..., 0], profile(b"GRAY", kTRC=curve([round(1.5 * 256)], b"curv"))
+    path = put(tmp_path / "in/a.png", wide, icc_profile=icc)
+    made = restored(same, tmp_path)
+    assert made.mode == ("L" if kind == "greys" else "RGB")
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(open_image(path).convert(made.mode)))
+    assert (np.asarray(made) != wide).mean() > 0.5
+    assert "note: colours are converted to sRGB (1 image)" in capsys.readouterr().out
 
 
-def test_what_is_lost_is_one_line(same, tmp_path, capsys):
-    deep = Image.fromarray(photo(8, 8, 1).astype(np.uint16) * 257)
+def test_what_is_changed_is_one_line(same, tmp_path, capsys):
     pages = [Image.fromarray(photo(8, 8, seed=i)) for i in range(3)]
-    (tmp_path / "in").mkdir()
-    deep.save(tmp_path / "in/deep.png")
-    pages[0].save(tmp_path / "in/pages.tif", save_all=True, append_images=pages[1:])
-    pages[0].save(tmp_path / "in/more.tif", save_all=True, append_images=pages[1:])
-    assert run(same, "-i", tmp_path / "in", "-o", tmp_path / "out") == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert notes == ["note: 16 bits become 8 (1 image)",
-                     "note: of several pages or frames the first is taken (2 images)"]
+    put(tmp_path / "in/deep.png", photo(8, 8, 1).astype(np.uint16) * 257)
+    put(tmp_path / "in/clear.png", photo(8, 8, 4))
+    for name in ("pages.tif", "frames.gif"):
+        pages[0].save(tmp_path / "in" / name, save_all=True, append_images=pages[1:])
+    assert run(same, "-i", tmp_path / "in", "-o", tmp_path / "out", "--format", "jpg") == 0
+    notes = {line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")}
+    assert notes == {"note: 16 bits and more become 8 (1 image)",
+                     "note: of several pages or frames the first is taken (2 images)",
+                     "note: transparency is laid over white, which a JPEG can't hold (1 image)"}
 
 
 def test_several_files_folders_and_patterns(same, tmp_path, monkeypatch, capsys):
-    for name in ("a/one.jpg", "a/below/two.png", "b/three.jpg", "b/four.jpg", "b/five.txt.png"):
+    for name in ("a/one.jpg", "a/be.low/two.png", "a/be.low/two.jpg", "b/three.jpg", "b/one.jpg", "b/five.png"):
         put(tmp_path / name, photo(6, 6))
     monkeypatch.chdir(tmp_path)
     assert run(same, "--input", "a", "b/*.jpg", "-o", "out") == 0
     assert {str(path.relative_to("out")) for path in (tmp_path / "out").relative_to(tmp_path).rglob("*.png")} == {
-        "one.png", "below/two.png", "three.png", "four.png"}
+        "one_jpg.png", "be.low/two_png.png", "be.low/two_jpg.png", "three.png", "one_jpg_2.png"}
     assert run(same, "--input", "b/*.bmp", "-o", "out") == 2
     assert "input = 'b/*.bmp': there is no such file or folder" in capsys.readouterr().err
 
 
 def test_the_output_may_be_a_files_name(same, tmp_path):
-    put(tmp_path / "in.jpg", photo(8, 8))
-    assert run(same, "-i", tmp_path / "in.jpg", "-o", tmp_path / "new/out.jpeg") == 2  # neither jpg nor a folder
-    assert run(same, "-i", tmp_path / "in.jpg", "-o", tmp_path / "new/out.webp", "--before-after", "off") == 0
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.webp"]
-    assert Image.open(tmp_path / "new/out.webp").size == (8, 8)
+    put(tmp_path / "in.png", photo(8, 8))
+    for name, kind in (("out.webp", "WEBP"), ("out.jpeg", "JPEG")):
+        assert run(same, "-i", tmp_path / "in.png", "-o", tmp_path / "new" / name, "--before-after", "off") == 0
+        assert Image.open(tmp_path / "new" / name).format == kind
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_results_beside_the_inputs_are_no_inputs(same, tmp_path, capsys):
+    put(tmp_path / "in/a.jpg", photo(8, 8))
+    for said in ("1 of 1", "1 were there already"):
+        assert run(same, "-i", tmp_path / "in", "-o", tmp_path / "in", "--suffix", "_new") == 0
+        assert said in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["a.jpg", "a_new.png"]
+
+
+def test_draws_that_were_interrupted_go_on(same, tmp_path):
+    put(tmp_path / "in/a.png", photo(8, 8))
+    flags = "-i", tmp_path / "in", "-o", tmp_path / "out", "--draws", 2
+    assert run(same, *flags) == 0
+    (tmp_path / "out/a_mean.png").unlink()
+    assert run(same, *flags) == 0 and (tmp_path / "out/a_mean.png").exists()
 
 
 @pytest.mark.parametrize("factor, size", [(3, (33, 27)), (1.5, (16, 14)), (2, (22, 18))])
@@ -105,6 +132,7 @@ def test_any_enlargement(tmp_path, factor, size):
     put(tmp_path / "in/a.png", np.full((9, 11, 3), 77, np.uint8))
     made = restored(path, tmp_path, "--factor", factor)
     assert made.size == size and (np.asarray(made) == 77).all()
+    assert sample.open_model(path, factor=factor).restore(Image.open(tmp_path / "in/a.png")).size == size
 
 
 def test_strength_is_the_share_of_the_restoration(tmp_path):
@@ -128,3 +156,24 @@ def test_heic_names_the_package_that_it_needs(same, tmp_path, capsys, monkeypatc
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
     assert run(same, "-i", tmp_path / "a.heic", "-o", tmp_path / "out") == 1
     assert "pip install pillow-heif" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings, flags, calls", [
+    (dict(method="sr3", sample_steps=5), {}, 5), (dict(method="edm", sample_steps=2), dict(guidance=2.0), 3),
+    (dict(method="regression"), {}, 1), (METHODS["udpm"] | dict(method="udpm"), {}, 3)])
+def test_the_bar_moves_within_a_picture(tmp_path, monkeypatch, settings, flags, calls):
+    """Two images at once, in tiles: each call of the network is a share of them, and all calls are both."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    model = sample.open_model(make_run(tmp_path / "run", task="jpeg", **settings), batch_size=2, **flags)
+    progress, zlo, seen = Progress(model, 3, False), torch.zeros(2, 3, 96, 48), []
+    assert not progress.bar.disable
+    model.net.register_forward_hook(lambda *_: seen.append(progress.bar.n))
+    model.sample(zlo, None, [0, 0], [[(1.0, (0, i))] for i in range(2)])
+    assert len(seen) > calls and seen[-1] == pytest.approx(2) and max(np.diff(seen)) == pytest.approx(2 / len(seen))
+    progress.finished(2)
+    assert progress.bar.n == pytest.approx(2)
+
+
+def test_the_bar_waits_where_dopri5_chooses_its_steps(tmp_path):
+    model = sample.open_model(make_run(tmp_path / "run", task="jpeg"), solver="dopri5")
+    assert model.evaluations == float("inf")
