@@ -249,7 +249,7 @@ class Trainer:
             model.start_from(self.net, checkpoints.open_run(config.init, Config), self.images.classes)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.players = [self.player(*each) for each in model.make_players(config, self.net, self.num_classes)]
-        self.health = Health(self.device)
+        self.health = Health(self.device, usual_skips=MAX_SKIPPED if self.precision == "fp16" else 0)
         # of fp16's narrow range: the loss is scaled up, so that small gradients do not become 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.rate = torch.zeros((), device=self.device)

@@ -191,7 +191,7 @@ class Judge:
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
             without = {metric: mean_without(values[metric]) for metric in found
-                       if metric in COLUMNS and COLUMNS[metric].arrow}
+                       if metric in TABLE | DRAWN and (TABLE | DRAWN)[metric].arrow}
         for metric, function in dict(spread_skill=spread_skill, unevenness=unevenness).items():
             if "ranks" in values and self.count > 1:
                 found[metric] = function(values, draws)

@@ -1,4 +1,4 @@
-"""The five methods and the baseline, a file each. This one holds their common interface and what inpainting needs."""
+"""The five methods, the flow map and the baseline, a file each. Here: their common interface, and inpainting."""
 from torch import Tensor, nn
 
 from images import SettingsError

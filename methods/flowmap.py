@@ -68,7 +68,7 @@ class FlowMap(Method):
         s, t = torch.minimum(first, second), torch.maximum(first, second)
         s = torch.where(rand(z1) < self.from_start, 0, s)
         on_diagonal = torch.arange(len(z1), device=z1.device) % 2 == 0
-        s = torch.where(on_diagonal, t, s)
+        s, t = torch.where(on_diagonal, first, s), torch.where(on_diagonal, first, t)
         zs = keep_known(z0 + column(s) * (z1 - z0), batch)
         target = z1 - z0  # the velocity of this image's straight line
         if len(z1) > 1:

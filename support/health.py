@@ -9,9 +9,14 @@ DIVERGED = 100  # times the lowest loss: a run that stands above it replaces no 
 
 
 class Health:
-    """Counts on the device; the host looks when it reports and when it saves."""
+    """Counts on the device; the host looks when it reports and when it saves.
 
-    def __init__(self, device: torch.device):
+    usual_skips: how many gradients in a row need not be finite before something is wrong: with fp16, some, by which
+    its scale is found.
+    """
+
+    def __init__(self, device: torch.device, usual_skips: int = 0):
+        self.usual_skips = usual_skips
         self.loss = torch.zeros(2, device=device)  # since the last report: sum of the finite ones, their number
         self.parts = {}  # the same of the loss's parts, and of other networks' losses, by name
         self.norm = torch.zeros((), device=device)  # of the network's last gradient, before it was clipped
@@ -59,7 +64,7 @@ class Health:
         """Why a checkpoint of this moment must not replace a good one; None: it may."""
         (loss, count), in_a_row = self.loss.tolist(), int(self.skipped[1])
         recent = loss / count if count else self.recent
-        if in_a_row:
+        if in_a_row > self.usual_skips:
             return f"the last {in_a_row} gradients were not finite"
         if recent is not None and self.lowest is not None and recent > DIVERGED * self.lowest > 0:
             return f"the loss is {recent:.3g}, {DIVERGED} times and more above the {self.lowest:.3g} where it was"

@@ -17,7 +17,7 @@ QUICK_SOLVER, QUICK_STEPS = "midpoint", 5
 
 @dataclass(kw_only=True)
 class MethodFlags:
-    """A flag for each setting of a method; UDPM and regression have none that sampling may change."""
+    """A flag for each setting of a method; UDPM, FlowMap and regression have none that sampling may change."""
 
     # settings of the run's method: as trained unless they are given, and those that the training fixed are refused
     interpolant: Interpolant = field(default_factory=Interpolant)

@@ -3,6 +3,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import networks
 from images.corruptions import Batch
 from methods.udpm import UDPM
 
@@ -38,18 +39,8 @@ def basis(n: int) -> Tensor:
     return image(np.eye(n))
 
 
-def make_batch(size=2, channels=1, side=8, task="generate", y=None, seed=3) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    z1 = torch.rand(size, channels, side, side, generator=generator) * 2 - 1
-    ones = torch.ones(size, 1, side, side)
-    if task == "generate":
-        return Batch(z1, 0 * z1, ones, ones, None, y)
-    if task == "restore":
-        zlo = (z1 + 0.3 * torch.randn(z1.shape, generator=generator)).clamp(-1, 1)
-        return Batch(z1, zlo, ones, 0 * ones, zlo, y)
-    hole = (torch.rand(ones.shape, generator=generator) < 0.5).float()
-    zlo = z1 * (1 - hole)
-    return Batch(z1, zlo, hole, hole, torch.cat([zlo, hole], dim=1), y)
+def make_batch(task="generate", channels=1, **more) -> Batch:
+    return networks.make_batch(task, channels=channels, **more)
 
 
 class Toy(nn.Module):

@@ -84,7 +84,8 @@ def test_a_network_that_always_draws_the_same_has_its_absolute_error_and_no_spre
     assert "crps" not in judge(config, False, lambda batch: batch.zlo)
 
 
-def test_draws_are_columns_of_the_table_and_a_plot(runs, tmp_path):
+def test_draws_are_columns_of_the_table_and_a_plot(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
     flags = "--nfe 3 --no-default --count 8 --draws 2 --metrics psnr --device cpu --precision fp32".split()
     assert evaluate.main([runs[1], *flags, "--output", str(tmp_path)]) == 0
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))

@@ -115,15 +115,6 @@ def test_a_network_is_measured_before_it_takes_memory(tmp_path, capsys):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
-def test_a_run_may_be_started_in_another_thread(tmp_path):
-    statuses = []
-    thread = threading.Thread(target=lambda: statuses.append(trainer.main(
-        f"{TINY} --out-dir {tmp_path} --max-steps 1".split())))
-    thread.start()
-    thread.join()
-    assert statuses == [0] and checkpoint(next(tmp_path.iterdir()))["step"] == 1
-
-
 @linux
 def test_what_a_checkpoint_says_survives_a_loss_of_power(tmp_path, monkeypatch):
     """The lines of metrics.jsonl are flushed before the checkpoint that vouches for them takes its place, and every

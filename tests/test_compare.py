@@ -13,7 +13,7 @@ import evaluate
 import trainer
 from benchmarks import record
 from evaluation import errors, report
-from runs import until
+from runs import at_step, metrics
 
 NETWORK = ("--image-size 16 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 --sample-count 2 "
            "--integration-atol 0.1 --integration-rtol 0.1 --no-use-wandb --precision fp32 --print-loss-every 2")
@@ -78,27 +78,45 @@ def test_figures_of_another_measuring_are_not_kept(compared, folder, tmp_path, m
         return in_process(command, signals)
 
     monkeypatch.setattr(compare, "call", measure)
-    for flags, rows in (("--nfe 2", 1), ("--nfe 2 --count 3", 1), ("--nfe 2 --count 3 --metrics psnr", 1)):
+    for flags, rows in (("--nfe 2", 1), ("--nfe 2 --count 3", 1)):
         before = figures(out)["interpolant-seed0"]
         assert compare.main(command(folder, out, f"--methods interpolant {flags}")) == 0
         after = figures(out)["interpolant-seed0"]
         assert len(after) == rows and after != before
-    assert asked == ["trainer.py", "evaluate.py"] * 3
+    assert asked == ["trainer.py", "evaluate.py"] * 2
 
 
-def test_stopped_in_the_middle_and_run_again(compared, folder, tmp_path, process, monkeypatch):
-    """With real processes: a signal in training ends the trainer, which saves; then the rest, to the same figures."""
+def test_stopped_in_the_middle_and_run_again(compared, folder, tmp_path, monkeypatch, capsys):
+    """A signal in training ends the trainer, which saves, and the comparison; then the rest, to the same figures."""
+    def stopped(command, signals):
+        status = in_process(command, signals)
+        signals.number = status - 128 if status > 128 else 0
+        return status
+
     out = tmp_path / "out"
-    flags = command(folder, out, "--methods interpolant", "--sample-every 3")
-    first = process(compare.main, flags, env=dict(OMP_NUM_THREADS="1"))
-    until((out / "interpolant-seed0" / "metrics.jsonl").exists, first)
-    os.kill(first.pid, signal.SIGTERM)
-    first.join(60)
-    assert first.exitcode == 143 and "the same command goes on" in first.log.read_text()
-    assert not figures(out)
-    monkeypatch.setattr(compare, "call", in_process)
-    assert compare.main(flags) == 0
+    monkeypatch.setattr(compare, "call", stopped)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert compare.main(command(folder, out, "--methods interpolant")) == 143
+    assert "SIGTERM: the same command goes on" in capsys.readouterr().err
+    assert not figures(out) and metrics(out / "interpolant-seed0")[-1]["step"] < 6
+    assert compare.main(command(folder, out, "--methods interpolant")) == 0
     assert figures(out)["interpolant-seed0"] == figures(compared)["interpolant-seed0"]
+
+
+def test_a_command_is_told_of_the_signal_that_comes(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text("import signal, sys, time\n"
+                      "signal.signal(signal.SIGHUP, lambda *_: sys.exit(int(sys.argv[1])))\n"
+                      f"open({str(tmp_path / 'ready')!r}, 'w')\n"
+                      "time.sleep(60)\n")
+
+    class Signals:
+        @property
+        def number(self):
+            return signal.SIGHUP if (tmp_path / "ready").exists() else 0
+
+    assert compare.call([str(script), "7"], Signals()) == 7
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(folder, tmp_path, monkeypatch, capsys):
@@ -257,18 +275,6 @@ def test_ticks_are_plain():
     low, high = figure.axes[0].get_xlim()
     ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels() if low <= tick.get_position()[0] <= high]
     assert ticks == ["1", "2", "5", "10", "20", "50", "100"] and low <= 1 and high >= 100
-
-
-def test_one_panel_shows_its_whole_title_and_legend(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    runs = [result(method, [dict(nfe=nfe, psnr=20.0 + nfe) for nfe in (1, 3)], name=f"{method}-of-a-long-name")
-            for method in ("edm", "edm ", "sr3", "sr3 ", "i2sb", "i2sb ")]
-    figure = report.plot(runs)
-    figure.canvas.draw()
-    width = figure.bbox.width
-    for words in (figure.axes[0].title, figure.axes[0]._left_title, figure.legends[0]):
-        box = words.get_window_extent()
-        assert 0 <= box.x0 and box.x1 <= width, words
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks/record.py

@@ -12,7 +12,7 @@ import trainer
 import untrained
 from images import SettingsError, data
 from images.corruptions import to_full_size
-from images.files import read_image
+from images.files import open_image, to_tensor
 from images.pictures import TITLE_SIZE, to_float, to_uint8
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
@@ -214,7 +214,7 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
     config = from_plain(Config, checkpoint["config"])
     net = make_unet(config, 10).eval()
     net.load_state_dict(checkpoint["ema"])
-    zlo = to_full_size(to_float(read_image(tmp_path / "in.png", 3))[None], 2, "nearest")
+    zlo = to_full_size(to_float(to_tensor(open_image(tmp_path / "in.png")))[None], 2, "nearest")
     with torch.no_grad():
         z = zlo + NoisePerImage([[(1.0, (0, "in.png", 0))]], "cpu").randn_like(zlo)
         y = torch.tensor([data.SHAPES.index("moon")])

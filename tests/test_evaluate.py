@@ -1,4 +1,5 @@
 """evaluate.py as its user runs it: on runs and on results, in two processes, interrupted, and on bad input."""
+import copy
 import importlib.util
 import json
 import math
@@ -7,7 +8,6 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -15,20 +15,18 @@ from torch import nn
 import evaluate
 import trainer
 from evaluation import report
-from evaluation.classifier import Classifier
 from images import SettingsError
 from measured import FLAGS, LOCAL
 from ode_int import SolverError
-from runs import ranks, until
+from runs import ranks, together, until
 from support.model import run_sampler
 
 
 def test_a_json_file_is_a_run(results, tmp_path, monkeypatch):
     output, found = results
     monkeypatch.setattr(evaluate, "Judge", lambda *_: pytest.fail("nothing is to be measured"))
-    assert (
-        evaluate.main([*(str(output / f"{result['name']}.json") for result in found), "--output", str(tmp_path)]) == 0
-    )
+    files = [str(output / f"{result['name']}.json") for result in found]
+    assert evaluate.main([*files, "--output", str(tmp_path)]) == 0
     assert (tmp_path / "table.md").read_text() == (output / "table.md").read_text()
 
 
@@ -38,13 +36,8 @@ def test_the_same_again_and_raw_weights(results, runs, tmp_path, monkeypatch):
     _, (before, _) = results
     found = []
     for flags in ((), ("--no-ema",)):
-        assert (
-            evaluate.main(
-                [runs[0], *FLAGS[4:], "--nfe", "3", "--no-default", "--metrics", "psnr", "--output", str(tmp_path),
-                 *flags]
-            )
-            == 0
-        )
+        asked = ["--nfe", "3", "--no-default", "--metrics", "psnr", "--output", str(tmp_path), *flags]
+        assert evaluate.main([runs[0], *FLAGS[4:], *asked]) == 0
         found.append(json.loads(next(tmp_path.glob("*.json")).read_text()))
     (again,), (raw,) = (result["rows"] for result in found)
     assert again["psnr"] == pytest.approx(before["rows"][1]["psnr"], abs=1e-4) != pytest.approx(raw["psnr"], abs=1e-4)
@@ -86,64 +79,35 @@ def test_a_network_that_is_not_finite_is_a_failed_row(runs, tmp_path, monkeypatc
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluate, "run_sampler", broken)
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
     assert evaluate.main([*runs, *FLAGS, "--metrics", "psnr", "--output", str(tmp_path)]) == 0
     rows = {path.name[:4]: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
     assert {row.get("failed") for row in rows["inte"]} == {"not finite"} and all("psnr" in row for row in rows["udpm"])
     assert "| not finite |" in (tmp_path / "table.md").read_text()
 
 
-def test_a_run_that_can_do_none_of_the_counts_is_measured_at_its_own(runs, tmp_path):
+def test_a_run_that_can_do_none_of_the_counts_is_measured_at_its_own(runs, tmp_path, monkeypatch):
     """UDPM takes 3 evaluations, regression 1: neither keeps the other runs from being measured."""
-    flags = "--nfe 5 --no-default --metrics psnr --device cpu".split()
-    assert evaluate.main([runs[1], *flags, "--output", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / f"{Path(runs[1]).name}.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
+    flags = "--nfe 5 --no-default --metrics psnr --count 4 --device cpu".split()
+    assert evaluate.main([runs[1], *flags]) == 0
+    (file,) = tmp_path.glob("runs/evaluation-*/*.json")  # a folder of their own, where none is named
+    result = json.loads(file.read_text())
     assert [row["nfe"] for row in result["rows"]] == [3] and result["nfe_left_out"] == [5]
 
 
-def test_results_go_to_a_folder_of_their_own(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.main([runs[1], "--metrics", "psnr", "--nfe", "3", "--count", "4", "--device", "cpu"]) == 0
-    assert len(list(tmp_path.glob("runs/evaluation-*/table.md"))) == 1
-
-
-def test_two_processes_write_what_one_writes(runs, tmp_path, process):
-    """5 + 5 + 2 images, of which the first process takes 7; the classifier is trained by the first one only."""
-    def arguments(name):
-        return [*runs, *FLAGS, "--metrics", *LOCAL, "--cache", str(tmp_path / name / "cache"),
-                "--output", str(tmp_path / name)]
-
-    pair = [process(counting, arguments("pair"), tmp_path / f"learned-{rank}", env=env)
-            for rank, env in enumerate(ranks(2))]
-    assert counting(arguments("whole"), tmp_path / "learned") == 0
-    for each in pair:
-        each.join(120)
-        assert each.exitcode == 0, each.log.read_text()
-    assert [(tmp_path / f"learned-{rank}").exists() for rank in range(2)] == [True, False]
-    assert said(pair[1]) == []
-    names = sorted(path.name for path in (tmp_path / "whole").glob("*.json"))
-    assert len(names) == 2 and names == sorted(path.name for path in (tmp_path / "pair").glob("*.json"))
-    for name in names:
-        ours, theirs = (json.loads((tmp_path / folder / name).read_text()) for folder in ("pair", "whole"))
-        assert [result.pop("record")["processes"] for result in (ours, theirs)] == [2, 1]
-        for row in ours["rows"] + theirs["rows"]:
-            assert row.pop("seconds") > 0
-        assert ours == theirs
-
-
-def counting(arguments, record) -> int:
-    """An evaluation that leaves `record` if it trained a classifier."""
-    learn = Classifier.learn
-
-    def learned(*args):
-        record.touch()
-        return learn(*args)
-
-    Classifier.learn = learned
-    try:
-        return evaluate.main(arguments)
-    finally:
-        Classifier.learn = learn
+def test_two_processes_write_what_one_writes(results, runs, tmp_path, process):
+    """5 + 5 + 2 images, of which the first process takes 7."""
+    arguments = [runs[0], *FLAGS, "--metrics", *LOCAL, "--output", str(tmp_path)]
+    said = together(process, evaluate.main, [arguments], [arguments])
+    assert own_lines(said[1]) == []
+    theirs = copy.deepcopy(results[1][0])
+    ours = json.loads((tmp_path / f"{theirs['name']}.json").read_text())
+    assert [result.pop("record")["processes"] for result in (ours, theirs)] == [2, 1]
+    for row in ours["rows"] + theirs["rows"]:
+        assert row.pop("seconds") > 0
+    assert ours == theirs
 
 
 def bad_in_one(arguments, rank) -> int:
@@ -159,22 +123,16 @@ def bad_in_one(arguments, rank) -> int:
     return evaluate.main(arguments)
 
 
-@pytest.mark.parametrize("target, flags, line", [
-    (bad_in_one, [], "device = 'cuda'"), (bad_in_one, ["--count", "0"], "count = 0"),
-    (bad_in_one, ["--data-path", "nowhere", "--device", "cpu"], "device = 'cuda'")])
-def test_a_wrong_setting_ends_all_processes_with_one_line(runs, tmp_path, process, target, flags, line):
-    pair = [process(target, [runs[0], *FLAGS, "--output", str(tmp_path / "out"), *flags], rank, env=env)
-            for rank, env in enumerate(ranks(2))]
-    for each in pair:
-        each.join(60)
-        assert each.exitcode == 2, each.log.read_text()
-    only, = said(pair[0])
-    assert only.startswith("evaluate.py: ") and line in only and said(pair[1]) == []
+def test_a_wrong_setting_ends_all_processes_with_one_line(runs, tmp_path, process):
+    arguments = [runs[0], *FLAGS, "--output", str(tmp_path / "out")]
+    first, second = together(process, bad_in_one, (arguments, 0), (arguments, 1), status=2)
+    (only,) = own_lines(first)
+    assert only.startswith("evaluate.py: device = 'cuda'") and own_lines(second) == []
 
 
-def said(process) -> list[str]:
+def own_lines(log: str) -> list[str]:
     """The lines of a process's output, without what a library warns of."""
-    return [line for line in process.log.read_text().splitlines() if not line.startswith("[")]
+    return [line for line in log.splitlines() if not line.startswith("[")]
 
 
 def slow_in_one(arguments, rank, marker) -> int:
@@ -199,8 +157,8 @@ def test_ctrl_c_ends_all_processes_with_one_line(runs, tmp_path, process):
     for each in pair:
         each.join(30)
         assert each.exitcode == 130, each.log.read_text()
-    assert said(pair[0])[-1] == "evaluate.py: interrupted" and said(pair[1]) == []
-    assert pair[0].log.read_text().count("evaluate.py: ") == 1 and "Traceback" not in pair[0].log.read_text()
+    first, second = (own_lines(each.log.read_text()) for each in pair)
+    assert first[-1] == "evaluate.py: interrupted" and second == [] and "Traceback" not in "".join(first)
 
 
 def test_bad_input_is_one_line_and_exit_2(runs, tmp_path, capsys):
@@ -263,6 +221,7 @@ def test_pictures_made_elsewhere_are_a_row(runs, drawings, tmp_path, monkeypatch
         other = tmp_path / "brighter" / path.relative_to(drawings / "test").with_suffix(".bmp")
         other.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).point(lambda level: level + 5).save(other)
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
     flags = [runs[1], *"--nfe 3 --count 12 --batch-size 5 --metrics psnr bias --device cpu".split(),
              "--output", str(tmp_path / "out"), "--pictures", str(tmp_path / "brighter")]
     assert evaluate.main(flags) == 0

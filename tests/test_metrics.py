@@ -6,24 +6,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import nn
 
 from evaluation import errors as errors_of
 from evaluation import judge as judging
 from evaluation import metrics
 from images.corruptions import Damage
-from images.pictures import psnr, psnr_of_each, to_float, to_uint8
+from images.pictures import psnr, to_uint8
 from measured import EXACT, SIDE
 from ode_int import SolverError
 
 # -------------------------------------------------------------------------------------------------------------- Frechet
-
-
-def test_frechet_of_gaussians_in_one_dimension():
-    one, other = (
-        tuple(torch.tensor(x).double() for x in gaussian) for gaussian in (([2.0], [[3.0]]), ([-1.0], [[2.0]]))
-    )
-    assert metrics.frechet(one, other) == pytest.approx((2 + 1) ** 2 + (3 - 2) ** 2)
 
 
 def test_frechet_against_scipys_matrix_square_root():
@@ -47,34 +39,7 @@ def test_frechet_with_more_features_than_images():
     assert metrics.frechet(one, one) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_is_torchmetrics_fid():
-    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
-
-    class Mean(nn.Module):
-        num_features = 12
-
-        def forward(self, x):
-            return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
-
-    x, y = (
-        torch.rand(50, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) ** (1 + seed) * 255 for seed in (0, 1)
-    )
-    reference = fid.FrechetInceptionDistance(feature=Mean())
-    reference.update(x, real=True)
-    reference.update(y, real=False)
-    mine = metrics.frechet(*(metrics.gaussian(Mean()(z)) for z in (x, y)))
-    assert mine == pytest.approx(reference.compute().item(), rel=1e-3)  # it sums in float32
-
-
 # ------------------------------------------------------------------------------------------------------- single metrics
-
-
-def test_psnr_against_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
-    a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
-    levels = (to_uint8(image).float() for image in (a, b))
-    library = functional.peak_signal_noise_ratio(*levels, data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    assert psnr(a, b) == pytest.approx(library.item(), rel=1e-6)
 
 
 def test_ssim():
@@ -104,17 +69,14 @@ def test_a_shift_by_k_levels(judge, config):
 
 
 def test_what_the_damage_hides_is_consistent(judge, config):
-    checks = (
-        torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5
-    )  # of mean 0 in each 2x2 box
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SIDE // 2, SIDE // 2) * 10 / 127.5  # of mean 0 in a box
     bicubic = replace(config, damage=Damage(up="bicubic"))
     for each in (config, bicubic):
         score = judge(each, False, lambda batch: batch.z1 + checks)
         assert score["consistency"] == 0 and score["psnr"] == pytest.approx(20 * math.log10(255 / 10), rel=1e-5)
     # the error counts on the small image, however it is enlarged
-    assert judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)["consistency"] == pytest.approx(
-        1e5 * (7 / 255) ** 2, rel=1e-4
-    )
+    shifted = judge(bicubic, False, lambda batch: batch.z1 + 7 / 127.5)
+    assert shifted["consistency"] == pytest.approx(1e5 * (7 / 255) ** 2, rel=1e-4)
 
 
 def test_samples_are_rounded_and_clamped(judge, config):
@@ -141,9 +103,8 @@ def test_fill_keeps_what_is_known_and_looks_at_nothing_else():
     filled = judging.fill(x * known, known)
     assert torch.equal(filled * known, x * known)
     assert torch.equal(filled, judging.fill(torch.where(known > 0, x, 9.0), known))
-    assert torch.allclose(
-        judging.fill(torch.full_like(x, 0.3) * known, known), torch.full_like(x, 0.3)
-    )  # a flat image is a flat image
+    flat = torch.full_like(x, 0.3)
+    assert torch.allclose(judging.fill(flat * known, known), flat)
 
 
 # ----------------------------------------------------------------------------------------------------- standard errors
@@ -168,16 +129,7 @@ def test_errors_of_means_are_those_of_their_images(judge, config):
     assert grey["errors"]["accuracy"] == pytest.approx(100 * math.sqrt(bright * (1 - bright) / 39), rel=1e-9)
 
 
-def test_an_error_is_the_spread_over_other_images():
-    """PSNR of noise of a random level: the error of 100 images against the spread of 200 such hundreds."""
-    generator = torch.Generator().manual_seed(0)
-    level = 5 + 40 * torch.rand(200, 100, 1, 1, 1, generator=generator)
-    x = to_float((128 + level * torch.randn(200, 100, 1, 8, 8, generator=generator)).clamp(0, 255).round())
-    each = torch.stack([psnr_of_each(some, torch.zeros_like(some)) for some in x])
-    assert (each.std(1) / 10).mean().item() == pytest.approx(each.mean(1).std().item(), rel=0.15)
-
-
-@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.0, 1.5), (0.0, 1.5, 1.5), (0.0, 1.0, 2.0)])
+@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.5, 1.5), (0.0, 1.0, 2.0)])
 def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
     """Of Gaussians, for 60 independent sets of images; where ours are as the truth (the floor) it may be too large."""
     generator = torch.Generator().manual_seed(0)
@@ -208,14 +160,6 @@ def test_the_jackknife_leaves_out_each_image_once():
     without = metrics.across_without(torch.tensor(ours), torch.tensor(truth))
     assert without == pytest.approx(figures, rel=1e-6)
     assert metrics.jackknife(without) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_jackknife_of_a_mean_is_its_standard_error():
-    """Exactly so with a group an image (Efron and Stein 1981, eq. 1.2), and about so with 20 groups of 200."""
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one_each = metrics.jackknife(metrics.mean_without(values[:15]))
-    assert one_each == pytest.approx(values[:15].std().item() / math.sqrt(15), rel=1e-9)
-    assert metrics.jackknife(metrics.mean_without(values)) == pytest.approx(1 / math.sqrt(4000), rel=0.5)
 
 
 def test_the_error_of_a_difference_is_its_spread_over_other_images():

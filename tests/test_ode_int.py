@@ -9,7 +9,6 @@ import torch
 
 import ode_int
 from ode_int import DEFAULT_STEPS, FIXED_STEP, ODE, SolverError, integrate, solve, time_grid
-from unet import Counted, Guided
 
 SHAPE = (3, 2, 4, 4)
 
@@ -27,19 +26,7 @@ def swing_at(t, z0):
     return 1 / (1 / z0.double() + np.sin(t))
 
 
-def watched(field):
-    """The field, and the list of times at which it was asked."""
-    times = []
-
-    def v(t, z):
-        times.append(float(t))
-        return field(t, z)
-
-    return v, times
-
-
-# ---------------------------------------------------------------------------------------------------------- accuracy
-
+# accuracy
 
 def turn(t, z):
     """The two channels circle each other by the angle t + sin(t) / 2: errors neither grow nor fade."""
@@ -51,23 +38,24 @@ def turn_at(t, z0):
     return torch.stack([np.cos(angle) * a - np.sin(angle) * b, np.sin(angle) * a + np.cos(angle) * b], 1)
 
 
-@pytest.mark.parametrize(
-    "solver, order, t1, steps",
-    [
-        ("euler", 1, 1.5, (50, 100, 200)),
-        ("midpoint", 2, 6.0, (80, 160, 320)),
-        ("heun", 2, 6.0, (80, 160, 320)),
-        ("rk4", 4, 10.0, (30, 50, 80)),
-    ],
-)
+@pytest.mark.parametrize("solver, order, t1, steps", [
+    ("euler", 1, 1.5, (50, 100, 200)), ("midpoint", 2, 6.0, (80, 160, 320)), ("heun", 2, 6.0, (80, 160, 320)),
+    ("rk4", 4, 10.0, (30, 50, 80))])
 def test_order_of_convergence(solver, order, t1, steps):
-    errors = [
-        (integrate(turn, start(), 0.0, t1, solver, n) - turn_at(t1, start())).square().mean().sqrt().item()
-        for n in steps
-    ]
+    errors = [(integrate(turn, start(), 0.0, t1, solver, n) - turn_at(t1, start())).square().mean().sqrt().item()
+              for n in steps]
     assert errors[-1] > 1e-5  # far above the rounding of an fp32 state
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope + order) < 0.1
+
+
+def test_midpoint_and_heun_are_the_rules_of_these_names():
+    z, h = start().double(), 0.3
+    first = swing(torch.tensor(0.4), z)
+    midpoint = swing(torch.tensor(0.4 + h / 2), z + h / 2 * first)
+    heun = (first + swing(torch.tensor(0.4 + h), z + h * first)) / 2
+    for solver, slope in (("euler", first), ("midpoint", midpoint), ("heun", heun)):
+        torch.testing.assert_close(integrate(swing, z, 0.4, 0.4 + h, solver, 1), (z + h * slope).float())
 
 
 def test_steps_that_shorten_towards_the_data():
@@ -80,41 +68,18 @@ def test_steps_that_shorten_towards_the_data():
         return 1 + (z0.double() - 1) * (1 - t) - (1 - t) * math.log(1 - t)
 
     def error(rho, steps):
-        z = solve(
-            ODE(lambda t, z: (1 - z) / (1 - t) + 1, start(), 0.0, 0.999, lambda t, z: z, rho=rho), "midpoint", steps
-        )
+        ode = ODE(lambda t, z: (1 - z) / (1 - t) + 1, start(), 0.0, 0.999, lambda t, z: z, rho=rho)
+        z = solve(ode, "midpoint", steps)
         return (z - exact(0.999, start())).square().mean().sqrt().item()
 
     for rho in (1.5, 3.0):
         times = time_grid(0.1, 0.999, 7, rho)
         assert (times[0], times[-1]) == (0.1, 0.999)
-        np.testing.assert_allclose(
-            np.diff((1 - times) ** (1 / rho)), (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9
-        )
+        gaps = np.diff((1 - times) ** (1 / rho))
+        np.testing.assert_allclose(gaps, (0.001 ** (1 / rho) - 0.9 ** (1 / rho)) / 7, rtol=1e-9)
     assert error(3.0, 10) < error(1.0, 10) / 3
     slope = math.log2(error(3.0, 40) / error(3.0, 80))
     assert abs(slope - 2) < 0.2  # midpoint's order
-
-
-@pytest.mark.parametrize("solver", FIXED_STEP)
-def test_one_step_is_the_rule_of_that_name(solver):
-    z, t0, h = start().double(), 0.4, 0.3
-
-    def f(t, z):
-        return -np.cos(t) * z**2
-
-    k1 = f(t0, z)
-    mid = f(t0 + h / 2, z + h / 2 * k1)
-    third = f(t0 + h / 3, z + h / 3 * k1)
-    two_thirds = f(t0 + 2 * h / 3, z + h * (third - k1 / 3))
-    step = dict(
-        euler=k1,
-        midpoint=mid,
-        heun=(k1 + f(t0 + h, z + h * k1)) / 2,
-        rk4=(k1 + 3 * third + 3 * two_thirds + f(t0 + h, z + h * (k1 - third + two_thirds))) / 8,
-    )  # Kutta's 3/8 rule
-    result = integrate(swing, z, t0, t0 + h, solver, 1)
-    torch.testing.assert_close(result, (z + h * step[solver]).float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("t0, t1", [(0.0, 3.0), (0.001, 0.999), (3.0, 0.0)])
@@ -129,22 +94,22 @@ def test_dopri5_reaches_its_tolerance_and_lands_on_t1(t0, t1):
     assert 1e-4 < error(1e-3) < 1e-1  # and a loose one is loose
 
 
-@pytest.mark.parametrize(
-    "rate", [1.0, 1e-3, 20.0]
-)  # next to a slow field dopri5's first guess of a step is far too long
+@pytest.mark.parametrize("rate", [1e-3, 20.0])  # in a slow field dopri5's first guess of a step is far too long
 @pytest.mark.parametrize("t0, t1", [(0.001, 0.999), (1.0, 0.0)])
 def test_dopri5_asks_only_between_t0_and_t1(rate, t0, t1):
-    v, asked = watched(lambda t, z: -rate * z * (t1 - t0))
-    z0 = start()
+    asked, z0 = [], start()
+
+    def v(t, z):
+        asked.append(float(t))
+        return -rate * z * (t1 - t0)
+
     reached = integrate(v, z0, t0, t1)
     low, high = np.float32(min(t0, t1)), np.float32(max(t0, t1))  # a network is told the time in fp32
     assert low <= min(asked) and max(asked) <= high
     torch.testing.assert_close(reached.double(), z0.double() * np.exp(-rate * (t1 - t0) ** 2), rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize(
-    "solver, steps, tolerance", [("dopri5", None, 1e-4), ("heun", 200, 5e-5), ("rk4", 20, 5e-5), ("euler", 500, 2e-3)]
-)
+@pytest.mark.parametrize("solver, steps, tolerance", [("dopri5", None, 1e-4), ("heun", 200, 5e-5), ("rk4", 20, 5e-5)])
 def test_times_are_answered_with_the_solution_there(solver, steps, tolerance):
     z0 = swing_at(0.1, 0.5 * start()).float()
     times = torch.tensor([0.1, 0.113, 0.5, 0.77, 1.2345, 1.8, 1.9])  # in fp32, where the ends are not quite t0 and t1
@@ -160,70 +125,32 @@ def test_no_image_hides_in_its_batch():
     rate = torch.ones(256, 1, 1, 1)
     rate[77] = 30
 
-    def field(rate):
-        return watched(lambda t, z: rate * (rate * t).cos() * torch.ones_like(z))
+    def swung(rate):
+        asked = []
+        z0 = torch.full((len(rate), 1, 2, 2), 0.1)
+        return integrate(lambda t, z: asked.append(float(t)) or rate * (rate * t).cos() + 0 * z, z0, 0.0, 1.0), asked
 
-    z0 = torch.full((256, 1, 2, 2), 0.1)
-    v, asked = field(rate)
-    together = integrate(v, z0, 0.0, 1.0)
-    v, asked_alone = field(rate[77:78])
-    alone = integrate(v, z0[77:78], 0.0, 1.0)
+    (together, asked), (alone, asked_alone) = swung(rate), swung(rate[77:78])
     np.testing.assert_allclose(asked, asked_alone, rtol=1e-5)
     torch.testing.assert_close(together[77:78], alone, rtol=0, atol=1e-6)
     assert (alone - 0.1 - np.sin(30.0)).abs().max() < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------- cost
+def decay() -> ODE:
+    return ODE(lambda t, z: -z, start(), 0.001, 0.999, lambda t, z: -z)
 
 
-class Net:
-    """-x, as a network; knows what it was asked."""
-
-    num_classes, upscale = 7, 1
-
-    def __init__(self):
-        self.labels = []
-
-    def __call__(self, x, t, y=None, cond=None):
-        self.labels.append(y)
-        return -x if y is None else -x * (1 + 0.01 * y[:, None, None, None])
-
-
-def problem(net, y=None) -> ODE:
-    z0 = start()
-    return ODE(
-        lambda t, z: net(z, t.expand(len(z)), y, None), z0, 0.001, 0.999, lambda t, z: net(z, t.expand(len(z)), y, None)
-    )
-
-
-@pytest.mark.parametrize("solver", FIXED_STEP)
-def test_cost_of_a_fixed_step_solver(solver):
-    net = Counted(Net())
-    assert net.num_classes == 7
-    solve(problem(net), solver, 7)
-    assert net.rows == SHAPE[0] * (7 * FIXED_STEP[solver] + 1)
-    solve(problem(net), solver)
-    assert net.rows == SHAPE[0] * ((7 + DEFAULT_STEPS) * FIXED_STEP[solver] + 2)
-
-
-def test_guidance_costs_twice():
-    net = Counted(Net())
-    solve(problem(Guided(net, 2.0), torch.arange(SHAPE[0])), "heun", 5)
-    assert net.rows == SHAPE[0] * 2 * (2 * 5 + 1)
-
-
-def test_cost_of_dopri5_is_what_it_asked():
-    net = Counted(Net())
-    solve(problem(net))
-    assert net.rows == SHAPE[0] * len(net.net.labels) and len(net.net.labels) > 8
+def test_without_a_number_a_fixed_step_solver_takes_its_usual_one():
+    for solver, calls in FIXED_STEP.items():
+        asked = []
+        integrate(lambda t, z: asked.append(t) or -z, start(), 0.0, 1.0, solver)
+        assert len(asked) == DEFAULT_STEPS * calls
 
 
 @pytest.mark.parametrize("solver, steps", [("dopri5", None), ("euler", 3), ("heun", 20), ("rk4", 50)])
-@pytest.mark.parametrize(
-    "t_min", [0.001, 0.002, 0.003, 0.006]
-)  # t0 + (t1 - t0) misses t1 by a rounding for some of these
+@pytest.mark.parametrize("t_min", [0.001, 0.003])  # t0 + (t1 - t0) misses t1 by a rounding for one of them
 def test_trace_shows_the_path_and_changes_nothing(solver, steps, t_min):
-    ode, frames = problem(Net()), []
+    ode, frames = decay(), []
     ode.t0, ode.t1 = t_min, 1 - t_min
     ode.view = lambda t, z: z * (1 + t)
     sample = solve(ode, solver, steps, trace=frames)
@@ -241,14 +168,13 @@ def test_trace_shows_the_path_and_changes_nothing(solver, steps, t_min):
         torch.testing.assert_close(clean, -seen / (1 + t), rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- failure
-
+# failure
 
 def named_time(failure) -> float:
     return float(re.search(r"t = (-?[\d.]+)", str(failure.value))[1])
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "euler", "heun", "rk4"])
+@pytest.mark.parametrize("solver", ["dopri5", "heun"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("since, until", [(-1.0, 2.0), (0.37, 2.0), (0.37, 0.52)])
 def test_a_field_that_is_not_finite_is_named_with_its_time(solver, bad, since, until):
@@ -293,8 +219,7 @@ def test_an_unknown_solver_is_refused():
         integrate(swing, start(), 0.0, 1.0, "rk5")
 
 
-# ---------------------------------------------------------------------------------------------------------- precision
-
+# precision
 
 @pytest.fixture
 def tf32():
@@ -324,8 +249,7 @@ def test_precision_is_full_for_dopri5_and_the_callers_for_the_others(solver, fla
     if solver == "dopri5":
         torch.testing.assert_close(sample, -ode.z * np.exp(-1), rtol=0, atol=3e-5)
 
-    with (pytest.raises(KeyError),
-          torch.autocast("cpu", dtype=torch.bfloat16)):  # a network's own error, not the solver's
+    with pytest.raises(KeyError):  # a network's own error, not the solver's
         solve(ODE(lambda t, z: {}["missing"], start(), 0.0, 1.0, net), solver)
     assert tf32() == flags
 

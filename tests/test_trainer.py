@@ -52,6 +52,7 @@ from trainer import Config, Trainer
     ("--method udpm --udpm.lpips-weight 0 0 0 --solver auto --sample-steps 5", "steps 5 3"),
     ("--method udpm --udpm.lpips-weight 0 0 0 --solver auto --sample-steps 3 --image-size 12", "12 8"),
     ("--method sr3 --solver auto --sample-steps 3000", "steps 3000 2000"),
+    ("--method flowmap --label-drop 0.1 --no-overfit --guidance 2", "guidance 2 1 flowmap"),
     ("--damage.factor 3", "damage.factor 3 2 4 8"),
     ("--image-size 15", "15 2"),
     ("--task paired", "paired_path None paired"),

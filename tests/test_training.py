@@ -12,6 +12,7 @@ import trainer
 from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float
+from methods.regression import Regression
 from pixels import photo
 from runs import TINY, checkpoint, make, metrics, resume, same, start, together
 from support import model
@@ -233,13 +234,17 @@ def test_pictures_before_the_first_step(tmp_path):
     assert (run / "samples" / "step_000000.png").exists()
 
 
-def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(tmp_path):
-    """A scale of 2^16 times a large loss overflows: those steps are skipped, and the scale halves until one passes."""
+def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
+    """2^16 times a large loss overflows: those steps are skipped, and the scale halves until one passes. A state of
+    that time is good enough to be saved."""
+    original = Regression.loss
+    monkeypatch.setattr(Regression, "loss", lambda *arguments: 3e3 * original(*arguments))
     flags = f"{PLAIN} --precision fp16 --print-loss-every 1 --checkpoint-every 4 --keep-every 4 --unet-channels 8"
-    run = start(tmp_path / "straight", f"{flags} --grad-clip 1 --max-steps 8")
+    run = start(tmp_path / "straight", f"{flags} --max-steps 12")
     state = checkpoint(run)
     scaler, skipped = state["scaler"], int(state["skipped"][0])
-    assert scaler["scale"] == 2**16 / 2**skipped and scaler["_growth_tracker"] == 8 - skipped
+    assert 4 < skipped < 11 and scaler["scale"] == 2**16 / 2**skipped and scaler["_growth_tracker"] == 12 - skipped
+    assert torch.load(run / "checkpoints" / "step_000004.pt", weights_only=True)["skipped"].tolist() == [4, 4]
     half = shutil.copytree(run, tmp_path / "half")
     (half / "checkpoints" / "step_000004.pt").rename(half / "checkpoints" / "last.pt")
     resume(half)

@@ -156,11 +156,11 @@ def test_a_service_of_wandb_that_hangs_does_not_hold_the_program(tmp_path, monke
     service, = [pid for pid in children if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()]
     os.kill(service, signal.SIGSTOP)
     try:
-        until(lambda: logged(100), run)
+        until(lambda: logged(40), run)
         os.kill(run.pid, signal.SIGINT)
         run.join(60)
     finally:
         os.kill(service, signal.SIGKILL)
     said = run.log.read_text()
     assert run.exitcode == 130 and said.count("warning: wandb") == 1 and "Traceback" not in said, said
-    assert checkpoint(next(lines.iterdir()))["step"] >= 100
+    assert checkpoint(next(lines.iterdir()))["step"] >= 40
