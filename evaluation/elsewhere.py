@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from images import SettingsError, data
-from images.files import list_images, read_image, user_path
+from images.files import list_images, open_image, to_tensor, user_path
 
 
 def find_pictures(folder: str, images: data.Images, rows: Tensor) -> dict[int, Path]:
@@ -37,7 +37,7 @@ def find_pictures(folder: str, images: data.Images, rows: Tensor) -> dict[int, P
 
 def read_pictures(paths: list[Path], channels: int, side: int) -> Tensor:
     """(B, channels, side, side) uint8. Raises SettingsError."""
-    pictures = [read_image(path, channels) for path in paths]
+    pictures = [to_tensor(open_image(path, channels)) for path in paths]
     for path, picture in zip(paths, pictures):
         if picture.shape[1:] != (side, side):
             raise SettingsError(f"pictures: {path} has {picture.shape[2]}x{picture.shape[1]} pixels; needed are "

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from images import DatasetError, SettingsError, one_line
 from images.files import first_few, fit, list_images, to_tensor, user_path
-from images.packs import Decoding, Pack, open_pack, pack_folder
-from images.pairs import pair_factor, partners
+from images.folders import pair_factor, partners, split_names
+from images.packs import Decoding, check_room, open_pack, pack_folder
 from images.photos import Photos, gather_rows
 from images.pictures import to_float
 from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
-from images.splits import known_sides, split_names
 from support.disk import free_memory
 
 
@@ -73,7 +72,8 @@ class Images:
     test_lo: Tensor | Photos | None = None  # of test
     name: str = ""
     left_out: list[str] = field(default_factory=list)  # a line for each file that is not used: which one, and why
-    test_names: list[str] = field(default_factory=list)  # paths of the test images below a folder, else []
+    train_names: list[str] = field(default_factory=list)  # paths of the images below a folder, else []
+    test_names: list[str] = field(default_factory=list)
     pair_factor: int = 1  # sides of the clean images / sides of their damaged partners, as the files have them
 
     def to(self, device) -> "Images":
@@ -120,10 +120,7 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The step's piece (batch_size,) int64 of the endless stream of shuffled epochs: a pure function of its arguments.
 
     Epochs follow each other without a gap, so each covers every index once, even where batch_size is above n.
-    Raises SettingsError for a batch of more images than anyone can mean.
     """
-    if not 1 <= batch_size <= MAX_BATCH:
-        raise SettingsError(f"images in a batch = {batch_size}: allowed is 1 to {MAX_BATCH:,}")
     start = step * batch_size
     end = start + batch_size
     pieces = []
@@ -195,80 +192,58 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     crop: "center" cuts and resizes each image; "random", for folders, keeps photographs at their own size to take crops
     of, from anywhere in training and from the middle else.
     Image files are decoded once: later starts find them in data_path/packs.
-    Raises DatasetError, and SettingsError for a number out of range or where memory is short. Of the images left out
-    a warning names the first and Images.left_out all.
+    Raises DatasetError, and SettingsError where memory or disk is short. Of the images left out a warning names the
+    first and Images.left_out all.
     """
-    if crop not in ("center", "random"):
-        raise SettingsError(f"crop = {crop}: allowed is center or random")
-    small = [None, *WITH_THE_CLONE, *(name for name, download in DOWNLOADS.items() if not download.files)]
-    if crop == "random" and dataset in small:
-        raise SettingsError(f"crop = random: allowed is center for {dataset or 'cifar10'}, whose images are small; "
-                            "name a folder of photographs as dataset")
-    if dataset is None:
-        try:
-            return load("cifar10", side, channels, data_path, paired_path, limit)
-        except DatasetError as failure:
-            if not or_demo:
-                raise
-            line = "*" * 100
-            print(f"{line}\n  No CIFAR-10: {failure}\n"
-                  "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
-                  f"images.\n{line}")
-            return load("demo", side, channels, data_path, paired_path, limit)
-    if not 1 <= side <= MAX_SIDE:
-        raise SettingsError(f"side = {side}: allowed is 1 to {MAX_SIDE:,} pixels")
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit = {limit}: allowed is 1 or more, or None")
-    if channels not in (1, 3):
-        raise SettingsError(f"channels = {channels}: allowed is 1 (grey) or 3 (RGB)")
-    if paired_path is not None and dataset in (*WITH_THE_CLONE, *DOWNLOADS):
-        raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {dataset}; "
+    name, decoding = "cifar10" if dataset is None else dataset, Decoding(side, channels, crop)
+    if crop == "random" and (name in WITH_THE_CLONE or name in DOWNLOADS and not DOWNLOADS[name].files):
+        raise SettingsError(f"crop = random: allowed is center for {name}, whose images are small; name a folder of "
+                            "photographs as dataset")
+    if paired_path is not None and name in (*WITH_THE_CLONE, *DOWNLOADS):
+        raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {name}; "
                            "name that folder as dataset")
     try:
-        if dataset == "demo":
-            return _demo(side, channels, limit)
-        if dataset == "shapes":
-            return _draw(side, channels, limit)
-        if dataset in DOWNLOADS:
-            return _download(dataset, Decoding(side, channels, crop), data_path, limit)
-        return _folder(dataset, Decoding(side, channels, crop), data_path, paired_path, limit)
+        if name == "demo":
+            return _demo(decoding, limit)
+        if name == "shapes":
+            return _draw(decoding, limit)
+        if name in DOWNLOADS:
+            return _download(name, decoding, data_path, limit)
+        return _folder(name, decoding, data_path, paired_path, limit)
+    except DatasetError as failure:
+        if dataset is not None or not or_demo:
+            raise
+        line = "*" * 100
+        print(f"{line}\n  No CIFAR-10: {failure}\n"
+              "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
+              f"images.\n{line}")
+        return _demo(decoding, limit)
     except MemoryError as error:
-        raise SettingsError(f"image_size = {side}: too little memory for the images of {dataset}; lower image_size, "
+        raise SettingsError(f"image_size = {side}: too little memory for the images of {name}; lower image_size, "
                             "or take fewer images") from error
 
 
-def _demo(side: int, channels: int, limit: int | None) -> Images:
+def _demo(decoding: Decoding, limit: int | None) -> Images:
     """The photographs in images/demo, which are the test images too: they are there to be overfitted."""
-    _check_memory(16, side, channels)
     paths = _spread(sorted((Path(__file__).parent / "demo").glob("*.png")), limit)
-    mode = "RGB" if channels == 3 else "L"
-    x = torch.stack([to_tensor(fit(Image.open(path).convert(mode), side)) for path in paths])
+    x = _resize(np.stack([np.asarray(Image.open(path)) for path in paths]), decoding)
     return Images(x, x, None, None, [], name="demo")
 
 
-def _draw(side: int, channels: int, limit: int | None) -> Images:
+def _draw(decoding: Decoding, limit: int | None) -> Images:
     """The data set `shapes`."""
-    count = 11_000 if limit is None else min(limit, 10_000) + min(limit, 1_000)
-    _check_memory(count, side, channels, more=4 * FLOATS_A_PIXEL * side**2)
-    train, y = draw_shapes(10_000, 0, side, channels, limit)
-    test, test_y = draw_shapes(1_000, 1, side, channels, limit)
+    counts = [count if limit is None else min(limit, count) for count in (10_000, 1_000)]
+    check_room(decoding, sum(counts), free_memory(), "memory", more=4 * FLOATS_A_PIXEL * decoding.side**2)
+    (train, y), (test, test_y) = (draw_shapes(count, seed, decoding.side, decoding.channels, limit)
+                                  for seed, count in enumerate((10_000, 1_000)))
     return Images(train, test, y, test_y, list(SHAPES), name="shapes")
 
 
-def _spread(items: list, limit: int | None) -> list:
+def _spread(items, limit: int | None):
     """At most `limit` of the items, evenly spread."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def _check_memory(count: int, side: int, channels: int, more: int = 0) -> None:
-    """SettingsError where `count` images, and `more` bytes beside them, are more than the memory that is free."""
-    size = count * channels * side**2 + more
-    free = free_memory()
-    if free is not None and size > free:
-        raise SettingsError(f"image_size = {side}: {count:,} images need {size / 1e9:,.1f} GB of memory, and "
-                            f"{free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -278,70 +253,63 @@ def _folder(dataset: str, decoding: Decoding, data_path: str, paired_path: str |
     if not dataset or not os.path.isdir(root):
         raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or "
                            f"{', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
-    names = list_images(root)
-    paired, partner = None, {}
-    left_out = []
+    names, left_out, pairs = list_images(root), [], None
     if paired_path is not None:
         paired = user_path(paired_path)
         partner, left_out = partners(root, names, paired)
         names = sorted(partner)
-    # by their real paths, so that it is the same pack by whatever way one comes to the folder
-    here, there = os.path.realpath(root), os.path.realpath(paired) if paired else None
-    folder = pack_folder(os.path.basename(here), decoding, data_path, [here, there, limit])
-    split = split_names(names, known_sides(folder, names, limit))
+        pairs = os.path.realpath(paired), partner
+    split = split_names(names)
     if split.left_out:
         left_out += [f"{root / name}: is neither in the folder of training images nor in that of test images"
                      for name in split.left_out]
         warnings.warn(f"{root}: {len(split.left_out)} images are neither in the folder of training images nor in that "
                       f"of test images, and are left out: {first_few(split.left_out)}")
-
-    def label(name: str) -> str | None:  # the class folder, if the image is in one
-        return name.split("/")[split.level] if name.count("/") > split.level else None
-
-    labels = {label(name) for name in split.train + split.test}
+    labels = {split.label(name) for name in split.train + split.test}
     classes = [] if None in labels or len(labels) == 1 else sorted(labels)
-    number = {name: i for i, name in enumerate(classes)}
-    train_names, test_names = _spread(split.train, limit), _spread(split.test, limit)
-    names = train_names + test_names
-    files = [(f"{here}/{name}", f"{there}/{partner[name]}" if paired else None) for name in names]
-    pack = open_pack(folder, files, decoding)
+    here = os.path.realpath(root)
+    images = _packed(os.path.basename(here), here, split.train, split.test, decoding, data_path, limit, pairs)
+    if classes:
+        images.classes = classes
+        images.train_y, images.test_y = (torch.tensor([classes.index(split.label(name)) for name in names])
+                                         for names in (images.train_names, images.test_names))
+    images.left_out = left_out + images.left_out
+    return images
 
-    def part(rows: slice) -> tuple:
-        used = [label(names[i]) for i in pack.used[rows]]
-        y = torch.tensor([number[each] for each in used], dtype=torch.int64) if classes else None
-        return pack.clean[rows], None if pack.damaged is None else pack.damaged[rows], y
 
-    count = int((pack.used < len(train_names)).sum())  # training images that could be read
-    (train, train_lo, y), (test, test_lo, test_y) = part(slice(count)), part(slice(count, None))
-    factor = 1
-    if paired:
-        if 2 * len(pack.used) < len(names):
-            raise DatasetError(f"{paired}: only {len(pack.used)} of its {len(names)} pairs with {root} can be used; "
-                               f"check that these are the same pictures: {first_few(pack.left_out, 3)}")
-        factor = pair_factor(pack.index.pairs)
-    if not split.own and not len(train):  # no training file could be read: train on the held-out ones
-        train, train_lo, y, test, test_lo, test_y = test, test_lo, test_y, train, train_lo, y
-    if not len(train):
-        raise DatasetError(f"{root}: none of the {len(train_names)} training images can be read; replace them: "
+def _packed(name: str, root: str, train: list[str], test: list[str], decoding: Decoding, data_path: str,
+            limit: int | None, pairs: tuple[str, dict[str, str]] | None = None) -> Images:
+    """Images of the files `train` and `test`, paths below root, out of their pack. pairs: another folder, and for each
+    file the path there of its damaged partner."""
+    train, test = _spread(train, limit), _spread(test, limit)
+    names, (damaged_root, partner) = [*train, *test], pairs or (None, {})
+    files = [(f"{root}/{name}", f"{damaged_root}/{partner[name]}" if pairs else None) for name in names]
+    # by their real paths, so that it is the same pack by whatever way one comes to the folder
+    pack = open_pack(pack_folder(name, decoding, data_path, [root, damaged_root, limit]), files, decoding)
+    if pairs and 2 * len(pack.used) < len(names):
+        raise DatasetError(f"{damaged_root}: only {len(pack.used)} of its {len(names)} pairs with {root} can be used; "
+                           f"check that these are the same pictures: {first_few(pack.left_out, 3)}")
+    count = int((pack.used < len(train)).sum())  # training images that could be read
+    if not count:
+        raise DatasetError(f"{root}: none of the {len(train)} training images can be read; replace them: "
                            f"{first_few(pack.left_out, 3)}")
-    _warn_of(root, pack, decoding)
-    test_names = [names[i] for i in pack.used][-len(test):]  # -0: all, where no image is left to hold out
-    if not len(test):
-        warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
-        test, test_lo, test_y = train, train_lo, y
-    return Images(train, test, y, test_y, classes, train_lo, test_lo, name=os.path.basename(here),
-                  left_out=left_out + pack.left_out, test_names=test_names, pair_factor=factor)
-
-
-def _warn_of(folder: Path, pack: Pack, decoding: Decoding) -> None:
-    """Names the first of the images left out, and says how many are enlarged for want of pixels."""
     if pack.left_out:
         rest = ", which a run lists in left_out.txt" if len(pack.left_out) > 3 else ""
-        warnings.warn(f"{folder}: {len(pack.left_out)} images are left out{rest}: {first_few(pack.left_out, 3)}")
-    if pack.index.enlarged:
-        warnings.warn(f"{folder}: {pack.index.enlarged:,} of {len(pack.used):,} images have a side below image_size = "
+        warnings.warn(f"{root}: {len(pack.left_out)} images are left out{rest}: {first_few(pack.left_out, 3)}")
+    if pack.enlarged:
+        warnings.warn(f"{root}: {pack.enlarged:,} of {len(pack.used):,} images have a side below image_size = "
                       f"{decoding.side} and are enlarged for random crops of it; a lower image_size leaves them as "
                       "they are")
+    used = [names[i] for i in pack.used]
+    held_out = slice(count, None)
+    if count == len(used):
+        warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
+        held_out = slice(None)
+    (train_lo, test_lo), factor = (None, None), 1
+    if pairs:
+        (train_lo, test_lo), factor = (pack.damaged[:count], pack.damaged[held_out]), pair_factor(pack.factors)
+    return Images(pack.clean[:count], pack.clean[held_out], None, None, [], train_lo, test_lo, name, pack.left_out,
+                  used[:count], used[held_out], factor)
 
 
 # ------------------------------------------------------------------------------------------------------ by torchvision
@@ -363,30 +331,20 @@ def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) 
                            "folder") from error
     finally:
         socket.setdefaulttimeout(before)
-    rows = _spread(list(range(len(train))), limit)
-    test_rows = _spread(list(range(len(test))), limit)
     if download.files:  # CelebA has 40 attributes and 10,000 identities, but no classes
         folder = os.path.realpath(Path(train.root) / download.files)
-        names = [train.filename[i] for i in rows] + [test.filename[i] for i in test_rows]
-        files = [(f"{folder}/{file}", None) for file in names]
-        pack = open_pack(pack_folder(name, decoding, data_path, [folder, None, limit]), files, decoding)
-        count = int((pack.used < len(rows)).sum())
-        if not 0 < count < len(pack.used):
-            raise DatasetError(f"{folder}: no training or no test image can be read; get it anew: "
-                               f"{first_few(pack.left_out, 3)}")
-        _warn_of(folder, pack, decoding)
-        return Images(pack.clean[:count], pack.clean[count:], None, None, [], name=name, left_out=pack.left_out)
-    side, channels = decoding.side, decoding.channels
-    _check_memory(len(rows) + len(test_rows), side, channels)
-    x = _resize(np.asarray(train.data)[rows], side, channels)
-    test_x = _resize(np.asarray(test.data)[test_rows], side, channels)
-    y = torch.as_tensor(train.targets)[rows]
-    test_y = torch.as_tensor(test.targets)[test_rows]
+        return _packed(name, folder, train.filename, test.filename, decoding, data_path, limit)
+    rows, test_rows = (_spread(range(len(part)), limit) for part in (train, test))
+    check_room(decoding, len(rows) + len(test_rows), free_memory(), "memory")
+    (x, y), (test_x, test_y) = (
+        (_resize(np.asarray(part.data)[rows], decoding), torch.as_tensor(part.targets)[rows])
+        for part, rows in ((train, list(rows)), (test, list(test_rows))))
     return Images(x, test_x, y, test_y, list(train.classes), name=name)
 
 
-def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
+def _resize(pixels: np.ndarray, decoding: Decoding) -> Tensor:
     """(N, h, w[, 3]) uint8 -> (N, channels, side, side). A side of 28 (Fashion-MNIST) gets a black margin up to 32."""
+    side, channels = decoding.side, decoding.channels
     if pixels.shape[1] == 28 < side <= 32:
         before = (side - 28) // 2
         after = side - 28 - before
@@ -394,7 +352,4 @@ def _resize(pixels: np.ndarray, side: int, channels: int) -> Tensor:
     if pixels.shape[1] == side and pixels.ndim == (4 if channels == 3 else 3):
         return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
     mode = "RGB" if channels == 3 else "L"
-    x = torch.from_numpy(np.empty((len(pixels), channels, side, side), np.uint8))
-    for row, picture in zip(x, pixels):
-        row.copy_(to_tensor(fit(Image.fromarray(picture).convert(mode), side)))
-    return x
+    return torch.stack([to_tensor(fit(Image.fromarray(picture).convert(mode), side)) for picture in pixels])

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from images import DatasetError, SettingsError, one_line
 from support.disk import make_folder, write_atomically
 
-NAME_MAX = 255  # bytes of a file's name on the usual disks
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
-MAX_ENTRIES = 200_000  # files and folders that are looked at where fewer than one in a hundred is an image
 SRGB = ImageCms.createProfile("sRGB")
 
 with suppress(ImportError):  # optional: photographs of phones, .heic
@@ -28,7 +26,7 @@ Image.init()  # has Pillow load all its formats
 FORMATS = [name for name in Image.ID if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
 ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
 
-# open_image refuses such an image itself and names it
+# `load` refuses such an image itself and names it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -57,15 +55,14 @@ def load(path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+                raise DatasetError(f"{path}: has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}; "
+                                   "make it smaller")
             image.load()
             return upright(image)
-    except MemoryError:
+    except (DatasetError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own, or the one above
-        raise DatasetError(f"{path}: is too large ({error}); make it smaller, {MAX_PIXELS:,} pixels at most") from error
     except Exception as error:  # each of Pillow's readers raises its own kinds of exception
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = one_line(error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "its format is unknown"
             if str(path).lower().endswith((".heic", ".heif")):
@@ -115,16 +112,14 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an ICC profile's colours to sRGB. None where the profile can't be used, or is sRGB but for rounding."""
+    """From an ICC profile's colours to sRGB. None where the profile can't be used, or is sRGB itself."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(source, SRGB, mode, "RGB")
+        if "srgb" in ImageCms.getProfileDescription(source).lower():  # converting would change some colours by a level
+            return None
+        return ImageCms.buildTransform(source, SRGB, mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
-    ramp, turn = Image.linear_gradient("L"), Image.Transpose
-    colours = Image.merge("RGB", (ramp, ramp.transpose(turn.ROTATE_90), ramp.transpose(turn.ROTATE_180))).convert(mode)
-    change = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
-    return None if max(highest for _, highest in change.getextrema()) <= 1 else transform
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -134,24 +129,9 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_image(path: Path, channels: int) -> Tensor:
-    """(C, H, W) uint8. Raises DatasetError."""
-    return to_tensor(open_image(path, channels))
-
-
-def read_mask(path: Path) -> Tensor:
-    """(1, H, W) bool: true where the mask is white. What is transparent in it counts as black. Raises DatasetError."""
-    return mask_of(load(path), path)
-
-
 def mask_of(image: Image.Image, name="mask") -> Tensor:
-    """read_mask of a PIL image."""
+    """(1, H, W) bool: true where the image is white. What is transparent counts as black. Raises DatasetError."""
     return to_tensor(flatten(image, 1, name, background="black")) >= 128
-
-
-def read_alpha(path: Path) -> Tensor:
-    """(1, H, W) uint8: 0 transparent, 255 opaque. Raises DatasetError."""
-    return to_tensor(alpha(load(path)))
 
 
 def alpha(image: Image.Image) -> Image.Image:
@@ -179,13 +159,13 @@ def save_png(path: Path, image: Image.Image):
 def refuse_outputs(paths: list[str], overwrite: bool):
     """Tries, before anything is computed, whether files of these names can be made. Raises DatasetError."""
     for path in paths:
-        if os.path.exists(path) and not overwrite:
-            raise DatasetError(f"{path} exists; --overwrite replaces it")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            if len(os.fsencode(os.path.basename(path))) > NAME_MAX:
-                raise OSError(0, "File name too long")
             tempfile.TemporaryFile(dir=Path(path).parent).close()
+            with suppress(FileNotFoundError):
+                os.stat(path)  # fails for a name that is too long
+                if not overwrite:
+                    raise DatasetError(f"{path} exists; --overwrite replaces it")
         except OSError as failure:
             raise DatasetError(f"{path} can't be written: {failure.strerror}") from None
 
@@ -215,33 +195,24 @@ def _scaled_to(image: Image.Image, side: int) -> Image.Image:
 def list_images(root: Path) -> list[str]:
     """Sorted relative paths of the images below root. Hidden files are passed over, others counted in a warning.
 
-    Links are followed, but each real folder is entered once, so links in a circle end and no folder's images count
-    twice. A link to a single file is that file under another name. A link that leads nowhere is listed, as is a pipe
-    that is named as an image: reading it fails.
+    Links are followed, but each real folder is entered once, so links in a circle end. A link that leads nowhere is
+    listed: reading it fails.
     """
     if not os.path.isdir(root):
         raise DatasetError(f"{root}: is not a folder; name one that holds images")
-    top = os.path.realpath(root)
     images, others, closed = [], [], []
-    looked_at, entered = 0, set()  # real paths of folders
+    entered = set()  # real paths of folders
     for folder, folders, names in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(folder)
-        inside = real != top and os.path.islink(folder) and f"{real}/".startswith(f"{top}/")
-        if real in entered or inside:  # what a link within root leads to is met by its own name as well
+        if real in entered:
             folders.clear()
             continue
         entered.add(real)
-        if real in ("/", "/dev") or f"{real}/".startswith(("/proc/", "/sys/")):
-            raise DatasetError(f"{folder}: leads to {real}, where the system keeps its own; name a folder of images")
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in names:
             if not name.startswith("."):
                 is_image = os.path.splitext(name)[1].lower() in ENDINGS
                 (images if is_image else others).append(os.path.relpath(os.path.join(folder, name), root))
-        looked_at += len(folders) + len(names)
-        if looked_at > MAX_ENTRIES and 100 * len(images) < looked_at:
-            raise DatasetError(f"{root}: only {len(images):,} of the first {looked_at:,} files and folders in it are "
-                               "images; name the folder that holds the images")
     if closed:
         reasons = [f"{error.filename} ({error.strerror})" for error in closed]
         warnings.warn(f"{root}: {len(closed)} folders can't be opened and are left out: {first_few(reasons)}")

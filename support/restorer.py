@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ode_int
 from images import DatasetError, SettingsError, files, one_line
-from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, user_path
+from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, to_tensor, user_path
 from images.photograph import KINDS, Photograph, read_photograph, write_photograph
 from images.pictures import deviation, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED
@@ -191,13 +191,12 @@ class Restorer:
     def read_hole(self, path: Path, image: Tensor) -> Tensor | None:
         name, masks = stem(self.below[path]), self.options.masks
         if masks is None:
-            hole = files.read_alpha(path) < 255
-        elif self.masks is None:  # one for all
-            hole = files.read_mask(user_path(masks))
-        elif name in self.masks:
-            hole = files.read_mask(self.masks[name])
-        else:
+            hole = to_tensor(files.alpha(files.load(path))) < 255
+        elif self.masks is not None and name not in self.masks:
             raise DatasetError(f"{path}: no mask of this name is in {masks}")
+        else:
+            mask = user_path(masks) if self.masks is None else self.masks[name]  # a file: one for all
+            hole = files.mask_of(files.load(mask), mask)
         if hole.shape[1:] != image.shape[1:]:
             (_, height, width), (_, h, w) = image.shape, hole.shape
             raise DatasetError(f"{path}: it is {width}x{height}, its mask {w}x{h}")

@@ -1,6 +1,4 @@
 """Folders of images, alone and in pairs: what is held out, what is labelled, and what is left out and named."""
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,8 @@ from images import DatasetError
 from images.corruptions import to_full_size
 from images.data import load
 from images.files import fit, open_image, to_image, to_tensor
-from images.pairs import pair_factor
+from images.folders import factor_of, hold_out
 from images.pictures import to_float, to_uint8
-from images.splits import hold_out
 from pixels import noise, solid, values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the skipped images: those that matter are asserted
@@ -35,7 +32,7 @@ def test_flat_folder_holds_out_a_tenth(tmp_path):
 @pytest.mark.parametrize("n, least, most", [(1, 0, 0), (2, 1, 1), (9, 1, 3), (1000, 70, 130), (10_500, 900, 1000),
                                             (20_000, 1000, 1000)])
 def test_size_of_the_hold_out(n, least, most):
-    assert least <= len(hold_out([f"{i:05}.png" for i in range(n)], {})) <= most
+    assert least <= len(hold_out([f"{i:05}.png" for i in range(n)])) <= most
 
 
 def test_what_was_trained_on_is_never_held_out_later():
@@ -43,35 +40,13 @@ def test_what_was_trained_on_is_never_held_out_later():
     names = [f"{i}.jpg" for i in np.random.default_rng(0).permutation(12_000)]
     trained = set()
     for n in [*range(1, 100), *range(100, 12_001, 700)]:
-        held_out = hold_out(names[:n], {})
+        held_out = hold_out(names[:n])
         assert not held_out & trained
         if n > 1:
             trained |= set(names[:n]) - held_out
     copies = [name.replace("jpg", "png") for name in names[:1000]]
-    both = hold_out(names[:1000] + copies, {})
+    both = hold_out(names[:1000] + copies)
     assert {name[:-4] for name in both if name.endswith("jpg")} == {name[:-4] for name in both if name.endswith("png")}
-
-
-@pytest.mark.parametrize("limit", [None, 10])
-def test_a_folder_packed_before_keeps_its_split(tmp_path, monkeypatch, limit):
-    """Position decided then. Its pack of version 1 tells; when more images come, each stays where it is."""
-    monkeypatch.chdir(tmp_path)
-    for i in range(40):
-        solid(tmp_path / "photos" / f"im{i:02}.png", i)
-    load("photos", 8, limit=limit)
-    pack = next((tmp_path / "data" / "packs").iterdir())
-    (pack / "index.json").write_text(json.dumps({"stamp": {"version": 1, "files": 40 if limit is None else 14}}))
-    assert values(load("photos", 8, limit=limit).test) == [5, 15, 25, 35]
-    for i in range(40, 60):
-        solid(tmp_path / "photos" / f"im{i:02}.png", i)
-    for _ in range(2):
-        grown = load("photos", 8, limit=limit)
-        assert [value for value in values(grown.test) if value < 40] == [5, 15, 25, 35]
-        assert not set(values(grown.train)) & set(values(grown.test))
-    for damaged in ("{", "[" * 100_000):
-        (pack / "sides.json").write_text(damaged)
-        with pytest.raises(DatasetError, match="sides.json: is damaged; remove it"):
-            load("photos", 8, limit=limit)
 
 
 def test_a_single_image_is_its_own_test(tmp_path):
@@ -138,14 +113,10 @@ def test_broken_images_are_skipped_and_their_labels_too(tmp_path):
     assert y == [v % 2 for v in x]
 
 
-def test_one_good_image_is_enough_but_one_is_needed(tmp_path):
+def test_one_good_training_image_is_needed(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(DatasetError, match="none of the.*a.png"):
+    with pytest.raises(DatasetError, match="none of the 1 training images can be read; .*a.png"):
         load(str(tmp_path), 8)
-    solid(tmp_path / "b.png", 5)
-    with pytest.warns(UserWarning):
-        images = load(str(tmp_path), 8)
-    assert values(images.train) == values(images.test) == [5]
 
 
 def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path):
@@ -244,7 +215,7 @@ def test_missing_partners_are_named(tmp_path):
         str(tmp_path / "clean" / "only_clean.png"), str(tmp_path / "damaged" / "only_damaged.png")]
 
     solid(tmp_path / "damaged" / "a.png", 97, size=(8, 20))  # of another shape: the picture of something else
-    with pytest.warns(UserWarning, match="a.png.*not the same shape"):
+    with pytest.warns(UserWarning, match="a.png: has 8x20 pixels"):
         images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
     assert sorted(values(torch.cat([images.train, images.test]))) == [108, 109]
 
@@ -301,27 +272,23 @@ def test_small_damaged_images_are_enlarged_as_sample_enlarges_a_file(tmp_path, s
 
 
 @pytest.mark.parametrize("clean, damaged, factor", [
-    ([(8, 12)], [(8, 12)], 1),
-    ([(80, 120), (400, 40)], [(20, 30), (100, 10)], 4),
-    ([(101, 67), (67, 101)], [(50, 33), (34, 51)], 2),  # rounded down, rounded up
-    ([(9, 15)], [(6, 10)], "b0.png: has 6x10 pixels, its partner 9x15; make"),
-    ([(100, 60)], [(40, 24)], "b0.png: has 40x24 pixels, its partner 100x60; make"),
-    ([(8, 8)], [(16, 16)], "b0.png: has 16x16 pixels, its partner 8x8; make"),
-    ([(40, 27)], [(40, 26)], "b0.png: has 40x26 pixels, its partner 40x27; make"),
-    ([(80, 80), (80, 80), (80, 80)], [(40, 40), (20, 20), (40, 40)], "b1.png: is 4 times smaller .*png 2 times; make"),
+    ((8, 12), (8, 12), 1), ((80, 120), (20, 30), 4), ((400, 40), (100, 10), 4),
+    ((101, 67), (50, 33), 2), ((67, 101), (34, 51), 2),  # rounded down, rounded up
+    ((9, 15), (6, 10), None), ((100, 60), (40, 24), None), ((8, 8), (16, 16), None), ((40, 27), (40, 26), None),
+    ((8, 8), (8, 20), None),
 ])
-def test_how_many_times_smaller_the_damaged_images_are(clean, damaged, factor):
-    sizes = [(c, d, f"b{i}.png") for i, (c, d) in enumerate(zip(clean, damaged))]
-    if isinstance(factor, int):
-        assert pair_factor(sizes) == factor
+def test_how_many_times_smaller_a_damaged_image_is(clean, damaged, factor):
+    if factor:
+        assert factor_of(clean, damaged, "b.png") == factor
     else:
-        with pytest.raises(DatasetError, match=factor):
-            pair_factor(sizes)
+        said = "b.png: has {}x{} pixels, its partner {}x{}; make it as large, or a whole".format(*damaged, *clean)
+        with pytest.raises(DatasetError, match=said):
+            factor_of(clean, damaged, "b.png")
 
 
 def test_pairs_of_different_factors_are_refused(tmp_path):
     for i in range(4):
         solid(tmp_path / "clean" / f"{i}.png", i, size=(16, 16))
         solid(tmp_path / "damaged" / f"{i}.png", i, size=(8, 8) if i else (4, 4))
-    with pytest.raises(DatasetError, match="0.png: is 4 times smaller"):
+    with pytest.raises(DatasetError, match="0.png: is 4 times smaller than its partner, but .*png 2 times; make it"):
         load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
