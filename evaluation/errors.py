@@ -30,10 +30,9 @@ def mean_over_seeds(results: list[dict]) -> list[dict]:
     for result in results:
         settings = {k: v for k, v in result.get("config", {}).items() if k not in (*INCIDENTAL, "seed")}
         same = json.dumps([result[k] for k in ("method", "problem", "training")] + [settings], sort_keys=True)
-        seed, copy = result.get("config", {}).get("seed"), 0
-        while seed in found.setdefault((same, copy), {}):
-            copy += 1
-        found[same, copy][seed] = result
+        seed = result.get("config", {}).get("seed")
+        key = (same, result["name"]) if seed in found.get(same, {}) else same
+        found.setdefault(key, {})[seed] = result
     means = []
     for seeds in found.values():
         runs = list(seeds.values())

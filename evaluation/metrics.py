@@ -41,7 +41,6 @@ class Metric:
     format: str  # of a figure
     arrow: str = ""  # ↑ more is better, ↓ less is better; none where no row is the best
     panel: str = ""  # scale of its panel of the plot, linear or log; none: not drawn
-    below: float = math.inf  # of that panel: what is this much below everyone's best is out of view
     score: Callable[[Samples], Tensor] | None = None  # -> (B,), or (B, C) by channel
     # (side of the images, device) -> a function: uint8 samples and truth (B, C, H, W) -> (B,)
     load: Callable | None = None
@@ -161,7 +160,7 @@ def load_inception(side: int, device):
 
 
 TABLE = {
-    "psnr": Metric("PSNR, dB", "{:.2f}", "↑", "linear", below=2, needs_truth=True,
+    "psnr": Metric("PSNR, dB", "{:.2f}", "↑", "linear", needs_truth=True,
                    score=lambda of: psnr_of_each(of.sample, of.z1)),
     "ssim": Metric("SSIM", "{:.3f}", "↑", load=load_ssim, needs_truth=True),
     "lpips": Metric("LPIPS", "{:.3f}", "↓", "linear", load=load_lpips_alex, weights="alexnet-owt-7be5be79.pth",
@@ -171,7 +170,7 @@ TABLE = {
     "consistency": Metric("consistency, 1e-5", "{:.2f}", "↓", score=consistency, needs_truth=True),
     "bias": Metric("bias by channel", "{:+.1f}",
                    score=lambda of: (of.x.double() - of.truth.double()).mean((2, 3))),
-    "accuracy": Metric("accuracy, %", "{:.1f}", "↑", "linear", below=8, imperfect=True,
+    "accuracy": Metric("accuracy, %", "{:.1f}", "↑", "linear", imperfect=True,
                        score=lambda of: 100 * (of.guess == of.y).double()),
     "frechet": Metric("FD", "{:.2f}", "↓", "log", features=True, imperfect=True),  # the judge's own classifier
 }

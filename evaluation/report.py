@@ -2,7 +2,6 @@
 is (see evaluation/errors.py), and all that keeps it from being fair.
 """
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Callable
@@ -193,7 +192,7 @@ def plot(results: list[dict], against: str = "nfe"):
     """A matplotlib Figure: problems in rows, metrics in columns, a curve a run, against a column of AXES.
 
     A curve has the best solver at each NFE, its band is one error to each side. Large open markers are the papers' own
-    samplers, horizontal lines baselines. What is more than `below` the best of the worst curve is out of view.
+    samplers, horizontal lines baselines.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -291,10 +290,6 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
-    if math.isfinite(COLUMNS[metric].below):  # what is far below everyone's best would hide the differences
-        tops = [max(values) for r in group if (values := [row[metric] for row in r["rows"] if metric in row])]
-        tops += [row[metric] for row in group[0]["baselines"] if metric in row]
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(tops, default=0) - COLUMNS[metric].below))
     ax.spines[["top", "right"]].set_visible(False)
 
 

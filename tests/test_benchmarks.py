@@ -49,14 +49,6 @@ def test_a_machine_that_slows_down_changes_no_ratio():
     )
 
 
-def test_arithmetic_of_a_step_grows_with_the_pixels_and_not_with_the_batch():
-    one = replace(TINY, unet_channels=32, unet_dim_mults=(1,))
-    small, large, wide = (step.flops_per_image(replace(one, **sizes), CPU) for sizes in (
-        dict(image_size=8), dict(image_size=8, batch_size=64), dict(image_size=16)))
-    assert small == large
-    assert 3.9 < wide / small < 4.5  # the embedding does not grow, full attention faster
-
-
 @pytest.mark.parametrize("knobs", [dict(), dict(down="bicubic", up="bicubic"), dict(factor=4)])
 def test_the_plain_recipe_makes_the_same_pairs(knobs):
     config = replace(TINY, damage=Damage(**knobs))

@@ -277,18 +277,6 @@ def test_ticks_are_plain():
     assert ticks == ["1", "2", "5", "10", "20", "50", "100"] and low <= 1 and high >= 100
 
 
-def test_one_panel_shows_its_whole_title_and_legend(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    runs = [result(method, [dict(nfe=nfe, psnr=20.0 + nfe) for nfe in (1, 3)], name=f"{method}-of-a-long-name")
-            for method in ("edm", "edm ", "sr3", "sr3 ", "i2sb", "i2sb ")]
-    figure = report.plot(runs)
-    figure.canvas.draw()
-    width = figure.bbox.width
-    for words in (figure.axes[0].title, figure.axes[0]._left_title, figure.legends[0]):
-        box = words.get_window_extent()
-        assert 0 <= box.x0 and box.x1 <= width, words
-
-
 # ------------------------------------------------------------------------------------------------- benchmarks/record.py
 
 def test_record_adds_a_row(folder, tmp_path, monkeypatch, capsys):

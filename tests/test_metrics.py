@@ -42,14 +42,6 @@ def test_frechet_with_more_features_than_images():
 # ------------------------------------------------------------------------------------------------------- single metrics
 
 
-def test_psnr_against_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
-    a, b = (torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
-    levels = (to_uint8(image).float() for image in (a, b))
-    library = functional.peak_signal_noise_ratio(*levels, data_range=255.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    assert psnr(a, b) == pytest.approx(library.item(), rel=1e-6)
-
-
 def test_ssim():
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     ssim = metrics.load_ssim(6)
@@ -137,7 +129,7 @@ def test_errors_of_means_are_those_of_their_images(judge, config):
     assert grey["errors"]["accuracy"] == pytest.approx(100 * math.sqrt(bright * (1 - bright) / 39), rel=1e-9)
 
 
-@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.0, 1.5), (0.0, 1.5, 1.5), (0.0, 1.0, 2.0)])
+@pytest.mark.parametrize("shift, scale, largest", [(0.5, 1.5, 1.5), (0.0, 1.0, 2.0)])
 def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
     """Of Gaussians, for 60 independent sets of images; where ours are as the truth (the floor) it may be too large."""
     generator = torch.Generator().manual_seed(0)
@@ -168,14 +160,6 @@ def test_the_jackknife_leaves_out_each_image_once():
     without = metrics.across_without(torch.tensor(ours), torch.tensor(truth))
     assert without == pytest.approx(figures, rel=1e-6)
     assert metrics.jackknife(without) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_jackknife_of_a_mean_is_its_standard_error():
-    """Exactly so with a group an image (Efron and Stein 1981, eq. 1.2), and about so with 20 groups of 200."""
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one_each = metrics.jackknife(metrics.mean_without(values[:15]))
-    assert one_each == pytest.approx(values[:15].std().item() / math.sqrt(15), rel=1e-9)
-    assert metrics.jackknife(metrics.mean_without(values)) == pytest.approx(1 / math.sqrt(4000), rel=0.5)
 
 
 def test_the_error_of_a_difference_is_its_spread_over_other_images():
