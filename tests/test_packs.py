@@ -1,9 +1,6 @@
 """Packs: the same pixels as the files', decoded once, whole or not taken; and crops that are a function of the step."""
-import contextlib
 import errno
-import json
 import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,6 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks import data as benchmark
 from images import SettingsError, data, packs
 from images.data import Feed, Images, crop_corners, load
 from images.files import fit, list_images, open_image, to_tensor
@@ -284,13 +280,6 @@ def test_batches_gathered_ahead_are_the_same(photos, crop):
         assert equal([[t[rank::3] for t in whole]], fed(images, [5], rank=rank, world=3))
 
 
-def test_of_square_images_batches_are_the_rows_of_batch_indices(photos):
-    images = load(str(photos), 12)
-    for step, (x, y) in enumerate(fed(images, range(4))):
-        index = data.batch_indices(len(images.train), 7, 3, step)
-        assert torch.equal(x, to_float(images.train[index])) and torch.equal(y, images.train_y[index])
-
-
 def held_out_or_not(folder) -> tuple[list[str], list[str]]:
     """The folder's training images, and its test images."""
     names = list_images(folder)
@@ -389,16 +378,3 @@ def test_overfitting_one_crop_of_each_photograph(photos, tmp_path):
     """What is trained on is what is shown, and the same at each step."""
     run = make(f"--out-dir {tmp_path / 'runs'} --dataset {photos} --crop random")
     assert all(torch.equal(run.batches(step)[0].z1[:2], run.batches.shown().z1) for step in (0, 5))
-
-
-def test_the_benchmark_runs(monkeypatch, capsys, tmp_path):
-    """In threads, not in processes, each of which would import torch."""
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda count=1, mp_context=None: ThreadPoolExecutor(count))
-    monkeypatch.setattr(benchmark.PROCESSES, "Manager", lambda: contextlib.nullcontext(threading))
-    flags = f"--images 30 --side 12 --crop random --batch-size 4 --folder {tmp_path} --out {tmp_path}/out.json"
-    assert benchmark.main([*flags.split(), "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert rows["first start: packing"]["images"] == 30 and all(name in said for name in rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]  # all else is removed
-    assert benchmark.main(["--folder", "nowhere"]) == 2 and "folder = 'nowhere'" in capsys.readouterr().err
