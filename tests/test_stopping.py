@@ -134,15 +134,6 @@ def test_a_hangup_may_be_ignored(tmp_path, monkeypatch):
     assert checkpoint(start(tmp_path, "--max-steps 2"))["step"] == 2
 
 
-def test_a_signal_does_not_wait_for_samples(tmp_path, monkeypatch, finished):
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))  # the step after which samples are due
-        run = start(tmp_path, FINISHED, 143)
-    assert checkpoint(run)["step"] == 2 and not list(run.rglob("*.png"))
-    resume(run)
-    assert metrics(run) == metrics(finished)
-
-
 def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
     original = run_sampler
 
