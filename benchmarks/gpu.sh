@@ -27,7 +27,7 @@ part() {  # name, seconds, command
 
 part tests 80 python -m pytest -q -m cuda
 part demo 60 python trainer.py $common --name demo --print-loss-every 100     # PSNR by step is in its metrics.jsonl
-part speed 90 python benchmarks/speed.py --preset cifar10-sr --repeats 3 --out $out/speed.json
+part speed 90 python benchmarks/speed.py --preset cifar10-sr --repeats 3 --sample-count 32 --out $out/speed.json
 for method in interpolant sr3 i2sb edm udpm regression; do
     task=sr; [ $method = edm ] && task=generate
     part $method 35 python trainer.py $common $thousand --name $method --method $method --task $task

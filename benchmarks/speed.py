@@ -47,13 +47,13 @@ class Options(Common):
     compile: Literal["auto", "on", "off"] = "auto"
     workers: Count | None = None  # processes of the plain recipe's DataLoader; None: one per CPU core, 8 at most
     run: str | None = None  # trained run whose network samples; None: a network of a few training steps
-    sample_count: Count | None = None  # images per sampling; None: 32 on a GPU, 4 on a CPU
+    sample_count: Count = 4  # images per sampling; a GPU takes 32 and more
     solver_steps: Count = 10  # steps of midpoint and heun; euler gets twice, rk4 half as many: as many evaluations
 
     def check(self):
         super().check()
         if self.quick:
-            self.workers, self.solver_steps = 1, 2
+            self.workers, self.solver_steps, self.sample_count = 1, 2, 2
 
 
 def measure(o: Options, report: dict):
@@ -136,20 +136,16 @@ def measure_loop(o: Options, config: Config, device: torch.device, report: dict,
 def trained_and_batch(o: Options, config: Config, device: torch.device) -> tuple[Config, torch.nn.Module, Batch]:
     """The settings and averaged network of --run, and held-out images of its data, damaged. Raises SettingsError."""
     run = open_run(o.run, Config)
-    c, net, count = run.config, load_network(run).to(device), count_to_sample(o, device)
+    c, net, count = run.config, load_network(run).to(device), o.sample_count
     images = data.load(c.dataset, c.image_size, c.channels, c.data_path, c.paired_path, count)
     z1, y, zlo = images.batch(torch.arange(len(images.test)), device, "test")
     return c, net, c.damaged(z1, y if net.num_classes else None, zlo)
 
 
-def count_to_sample(o: Options, device: torch.device) -> int:
-    return o.sample_count or (2 if o.quick else 32 if device.type == "cuda" else 4)
-
-
 def measure_samplers(o: Options, config: Config, device: torch.device, compiled: bool, report: dict, trainer: Trainer,
                      trained: tuple | None):
     """Every solver, and the method's own sampler, from the same noise."""
-    batch, net, what = one_batch(config, device, count_to_sample(o, device)), trainer.ema, "hardly trained"
+    batch, net, what = one_batch(config, device, o.sample_count), trainer.ema, "hardly trained"
     if trained:
         (config, net, batch), what = trained, f"the network of {o.run}"
     count, bf16, n = len(batch.zlo), bf16_helps(device), o.solver_steps

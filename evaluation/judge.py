@@ -13,9 +13,8 @@ Each figure has its standard error: how far it would vary with other test images
 mean over images it is their standard deviation / sqrt(n), n the number of images; of FD a jackknife. FID has none: 20
 more roots of matrices of 2048 x 2048 would take minutes. Errors say nothing of another training or other noise.
 
-All runs are measured on the same images, so a difference of two varies less than their errors suggest. Its own error
-is a jackknife too (`jackknife`), of the difference. For that each figure comes with GROUPS others: what it is without
-the g-th group of images, the same groups for every run.
+All runs are measured on the same images, so a difference of two varies less than their errors suggest
+(evaluation/errors.py). For that each figure comes with its values without each of some groups of images.
 
 Several processes share the images, a batch to each in turn. Batches stay whole: the figures are those of one process.
 """
