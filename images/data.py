@@ -192,8 +192,7 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     crop: "center" cuts and resizes each image; "random", for folders, keeps photographs at their own size to take crops
     of, from anywhere in training and from the middle else.
     Image files are decoded once: later starts find them in data_path/packs.
-    Raises DatasetError, and SettingsError where memory or disk is short. Of the images left out a warning names the
-    first and Images.left_out all.
+    Of the images left out a warning names the first and Images.left_out all. Raises SettingsError.
     """
     name, decoding = "cifar10" if dataset is None else dataset, Decoding(side, channels, crop)
     if crop == "random" and (name in WITH_THE_CLONE or name in DOWNLOADS and not DOWNLOADS[name].files):
@@ -219,8 +218,7 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
               f"images.\n{line}")
         return _demo(decoding, limit)
     except MemoryError as error:
-        raise SettingsError(f"image_size = {side}: too little memory for the images of {name}; lower image_size, "
-                            "or take fewer images") from error
+        raise SettingsError(f"image_size = {side}: too little memory for the images of {name}; lower it") from error
 
 
 def _demo(decoding: Decoding, limit: int | None) -> Images:
@@ -232,8 +230,8 @@ def _demo(decoding: Decoding, limit: int | None) -> Images:
 
 def _draw(decoding: Decoding, limit: int | None) -> Images:
     """The data set `shapes`."""
-    counts = [count if limit is None else min(limit, count) for count in (10_000, 1_000)]
-    check_room(decoding, sum(counts), free_memory(), "memory", more=4 * FLOATS_A_PIXEL * decoding.side**2)
+    count = 11_000 if limit is None else min(limit, 10_000) + min(limit, 1_000)
+    check_room(decoding, count, free_memory(), "memory", more=4 * FLOATS_A_PIXEL * decoding.side**2)
     (train, y), (test, test_y) = (draw_shapes(count, seed, decoding.side, decoding.channels, limit)
                                   for seed, count in enumerate((10_000, 1_000)))
     return Images(train, test, y, test_y, list(SHAPES), name="shapes")
@@ -301,18 +299,15 @@ def _packed(name: str, root: str, train: list[str], test: list[str], decoding: D
                       f"{decoding.side} and are enlarged for random crops of it; a lower image_size leaves them as "
                       "they are")
     used = [names[i] for i in pack.used]
-    held_out = slice(count, None)
     if count == len(used):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
-        held_out = slice(None)
-    (train_lo, test_lo), factor = (None, None), 1
+    held_out = slice(count if count < len(used) else 0, None)
+    train_lo, test_lo, factor = None, None, 1
     if pairs:
-        (train_lo, test_lo), factor = (pack.damaged[:count], pack.damaged[held_out]), pair_factor(pack.factors)
+        train_lo, test_lo, factor = pack.damaged[:count], pack.damaged[held_out], pair_factor(pack.factors)
     return Images(pack.clean[:count], pack.clean[held_out], None, None, [], train_lo, test_lo, name, pack.left_out,
                   used[:count], used[held_out], factor)
 
-
-# ------------------------------------------------------------------------------------------------------ by torchvision
 
 def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) -> Images:
     from torchvision import datasets  # a second to import
@@ -346,9 +341,8 @@ def _resize(pixels: np.ndarray, decoding: Decoding) -> Tensor:
     """(N, h, w[, 3]) uint8 -> (N, channels, side, side). A side of 28 (Fashion-MNIST) gets a black margin up to 32."""
     side, channels = decoding.side, decoding.channels
     if pixels.shape[1] == 28 < side <= 32:
-        before = (side - 28) // 2
-        after = side - 28 - before
-        pixels = np.pad(pixels, ((0, 0), (before, after), (before, after)))
+        margin = (side - 28) // 2, (side - 27) // 2
+        pixels = np.pad(pixels, ((0, 0), margin, margin))
     if pixels.shape[1] == side and pixels.ndim == (4 if channels == 3 else 3):
         return torch.from_numpy(pixels.reshape(-1, side, side, channels).transpose(0, 3, 1, 2).copy())
     mode = "RGB" if channels == 3 else "L"

@@ -68,7 +68,7 @@ def test_a_blur_that_is_not_round_dampens_waves_by_the_gaussians_formula():
 
 
 @pytest.mark.parametrize("size", [(64, 96), (37, 51)])
-@pytest.mark.parametrize("quality", [30, 75, 98])
+@pytest.mark.parametrize("quality", [30, 98])
 def test_jpeg_is_pils_with_and_without_halved_colour(size, quality):
     images, halved = photos(8, *size), torch.arange(8).view(8, 1, 1, 1) < 4
     ours = to_arrays(jpeg(to_levels(images), torch.full((8,), quality), halved))
@@ -94,10 +94,10 @@ def test_a_shifted_jpeg_is_pils_of_a_larger_picture_that_is_cropped():
 ])
 def test_each_step_alone_is_skipped_by_its_share_and_a_tenth_is_untouched_to_the_bit(skips, untouched, share):
     torch.manual_seed(0)
-    z1 = to_z(photos(1, 16, 16)).repeat(1000, 1, 1, 1)
+    z1 = to_z(photos(1, 16, 16)).repeat(300, 1, 1, 1)
     damage = Damage(**VISIBLE, chain_noise=(5, 15), chain_skips=skips, chain_untouched=untouched)
     same = (damage("chain", z1).zlo == z1).flatten(1).all(1)
-    assert abs(int(same.sum()) - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
+    assert abs(int(same.sum()) - 300 * share) < 4 * (300 * share * (1 - share)) ** 0.5
 
 
 @pytest.mark.parametrize("level", [60.0, 200.0])
@@ -112,8 +112,7 @@ def test_noise_has_the_strength_that_was_drawn(level):
     assert abs(together) < 0.02  # noise in colour is another one in each channel
 
 
-@pytest.mark.parametrize("size", [(64, 64), (37, 50), (3, 5), (1, 1)])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size, channels", [((64, 64), 1), ((37, 50), 3), ((3, 5), 3), ((1, 1), 1)])
 def test_any_sides_give_whole_levels_and_a_seed_the_same_ones_in_any_piece_of_a_batch(size, channels):
     levels = to_levels(photos(12, 64, 64))[:, :channels, : size[0], : size[1]].contiguous()
     made = [damaged(levels, seed) for seed in (5, 5, 6)]
@@ -123,7 +122,3 @@ def test_any_sides_give_whole_levels_and_a_seed_the_same_ones_in_any_piece_of_a_
     assert torch.equal(damaged(levels[3:5], 5, rows=slice(3, 5), total=12), made[0][3:5])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(damaged(levels, 5), made[0])
-
-
-def test_the_device_is_never_waited_for():
-    assert Damage()("chain", torch.empty(2, 3, 37, 32, device="meta")).zlo.is_meta  # reading a value would raise

@@ -147,7 +147,7 @@ def jpeg_error(images: np.ndarray, quality: int) -> tuple[np.ndarray, np.ndarray
     return to_levels(Damage(quality=quality)("jpeg", to_z(images)).zlo) - pil, pil
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 32), (37, 51)])
+@pytest.mark.parametrize("size", [(64, 64), (37, 51)])
 @pytest.mark.parametrize("colour", [True, False])
 @pytest.mark.parametrize("quality", [5, 10, 50, 95])
 def test_jpeg_is_libjpeg(size, colour, quality):
@@ -159,9 +159,9 @@ def test_jpeg_is_libjpeg(size, colour, quality):
     assert (np.abs(error) < 1e-3).mean() > (0.98 if quality <= 10 else 0.75)
 
 
-@pytest.mark.parametrize("size", [(48, 24), (24, 40), (40, 24), (17, 33), (33, 17), (31, 48), (48, 31)])
+@pytest.mark.parametrize("size", [(48, 24), (24, 40), (17, 33), (31, 48)])
 @pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("quality", [5, 10, 50])
+@pytest.mark.parametrize("quality", [5, 50])
 def test_jpeg_fills_its_last_blocks_as_libjpeg_does(size, channels, quality):
     """Where a side is no multiple of 16, the last columns and rows are as near to PIL's as the others."""
     error, _ = jpeg_error(photos(32, *size)[..., :channels], quality)
@@ -222,8 +222,7 @@ def test_freeform_share_and_strokes(mask, least, most, size):
 
 
 @pytest.mark.parametrize("task", (*TASKS, MIXTURE, "sr,paired", "generate,generate"))
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("condition", [True, False])
+@pytest.mark.parametrize("channels, condition", [(1, True), (3, True), (3, False)])
 def test_batch(task, channels, condition):
     z1, y = to_z(photos(12, 32, 32))[:, :channels].contiguous(), torch.arange(12)
     pair = to_z(photos(12, 32, 32, seed=2))[:, :channels]
@@ -253,15 +252,6 @@ def test_cond_channels():
     expected |= {"sr,jpeg": 3, "sr,generate": 4, "jpeg, inpaint": 4, "generate,generate": 0}
     assert {task: cond_channels(task, 3, True) for task in expected} == expected
     assert all(cond_channels(task, 3, False) == 0 for task in expected)
-
-
-def test_generate_and_paired():
-    z1, pair = to_z(photos(2, 16, 16)), to_z(photos(2, 16, 16, seed=2))
-    batch = Damage()("generate", z1)
-    assert not batch.zlo.any() and batch.unknown.all() and batch.to_make.all() and batch.cond is None
-    batch = Damage()("paired", z1, zlo=pair)
-    assert torch.equal(batch.zlo, pair) and batch.to_make.all() and not batch.unknown.any()
-    assert torch.equal(batch.cond, pair)
 
 
 def test_mixture_draws_each_task_equally():
@@ -320,7 +310,7 @@ def test_autocast_changes_nothing(task):
 def test_everything_stays_on_the_device():
     # tensors without storage: reading a value on the host, or mixing in a tensor of the CPU, raises
     z1 = torch.empty(2, 3, 37, 32, device="meta")
-    batch = Damage(mask="freeform-10-20")("inpaint,blur,noise,jpeg,generate", z1)
+    batch = Damage(mask="freeform-10-20")("inpaint,blur,noise,jpeg,chain,generate", z1)
     assert all(x.device.type == "meta" for x in (batch.zlo, batch.to_make, batch.unknown, batch.cond))
     assert Damage(up="bicubic")("sr", torch.empty(2, 3, 32, 32, device="meta")).zlo.device.type == "meta"
 

@@ -40,7 +40,7 @@ def exported(tmp_path_factory):
     return path, header, safetensors.load_file(path)
 
 
-WRONG = ["null", "[]", "{}", '"x"', "-1", "1.5", LONG, DEEP, "1e999", "NaN", "true", '["\\u0000"]']
+WRONG = ["null", "[]", '"x"', "-1", LONG, DEEP, "NaN"]
 
 
 @pytest.mark.parametrize("key", ["config", "classes", "num_classes", "pair_factor", "step", "images_seen", "i2sb"])

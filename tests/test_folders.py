@@ -98,21 +98,6 @@ def test_train_folder_alone_holds_the_classes(tmp_path):
     assert images.train_y.tolist() == [v % 2 for v in values(images.train)]
 
 
-def test_broken_images_are_skipped_and_their_labels_too(tmp_path):
-    for i in range(20):
-        solid(tmp_path / "ab"[i % 2] / f"{i:02}.png", i)
-    for i in (0, 3, 4, 11):
-        (tmp_path / "ab"[i % 2] / f"{i:02}.png").write_text("no image")
-    with pytest.warns(UserWarning, match="4 images are left out, which a run lists in left_out.txt: .*00.png"):
-        images = load(str(tmp_path), 8)
-    assert len(images.left_out) == 4  # all are named, however few the warning names
-    assert all("can't be read" in line and "\n" not in line for line in images.left_out)
-    assert {line.split(":")[0][-6:] for line in images.left_out} == {"00.png", "03.png", "04.png", "11.png"}
-    x, y = values(images.train) + values(images.test), images.train_y.tolist() + images.test_y.tolist()
-    assert sorted(x) == [i for i in range(20) if i not in (0, 3, 4, 11)]
-    assert y == [v % 2 for v in x]
-
-
 def test_one_good_training_image_is_needed(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(DatasetError, match="none of the 1 training images can be read; .*a.png"):
@@ -156,51 +141,7 @@ def test_what_is_broken_does_not_shift_the_rest(tmp_path):
     assert images.train_y.tolist() + images.test_y.tolist() == [v % 2 for v in x]
 
 
-def test_links_in_a_circle_double_nothing(tmp_path):
-    """A folder that holds a link to itself: no test image is a training image, and it ends."""
-    for i in range(20):
-        solid(tmp_path / "pictures" / f"{i:02}.png", i)
-    (tmp_path / "pictures" / "again").symlink_to(tmp_path / "pictures")
-    (tmp_path / "pictures" / "up").symlink_to("..")
-    (tmp_path / "pictures" / "self.png").symlink_to("self.png")
-    (tmp_path / "pictures" / "nowhere.png").symlink_to("missing.png")
-    images = load(str(tmp_path / "pictures"), 8)
-    assert sorted(values(images.train) + values(images.test)) == list(range(20))
-    assert len(images.left_out) == 2 and "nowhere.png" in images.left_out[0] and "self.png" in images.left_out[1]
-
-
 # -------------------------------------------------------------------------------------------------------------- pairs
-
-def ramps(height, width):
-    """A smooth picture in which a shift of half a pixel is two grey levels."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([40 + 4 * x, 40 + 4 * y, 40 + 2 * x + 2 * y], -1).clip(0, 255).astype(np.uint8)
-
-
-def test_pairs_are_cropped_alike(tmp_path):
-    for i, (h, w) in enumerate([(40, 52), (52, 40), (32, 32), (48, 32)]):
-        for side in ("clean", "damaged"):
-            (tmp_path / side / "train").mkdir(parents=True, exist_ok=True)
-        clean = Image.fromarray(ramps(h, w))
-        clean.save(tmp_path / "clean" / "train" / f"{i}.png")
-        clean.reduce(2).save(tmp_path / "damaged" / "train" / f"{i}.bmp")  # at half the size, with another ending
-    images = load(str(tmp_path / "clean"), 32, paired_path=str(tmp_path / "damaged"))
-    assert images.train_lo.shape == images.train.shape and images.test_lo.shape == images.test.shape
-    assert images.pair_factor == 2
-    for clean, damaged in ((images.train, images.train_lo), (images.test, images.test_lo)):
-        error = (clean.float() - damaged.float()).abs()
-        assert error[..., 4:-4, 4:-4].max() <= 1.5 and clean.float().std() > 20
-
-
-def test_a_single_image_without_partner_is_named(tmp_path):
-    for name in ("a", "b", "c", "lone"):
-        solid(tmp_path / "clean" / f"{name}.png", 10)
-        if name != "lone":
-            solid(tmp_path / "damaged" / f"{name}.png", 20)
-    with pytest.warns(UserWarning, match="^1 images are in only one of .*: lone"):
-        images = load(str(tmp_path / "clean"), 8, paired_path=str(tmp_path / "damaged"))
-    assert images.left_out == [f"{tmp_path / 'clean' / 'lone.png'}: has no partner in {tmp_path / 'damaged'}"]
-
 
 def test_missing_partners_are_named(tmp_path):
     for name in ("a", "b", "c", "only_clean"):

@@ -25,7 +25,7 @@ AREAS = {"disc": math.pi * 0.9**2, "ring": math.pi * (0.97**2 - 0.53**2), "squar
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_distances(shape):
     """The area inside is the shape's, and |grad d| = 1 near its edge but for creases: d is a distance there."""
-    n, half = 1600, 8.8 if shape in ("stripes", "checks") else 1.8  # whole periods of the patterns
+    n, half = (1600, 8.8) if shape in ("stripes", "checks") else (800, 1.8)  # whole periods of the patterns
     y, x = torch.meshgrid(*[((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1) * half] * 2, indexing="ij")
     d, h = shapes.signed_distance(shape, x[None], y[None])[0], 2 * half / n
     if AREAS[shape]:
