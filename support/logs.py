@@ -48,7 +48,9 @@ class Log:
 
     def __call__(self, step: int, pictures: dict[str, np.ndarray] | None = None, **numbers):
         """A line of metrics, those that are None left out; pictures (H, W, 3) uint8 by name."""
-        numbers = {"step": step} | {name: round(value, 6) for name, value in numbers.items() if value is not None}
+        numbers = {name: value for name, value in numbers.items() if value is not None}
+        # small ones, as learning rates are, keep their digits
+        numbers = {"step": step} | {name: round(x, 6 if abs(x) > 0.01 else 12) for name, x in numbers.items()}
         for sink in self.sinks:
             sink.log(numbers, pictures or {})
 

@@ -72,12 +72,6 @@ def test_restored_tensors_are_within_their_range(tmp_path):
     assert made.abs().max() == 1  # its noise went further
 
 
-def test_a_list_of_images_is_restored_one_by_one(tmp_path):
-    model = open_model(make_run(tmp_path / "run", identity=True))
-    made = model.restore([Image.fromarray(photo(3, 5)), Image.fromarray(photo(6, 4))])
-    assert [image.size for image in made] == [(6, 10), (12, 8)]
-
-
 def test_draws_of_images_of_several_sizes_in_batches(tmp_path):
     model, sizes = open_model(make_run(tmp_path / "run", method="edm", sample_steps=2), batch_size=16), []
     model.net.register_forward_pre_hook(lambda net, inputs: sizes.append(tuple(inputs[0].shape)))
@@ -152,14 +146,6 @@ def test_generation_of_n_images_of_a_label(tmp_path):
         model.restore(cats[0])
     with pytest.raises(SettingsError, match="use restore"):
         open_model(make_run(tmp_path / "other")).generate()
-
-
-def test_guidance_costs_twice_and_only_where_there_is_a_label(tmp_path):
-    model = open_model(make_run(tmp_path / "run", method="edm", task="generate", sample_steps=2), guidance=2.0)
-    for label, evaluations in ((None, 3), ("cat", 6)):
-        model.images = model.rows = 0
-        model.generate(2, label=label)
-        assert model.rows / model.images == evaluations
 
 
 def test_no_tile_cuts_a_block_of_jpeg_colours(tmp_path):

@@ -202,7 +202,7 @@ def test_the_rate_follows_its_schedule_also_in_a_resumed_run(beginning, tmp_path
     straight = start(tmp_path / "straight", f"{flags} --max-steps 6")
     found = [state["optimizers"][0]["param_groups"][0]["lr"] for state in states(straight)]
     assert found == pytest.approx([5e-4, 1e-3, *(1e-3 * rate for rate in rates)])
-    assert [line["learning_rate"] for line in metrics(straight) if "loss" in line] == pytest.approx(found, abs=1e-6)
+    assert [line["learning_rate"] for line in metrics(straight) if "loss" in line] == pytest.approx(found, rel=1e-6)
     half = shutil.copytree(straight, tmp_path / "half")
     (half / "checkpoints" / "step_000003.pt").rename(half / "checkpoints" / "last.pt")
     resume(half)
