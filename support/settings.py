@@ -7,6 +7,7 @@ from images import SettingsError
 from images.corruptions import Damage, task_names
 from methods.edm import EDM
 from methods.i2sb import I2SB
+from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import PAPER_LPIPS, UDPM
 from support import bounds
@@ -47,11 +48,12 @@ PRESETS = {  # name: what differs from Config's defaults
         udpm=UDPM(l1_weight=(1, 1, 1), lpips_weight=(0, 0, 0), disc_channels=32)),
     # photographs at their own resolution, told nothing of which damage it was: models/photos.safetensors
     "photos": dict(
-        method="i2sb", task="sr,sr,jpeg,blur", dataset="data/photos", crop="random", image_size=64, overfit=False,
-        damage=Damage(factor=(4, 2), down="bicubic", up="bicubic", quality=(10, 40), kernel="gaussian", taps=15,
-                      sigma=(0.5, 2.5)),
-        unet_channels=32, unet_dim_mults=(1, 2, 4, 4), unet_blocks=1, unet_use_classes=False, batch_size=16,
-        base_lr=1e-3, lr_decay=0.95, ema_decay=0.999, max_steps=60_000, sample_steps=1, sample_every=5000),
+        method="regression", regression=Regression(error="log"), task="sr,jpeg,blur,noise,chain,chain,chain",
+        damage=Damage(factor=(4, 2), down="bicubic", up="bicubic", quality=(10, 95), kernel="gaussian", taps=15,
+                      sigma=(0.5, 2.5), std=(0.5, 15.0)),
+        dataset="data/photos", crop="random", image_size=80, overfit=False, unet_channels=32,
+        unet_dim_mults=(1, 2, 4, 4), unet_blocks=1, unet_use_classes=False, batch_size=16, base_lr=1e-3,
+        lr_schedule="cosine", ema_decay=0.999, max_steps=60_000, sample_every=5000),
     "sr3-faces128": dict(
         method="sr3", dataset="data/celeba-hq", image_size=128, damage=Damage(factor=8, down="bicubic", up="bicubic"),
         overfit=False, batch_size=256, base_lr=1e-4, warmup_steps=50_000, max_steps=1_000_000, unet_channels=128,
