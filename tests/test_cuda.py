@@ -38,7 +38,7 @@ def state(run) -> dict:
 
 
 @pytest.mark.parametrize("more", ["", "--micro-batch 2 --warmup-steps 5"])
-@pytest.mark.parametrize("method", METHODS.keys() - {"udpm"})
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "udpm"])
 def test_a_graph_trains_to_the_bits_of_eager_steps(tmp_path, method, more):
     found = []
     for graph in ("--graph", "--no-graph"):
