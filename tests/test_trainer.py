@@ -328,14 +328,10 @@ def test_a_presets_step_count_is_for_its_own_mode(flags, steps, warmup):
 
 @pytest.fixture
 def no_cifar(monkeypatch):
-    original = data.load
+    def download(name, *_):
+        raise data.DatasetError(f"{name} is not in data")
 
-    def load(dataset, *args, **kwargs):
-        if dataset == "cifar10":
-            raise data.DatasetError("cifar10 is not in data")
-        return original(dataset, *args, **kwargs)
-
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(data, "_download", download)
 
 
 def test_the_demo_without_cifar_takes_its_own_photographs_and_says_so(tmp_path, no_cifar, capsys):
