@@ -12,6 +12,7 @@ if __name__ == "__main__":
     from support.output import quiet_interrupt
     quiet_interrupt()
 
+import ctypes
 import json
 import math
 import shutil
@@ -41,6 +42,7 @@ from support.model import make_players, make_unet
 from support.output import unbreakable_output
 from trainer import Config, read_command_line
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # opened here: a forked child does next to nothing
 HERE = Path(__file__).resolve().parent
 METHODS = get_args(get_type_hints(Config)["method"])
 
@@ -110,7 +112,8 @@ class Job:
 def call(command: list[str], signals: Signals) -> int:
     """One of our commands in a process of its own, to which a signal is passed on -> its exit status."""
     # in a session of its own: Ctrl-C in the terminal would reach it twice
-    process = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], start_new_session=True)
+    process = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], start_new_session=True,
+                               preexec_fn=end_with_parent)
     passed = False
     try:
         while process.poll() is None:
@@ -121,6 +124,12 @@ def call(command: list[str], signals: Signals) -> int:
     finally:  # a second Ctrl-C
         process.terminate()
     return process.returncode
+
+
+def end_with_parent():
+    """In a child: SIGTERM, at which a trainer saves and ends, once compare.py is gone. Linux only."""
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def plan(o: Options, more: list[str]) -> list[Job]:

@@ -13,7 +13,8 @@ import evaluate
 import trainer
 from benchmarks import record
 from evaluation import errors, report
-from runs import at_step, metrics
+from runs import at_step, linux, metrics, until
+from support.machine import Signals
 
 NETWORK = ("--image-size 16 --unet-channels 8 --unet-dim-mults 1 1 --unet-blocks 1 --sample-count 2 "
            "--integration-atol 0.1 --integration-rtol 0.1 --no-use-wandb --precision fp32 --print-loss-every 2")
@@ -299,3 +300,17 @@ def test_record_adds_a_row(folder, tmp_path, monkeypatch, capsys):
     assert row in capsys.readouterr().out and "| 2, 8 |" in row and " 5 NFE " in row  # the first checkpoint
     assert f"--max-steps 4 -- {NETWORK} --batch-size 4 |" in row  # what it takes to do it again
     assert record.main(flags.split()) == 2 and "output = " in capsys.readouterr().err
+
+
+@linux
+def test_a_command_does_not_outlive_the_comparison(tmp_path, process):
+    script = tmp_path / "command.py"
+    script.write_text("import pathlib, signal, sys\n"
+                      "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+                      "pathlib.Path(sys.argv[1], 'begun').touch()\n"
+                      "if signal.sigtimedwait({signal.SIGTERM}, 60):\n"
+                      "    pathlib.Path(sys.argv[1], 'told').touch()\n")
+    first = process(compare.call, [str(script), str(tmp_path)], Signals())
+    until(lambda: (tmp_path / "begun").exists(), first)
+    os.kill(first.pid, signal.SIGKILL)
+    until(lambda: (tmp_path / "told").exists(), seconds=30)

@@ -1,5 +1,6 @@
 """sample.py as a person with photographs uses it: what a file holds besides its colours comes back."""
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from PIL import Image
 
 import sample
 from images.corruptions import Damage
-from images.files import open_image
+from images.files import open_image, to_tensor
+from images.pictures import psnr, to_float
 from pixels import doubled, get, photo, put
 from support.progress import Progress
 from test_files import GAMMA, WIDE, colorants, curve, profile
@@ -177,3 +179,16 @@ def test_the_bar_moves_within_a_picture(tmp_path, monkeypatch, settings, flags, 
 def test_the_bar_waits_where_dopri5_chooses_its_steps(tmp_path):
     model = sample.open_model(make_run(tmp_path / "run", task="jpeg"), solver="dopri5")
     assert model.evaluations == float("inf")
+
+
+def test_the_photographs_model_leaves_clean_pictures_nearly_as_they_are():
+    """On the truths in the README's picture."""
+    root = Path(sample.__file__).parent
+    model = sample.open_model(root / "models/photos.safetensors", device="cpu")
+    picture = Image.open(root / "assets/photos.png").convert("RGB")
+    truths = [picture.crop((416, top, 600, top + 136)) for top in (24, 172, 320, 468)]
+    clean = [to_float(to_tensor(each))[None] for each in truths]
+    restored = [to_float(to_tensor(each))[None] for each in model.restore(truths)]
+    assert np.mean([psnr(ours, theirs) for ours, theirs in zip(restored, clean)]) > 45
+    noisy = (clean[0] + 0.08 * torch.randn_like(clean[0])).clamp(-1, 1)
+    assert psnr(model.restore(noisy), clean[0]) > psnr(noisy, clean[0]) + 3
