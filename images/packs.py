@@ -5,7 +5,8 @@ A pack is a folder, data_path/packs/NAME-KEY, which may be deleted at any time: 
     clean.u8    the pixels, (N, C, side, side) uint8; for --crop random whole photographs (C, H, W), one after the other
     damaged.u8  the same of their damaged partners, where the files are pairs
     shapes.npy  (N, 2): H and W of each photograph, for --crop random only
-    index.json  written last: what the pack was made of, how long its files are, and which images could not be used
+    index.json  written last: what the pack was made of, the length and CRC-32 of its files, and which images could not
+                be used
 """
 import hashlib
 import json
@@ -13,6 +14,8 @@ import os
 import re
 import shutil
 import sys
+import warnings
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,9 +34,10 @@ from images import DatasetError, SettingsError, one_line
 from images.files import cover, fit, open_image, user_path
 from images.folders import factor_of
 from images.photos import Photos, map_file
-from support.disk import read_json, write_atomically
+from support.disk import no_link, read_json, write_atomically
 
 VERSION = 3  # of the layout and of what a file becomes in it: raise it when one of them changes
+CHECK_UP_TO = 8e9  # bytes of a pack whose checksums are looked at when it is opened; of a larger one the lengths alone
 AT_A_TIME = 32  # files that are decoded before their pixels are written
 LONGEST = 100  # times as long as wide
 LASTING = (ENOENT, ELOOP, EACCES, EPERM, ENOTDIR, EISDIR, ENAMETOOLONG)  # failures that trying again does not mend
@@ -93,10 +97,25 @@ def _read_index(folder: Path, stamp: dict) -> dict | None:
     """What index.json says, or None where there is no whole pack of this stamp."""
     try:
         index = read_json(folder / "index.json")
-        whole = all(os.path.getsize(folder / name) == size for name, size in index["sizes"].items())
-        return index if whole and index["stamp"] == stamp else None
+        sizes = index["sizes"]
+        whole = all(os.path.getsize(folder / name) == size for name, size in sizes.items())
+        if not whole or index["stamp"] != stamp:
+            return None
+        if sum(sizes.values()) <= CHECK_UP_TO and any(checksum(folder / name) != index["sums"][name] for name in sizes):
+            warnings.warn(f"{folder} was changed or damaged, and is made again")
+            return None
+        return index
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file's content. A processor core takes a second for a gigabyte, or less."""
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def _column(folder: Path, name: str, decoding: Decoding) -> Tensor | Photos:
@@ -123,7 +142,7 @@ def _digest(files: list[tuple[str, str | None]]) -> str:
 @contextmanager
 def _lock(folder: Path):
     """One process packs, and others wait for it. A disk that knows no locks is used without."""
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", opener=no_link) as file:
         try:
             import fcntl  # not on Windows
             try:
@@ -153,12 +172,14 @@ def _make(folder: Path, stamp: dict, files: list[tuple[str, str | None]], decodi
     try:
         with ExitStack() as stack:
             columns = [stack.enter_context(open(folder / name, "xb")) for name in names]
+            sums = [0] * len(columns)
             for place, made in enumerate(bar):
                 if isinstance(made, str):
                     left_out.append((place, made))
                     continue
-                for column, picture in zip(columns, made.pictures):
+                for i, (column, picture) in enumerate(zip(columns, made.pictures)):
                     column.write(picture)
+                    sums[i] = zlib.crc32(picture, sums[i])
                 shapes.append(made.pictures[0].shape[1:])
                 enlarged += made.enlarged
                 factors.setdefault(made.factor, files[place][1])
@@ -169,8 +190,9 @@ def _make(folder: Path, stamp: dict, files: list[tuple[str, str | None]], decodi
             names.append("shapes.npy")
             rows = np.array(shapes, np.int64).reshape(-1, 2)
             write_atomically(folder / "shapes.npy", lambda f: np.save(f, rows))
-        index = dict(stamp=stamp, sizes={name: os.path.getsize(folder / name) for name in names}, left_out=left_out,
-                     factors=list(factors.items()), enlarged=enlarged)
+            sums.append(checksum(folder / "shapes.npy"))
+        index = dict(stamp=stamp, sizes={name: os.path.getsize(folder / name) for name in names},
+                     sums=dict(zip(names, sums)), left_out=left_out, factors=list(factors.items()), enlarged=enlarged)
         write_atomically(folder / "index.json", lambda f: f.write(json.dumps(index).encode()))
     except BaseException:
         clear()

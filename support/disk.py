@@ -2,9 +2,11 @@
 
 A leaf module, as support/bounds.py is.
 """
+import errno
 import json
 import math
 import os
+import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,15 @@ def write_atomically(path: Path, write):
             os.unlink(temporary)
         raise
     flush_folder(path.parent)
+
+
+def no_link(path, flags: int) -> int:
+    """An `opener` of open(): follows no link and waits for no pipe. Raises OSError for what is no regular file."""
+    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file; remove it", str(path))
+    return handle
 
 
 def make_folder(folder: Path):

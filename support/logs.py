@@ -19,7 +19,7 @@ from PIL import Image
 
 from images import SettingsError, one_line
 from images.files import save_png
-from support.disk import write_atomically
+from support.disk import no_link, write_atomically
 from support.output import Attempts, warn
 
 PATIENCE = 10  # seconds that the run waits for a sink in a thread, when it starts and when it ends
@@ -133,7 +133,7 @@ class Files:
     def __init__(self, folder: Path, step: int, attempt: Attempts, again: bool = False):
         self.folder, self.lines, self.attempt = folder, folder / "metrics.jsonl", attempt
         try:
-            with open(self.lines, "a+b") as file:
+            with open(self.lines, "a+b", opener=no_link) as file:
                 file.seek(0)
                 content = file.read()
             if step:
@@ -163,7 +163,7 @@ class Files:
     def append(self, numbers: dict):
         """A whole line or nothing."""
         line = (json.dumps(numbers) + "\n").encode()
-        with open(self.lines, "a+b", buffering=0) as f:
+        with open(self.lines, "a+b", buffering=0, opener=no_link) as f:
             end = f.tell()
             if end:
                 f.seek(end - 1)
@@ -182,7 +182,7 @@ class Files:
             save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def flush(self):
-        with suppress(OSError), open(self.lines, "rb") as f:
+        with suppress(OSError), open(self.lines, "rb", opener=no_link) as f:
             os.fsync(f.fileno())
 
     def close(self):

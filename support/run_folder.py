@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from images import SettingsError, one_line
 from support import checkpoints, machine
-from support.disk import flush_folder, write_atomically
+from support.disk import flush_folder, no_link, write_atomically
 from support.logs import Log
 from support.output import warn
 
@@ -238,8 +238,8 @@ def is_run(folder: Path) -> bool:
 
 
 def is_marked(folder: Path) -> bool:
-    with suppress(OSError):
-        return (folder / ".lock").read_bytes() == MARK
+    with suppress(OSError), open(folder / ".lock", "rb", opener=no_link) as file:
+        return file.read(len(MARK) + 1) == MARK
     return False
 
 
@@ -256,7 +256,7 @@ def lock_folder(folder: Path):
     file = None
     try:
         import fcntl  # not on Windows
-        file = open(folder / ".lock", "a+b", buffering=0)
+        file = open(folder / ".lock", "a+b", buffering=0, opener=no_link)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SettingsError(f"run = {str(folder)!r}: another trainer is at work in this folder") from None

@@ -174,7 +174,7 @@ def test_a_stale_pack_is_made_anew(photos, decoded, change, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["clean.u8", "damaged.u8", "shapes.npy", "index.json"])
-@pytest.mark.parametrize("damage", ["longer", "shorter", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["longer", "shorter", "gone", "empty", "a bit"])
 def test_a_pack_that_is_not_whole_is_packed_again(photos, decoded, damage, name):
     """Never are other images taken, and it ends in neither a traceback nor the system's SIGBUS."""
     crop = "random" if name == "shapes.npy" else "center"
@@ -185,7 +185,8 @@ def test_a_pack_that_is_not_whole_is_packed_again(photos, decoded, damage, name)
     content = file.read_bytes()
     file.unlink()
     if damage != "gone":
-        file.write_bytes(dict(longer=content + b"x", shorter=content[:-1], empty=b"")[damage])
+        file.write_bytes({"longer": content + b"x", "shorter": content[:-1], "empty": b"",
+                          "a bit": content[:-1] + bytes([content[-1] ^ 1])}[damage])
     after = load(str(photos), 12, paired_path=str(photos), crop=crop)
     assert len(decoded) == 40
     for one, other in zip(before.rows(every), after.rows(every)):

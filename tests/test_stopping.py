@@ -19,6 +19,7 @@ from runs import (
     at_step,
     checkpoint,
     leaves,
+    linux,
     metrics,
     one_line,
     resume,
@@ -264,3 +265,16 @@ def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, 
     run = next((tmp_path / "out").iterdir())
     assert checkpoint(run)["step"] == stops_at
     resume(run, f"--max-steps {stops_at + 1}")
+
+
+@linux
+@pytest.mark.parametrize("name, status", [(".lock", 0), ("metrics.jsonl", 2)])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_in_a_runs_folder_are_left_alone(copy, tmp_path, name, status, kind):
+    """A link's target is not written to, and a pipe is not waited for."""
+    (copy / name).unlink()
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    (copy / name).symlink_to(other) if kind == "link" else os.mkfifo(copy / name)
+    resume(copy, "--max-steps 6", status=status)
+    assert other.read_text() == "of somebody else"
