@@ -19,8 +19,11 @@ from support.settings import from_plain
 
 EXPORTED = ".safetensors"
 DATA_PATHS = ("dataset", "data_path", "paired_path")  # fields of Config
-# what a checkpoint has to have to be sampled
-KEYS = {"step", "config", "classes", "num_classes", "ema", "players"}
+# what a checkpoint has to have, and what it may have
+KEYS = dict(step=int, config=dict, classes=list, num_classes=int, ema=dict, players=list[dict])
+OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict[str, str], sampled=int, optimizers=list,
+                     scaler=dict, loss=Tensor, parts=dict[str, Tensor], skipped=Tensor, first_loss=float | None,
+                     lowest_loss=float | None, wandb_id=str | None, code=str)
 
 
 @dataclass
@@ -86,8 +89,11 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
         raise DamagedError(f"run = {name!r}: there is no checkpoint {file}")
     try:
         c = load_tensors(file)
-        if missing := KEYS - c.keys():
+        if missing := KEYS.keys() - c.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        kinds = KEYS | OPTIONAL_KEYS
+        if wrong := [key for key in kinds if key in c and not bounds.fits(c[key], kinds[key])]:
+            raise ValueError(f"of another kind than it should be is {', '.join(wrong)}")
         seen = c.get("images_seen", c["step"] * c["config"].get("batch_size", 1))
         about = c["classes"], c["num_classes"], c.get("pair_factor", 1), c["step"], seen
         weights = dict(ema=c["ema"], raw=c["players"][0])

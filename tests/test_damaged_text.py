@@ -67,7 +67,9 @@ def test_a_damaged_header_of_an_exported_file_is_one_line(exported, tmp_path, ke
     ("config", dict(base_lr=10**400)), ("config", {1: 2, "a": 3} | dict(seed=-1)), ("step", -1), ("step", True),
     pytest.param("step", 10**5000, id="a step of 5,000 digits"), ("classes", [1, 2]), ("num_classes", 10**9),
     ("num_classes", 1), ("pair_factor", 0), ("images_seen", -5), ("ema", {}), ("ema", {1: 2}),
-    ("ema", {"stem.weight": "x"}), ("players", []), ("players", [[]]), ("absolute_paths", {"dataset": 1})])
+    ("ema", {"stem.weight": "x"}), ("players", []), ("players", [[]]), ("absolute_paths", {"dataset": 1}),
+    ("optimizers", "x"), ("sampled", None), ("scaler", []), ("loss", 3), ("parts", []), ("skipped", {}),
+    ("first_loss", "x"), ("lowest_loss", []), ("wandb_id", 3)])
 @pytest.mark.filterwarnings("ignore:settings of another version")
 def test_a_damaged_checkpoint_is_one_line(tmp_path, key, wrong):
     run = damaged(tmp_path, key, wrong)
