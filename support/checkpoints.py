@@ -21,7 +21,7 @@ EXPORTED = ".safetensors"
 DATA_PATHS = ("dataset", "data_path", "paired_path")  # fields of Config
 # what a checkpoint has to have, and what it may have
 KEYS = dict(step=int, config=dict, classes=list, num_classes=int, ema=dict, players=list[dict])
-OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict[str, str], sampled=int, optimizers=list,
+OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict, sampled=int, optimizers=list,
                      scaler=dict, loss=Tensor, parts=dict[str, Tensor], skipped=Tensor, first_loss=float | None,
                      lowest_loss=float | None, wandb_id=str | None, code=str)
 
