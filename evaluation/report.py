@@ -279,7 +279,7 @@ def set_axes(ax, metric: str, group: list[dict], against: str):
     """A panel's axes, once its runs are drawn."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned by 90 degrees
+    better = COLUMNS[metric].heading.translate({ord("↑"): "→", ord("↓"): "←"})  # the label is turned
     ax.set(xlabel=AXES[against], ylabel=better)
     if against not in SWEEPS:
         ax.set_xscale("log")
