@@ -100,7 +100,7 @@ def test_train_folder_alone_holds_the_classes(tmp_path):
 
 def test_one_good_training_image_is_needed(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(DatasetError, match="none of the 1 training images can be read; .*a.png"):
+    with pytest.raises(DatasetError, match="only 0 of 1 training images can be used; .*a.png"):
         load(str(tmp_path), 8)
 
 
@@ -189,7 +189,7 @@ def test_where_most_pairs_do_not_belong_together_there_is_no_training(tmp_path):
     clean, damaged = str(tmp_path / "clean"), str(tmp_path / "damaged")
     assert len(load(clean, 8, paired_path=damaged).left_out) == 3  # the good half will do
     solid(tmp_path / "damaged" / "2.png", 2, size=(20, 8))
-    with pytest.raises(DatasetError, match="damaged: only 2 of its 6 pairs .*2.png: has 20x8 pixels, its partner 8x8"):
+    with pytest.raises(DatasetError, match="damaged: only 2 of 5 training images .*2.png: has 20x8 pixels, its partner 8x8"):
         load(clean, 8, paired_path=damaged)
 
 

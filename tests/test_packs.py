@@ -211,7 +211,7 @@ def test_a_failure_of_the_moment_is_never_stored(photos, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", fails)
-        with pytest.raises(SettingsError, match="r04.png: can't be read at the moment .Input/output error.; start"):
+        with pytest.raises(SettingsError, match="r04.png: can't be read .*Input/output error.*or start again"):
             load(str(photos), 12)
     images = load(str(photos), 12)
     assert len(images.train) + len(images.test) == 20 and not images.left_out
@@ -219,16 +219,8 @@ def test_a_failure_of_the_moment_is_never_stored(photos, monkeypatch):
 
 def test_a_strip_is_left_out_by_name(photos):
     Image.new("RGB", (301, 3)).save(photos / "a/strip.png")
-    with pytest.warns(UserWarning, match="strip.png: its sides are 301x3, more than 100 times as long as wide; crop"):
+    with pytest.warns(UserWarning, match="strip.png: has 301x3 pixels, more than 100 times as long as wide; crop"):
         assert len(load(str(photos), 12).left_out) == 1
-
-
-def test_photographs_that_are_too_small_for_the_crops_are_counted(photos):
-    """Of sides from 16 to 30 pixels."""
-    small = sum(min(Image.open(path).size) <= 24 for path in photos.rglob("*.png"))
-    for _ in range(2):
-        with pytest.warns(UserWarning, match=f"{small} of 20 images have a side of at most image_size = 24 and"):
-            load(str(photos), 24, crop="random")
 
 
 # ------------------------------------------------------------------------------------------------- killed, in parallel
@@ -356,7 +348,7 @@ def test_pairs_have_the_same_crop(tmp_path):
 
 @pytest.mark.parametrize("dataset", [None, "demo", "shapes", "cifar10", "fashion-mnist"])
 def test_small_squares_have_no_random_crops(dataset):
-    with pytest.raises(SettingsError, match=f"crop = random: allowed is center for {dataset or 'cifar10'}, whose"):
+    with pytest.raises(SettingsError, match=f"crop = random: allowed is center for {dataset or 'cifar10'}"):
         load(dataset, 16, crop="random", or_demo=True)
 
 
