@@ -44,8 +44,8 @@ def test_table_of_variances(n, beta_max):
 @pytest.mark.parametrize("steps", [1, 2, 7, 24])
 @TASKS
 def test_every_state_of_the_sampler_is_distributed_as_the_bridge(ot_ode, steps, task):
-    """With the true z1, steps of the posterior, eq. 4, compose to q(zt | z1, damaged), eq. 11: the mean and the variance
-    of every state settle all of the posterior's weights. Known pixels get q(zt | zlo, zlo)."""
+    """With the true z1, steps of the posterior, eq. 4, compose to q(zt | z1, damaged), eq. 11: means and variances of
+    the states settle all of the posterior's weights. Known pixels get q(zt | zlo, zlo)."""
     method = I2SB(n=24, ot_ode=ot_ode)
     rows = steps + 2  # the response to no draw, to the start's, to each step's
     one = make_batch(task, size=1, dtype=torch.float64)
