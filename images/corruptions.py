@@ -57,7 +57,8 @@ class Draws:
 
     generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
     host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
-    rows: slice | Tensor = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    # which images of the batch these are: what each slice or index tensor selects of those of the one before
+    rows: tuple[slice | Tensor, ...] = ()
     total: int | None = None  # how many the batch has; None: no more than these
 
     def randn_like(self, x: Tensor) -> Tensor:
@@ -78,18 +79,15 @@ class Draws:
 
     def of_the_whole(self, draw, x: Tensor, *shape: int) -> Tensor:
         """(B, *shape): the rows of these images out of what `draw` gives for the whole batch."""
-        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)[self.rows]
+        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)
+        for rows in self.rows:
+            drawn = drawn[rows]
         assert len(drawn) == len(x), f"noise for {len(drawn)} images is asked for {len(x)}: index the Batch, not x"
         return drawn
 
     def narrow(self, rows: slice | Tensor, count: int) -> "Draws":
         """Draws for the images that `rows`, a slice or an index tensor, selects of the `count` ones of these."""
-        total = self.total or count
-        if isinstance(rows, slice) and isinstance(self.rows, slice):
-            places = range(total)[self.rows][rows]
-            return replace(self, rows=slice(places.start, places.stop, places.step), total=total)
-        device = rows.device if torch.is_tensor(rows) else self.rows.device
-        return replace(self, rows=torch.arange(total, device=device)[self.rows][rows], total=total)
+        return replace(self, rows=(*self.rows, rows), total=self.total or count)
 
 
 @dataclass(frozen=True)

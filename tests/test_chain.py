@@ -119,6 +119,6 @@ def test_any_sides_give_whole_levels_and_a_seed_the_same_ones_in_any_piece_of_a_
     assert made[0].shape == levels.shape and made[0].dtype == torch.float32
     assert torch.equal(made[0], made[0].round()) and made[0].min() >= 0 and made[0].max() <= 255
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    assert torch.equal(damaged(levels[3:5], 5, rows=slice(3, 5), total=12), made[0][3:5])
+    assert torch.equal(damaged(levels[3:5], 5, rows=(slice(3, 5),), total=12), made[0][3:5])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(damaged(levels, 5), made[0])

@@ -85,7 +85,7 @@ def test_it_trains_and_samples_at_its_own_cost(tmp_path, with_seventh):
 
 def test_part_of_a_batch_has_its_own_rows_of_the_noise():
     def batch():
-        draws = Draws(torch.Generator().manual_seed(1), torch.Generator().manual_seed(2), slice(1, None, 2), 16)
+        draws = Draws(torch.Generator().manual_seed(1), torch.Generator().manual_seed(2), (slice(1, None, 2),), 16)
         return Damage()("sr", torch.zeros(8, 3, 8, 8), draws=draws)
 
     def per_image():
