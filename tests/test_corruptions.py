@@ -269,7 +269,8 @@ def test_autocast_changes_nothing(task):
 def test_everything_stays_on_the_device():
     # tensors without storage: reading a value on the host, or mixing in a tensor of the CPU, raises
     z1 = torch.empty(2, 3, 37, 32, device="meta")
-    batch = Damage(mask="freeform-10-20")("inpaint,blur,noise,jpeg,chain,generate", z1)
+    damage = Damage(mask="freeform-10-20", chain_factors=(2,))
+    batch = damage("inpaint,blur,noise,jpeg,chain,generate", z1)
     assert all(x.device.type == "meta" for x in (batch.zlo, batch.to_make, batch.unknown, batch.cond))
     assert Damage(up="bicubic")("sr", torch.empty(2, 3, 32, 32, device="meta")).zlo.device.type == "meta"
 
