@@ -20,7 +20,7 @@ from images.folders import partners, split_names
 from images.packs import Decoding, check_room, open_pack
 from images.photos import Photos, gather_rows
 from images.pictures import to_float
-from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from images.shapes import SHAPES, draw_shapes
 from support.disk import free_memory
 
 
@@ -178,11 +178,9 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     """
     name, decoding = "cifar10" if dataset is None else dataset, Decoding(side, channels, crop)
     if crop == "random" and (name in WITH_THE_CLONE or name in DOWNLOADS and not DOWNLOADS[name].files):
-        raise SettingsError(f"crop = random: allowed is center for {name}, whose images are small; name a folder of "
-                            "photographs as dataset")
+        raise SettingsError(f"crop = random: allowed is center for {name}; random is for folders of photographs")
     if paired_path is not None and name in (*WITH_THE_CLONE, *DOWNLOADS):
-        raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {name}; "
-                           "name that folder as dataset")
+        raise DatasetError(f"paired_path = {paired_path}: name the folder of its partners as dataset, not {name}")
     try:
         if name == "demo":
             return _demo(decoding, limit)
@@ -193,10 +191,8 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
     except DatasetError as failure:
         if dataset is not None or not or_demo:
             raise
-        line = "*" * 100
-        print(f"{line}\n  No CIFAR-10: {failure}\n"
-              "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
-              f"images.\n{line}")
+        print("*" * 100, f"No CIFAR-10: {failure}", "This demo runs on sixteen photographs that come with it instead; "
+              "--dataset FOLDER takes your own images.", "*" * 100, sep="\n")
         return _demo(decoding, limit)
     except MemoryError as error:
         raise SettingsError(f"image_size = {side}: too little memory for the images of {name}; lower it") from error
@@ -216,7 +212,7 @@ def _demo(decoding: Decoding, limit: int | None) -> Images:
 def _draw(decoding: Decoding, limit: int | None) -> Images:
     """The data set `shapes`."""
     count = 11_000 if limit is None else min(limit, 10_000) + min(limit, 1_000)
-    check_room(decoding, count, free_memory(), "memory", more=4 * FLOATS_A_PIXEL * decoding.side**2)
+    check_room(decoding, count, free_memory(), "memory")
     (train, y), (test, test_y) = (draw_shapes(count, seed, decoding.side, decoding.channels, limit)
                                   for seed, count in enumerate((10_000, 1_000)))
     return Images(train, test, y, test_y, list(SHAPES), name="shapes")
@@ -263,27 +259,22 @@ def _packed(name: str, root: str, train: list[str], test: list[str], decoding: D
     names, damaged_root = [*train, *test], paired and os.path.realpath(paired)
     files = [(f"{root}/{name}", f"{damaged_root}/{pairs[name]}") if paired else (f"{root}/{name}",) for name in names]
     # by their real paths, so that it is the same pack by whatever way one comes to the folder
-    pack = open_pack(name, [root, damaged_root, limit], files, decoding, data_path)
-    if 2 * len(pack.used) < len(names) and paired:
-        raise DatasetError(f"{damaged_root}: only {len(pack.used)} of its {len(names)} pairs with {root} can be used; "
-                           f"check that these are the same pictures: {first_few(pack.left_out, 3)}")
-    count = int((pack.used < len(train)).sum())  # training images that could be read
-    if not count:
-        raise DatasetError(f"{root}: none of the {len(train)} training images can be read; replace them: "
-                           f"{first_few(pack.left_out, 3)}")
-    least, most = min(pack.factors), max(pack.factors)
+    index, clean, damaged = open_pack(name, [root, damaged_root, limit], files, decoding, data_path)
+    left_out, factors = dict(index["left_out"]), dict(index["factors"])
+    used = [names[row] for row in range(len(names)) if row not in left_out]
+    count = sum(row not in left_out for row in range(len(train)))  # training images that could be read
+    if not count or paired and 2 * count < len(train):  # most pairs are no pairs: the other folder is another's
+        raise DatasetError(f"{damaged_root or root}: only {count} of {len(train)} training images can be used; check "
+                           f"these: {first_few(left_out.values(), 3)}")
+    least, most = min(factors), max(factors)
     if least < most:
-        raise DatasetError(f"{pack.factors[most]}: is {most} times smaller than its partner, but "
-                           f"{pack.factors[least]} {least} times; make it the same number for all")
-    if decoding.crop == "random" and (small := int((pack.clean.sizes.amin(1) == decoding.side).sum())):
-        warnings.warn(f"{root}: {small:,} of {len(pack.used):,} images have a side of at most image_size = "
-                      f"{decoding.side} and leave no choice of the crop; smaller ones are enlarged to it")
-    used = [names[i] for i in pack.used]
+        raise DatasetError(f"{factors[most]}: is {most} times smaller than its partner, but {factors[least]} {least} "
+                           "times; make it the same number for all")
     if count == len(used):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
     held_out = slice(count if count < len(used) else 0, None)
-    train_lo, test_lo = (pack.damaged[:count], pack.damaged[held_out]) if paired else (None, None)
-    return Images(pack.clean[:count], pack.clean[held_out], None, None, [], train_lo, test_lo, name, pack.left_out,
+    train_lo, test_lo = (damaged[:count], damaged[held_out]) if paired else (None, None)
+    return Images(clean[:count], clean[held_out], None, None, [], train_lo, test_lo, name, [*left_out.values()],
                   used[:count], used[held_out], most)
 
 

@@ -5,8 +5,9 @@ A pack is a folder, data_path/packs/NAME-KEY, which may be deleted at any time: 
     clean.u8    the pixels, (N, C, side, side) uint8; for --crop random whole photographs (C, H, W), one after the other
     damaged.u8  the same of their damaged partners, where the files are pairs
     shapes.npy  (N, 2): H and W of each photograph, for --crop random only
-    index.json  written last: what the pack was made of, the length and CRC-32 of its files, and which images could not
-                be used
+    index.json  written last: `stamp` tells what the pack was made of, `sizes` and `sums` the lengths and CRC-32s of its
+                files, `left_out` the place in the list of each image that could not be used, and why, `factors` how
+                many times smaller damaged files are, and one that is
 """
 import hashlib
 import json
@@ -54,21 +55,13 @@ class Decoding:
     crop: str = "center"
 
 
-@dataclass
-class Pack:
-    clean: Tensor | Photos  # a row for each file used
-    damaged: Tensor | Photos | None  # their partners, where the files are pairs
-    used: np.ndarray  # places in the list of the files that could be used
-    left_out: list[str]  # of each other file: which one it is, and why it is left out
-    factors: dict[int, str]  # how many times smaller damaged files are, and one of them
+def open_pack(name: str, source: list, files: list[tuple[str, ...]], decoding: Decoding, data_path: str) -> tuple:
+    """The pack's index, and its clean and its damaged images or None, a row for each file that could be used.
 
-
-def open_pack(name: str, source: list, files: list[tuple[str, ...]], decoding: Decoding, data_path: str) -> Pack:
-    """The pack of the files, each (path,) or (clean path, damaged path), made first unless there is a whole one of
-    exactly these: the same by path, size, permissions and time of change. What else lies in its place is replaced.
-
-    name, source: where it lies below data_path is told by these and the decoding. Raises SettingsError where a file
-    can't be read at the moment, or the pack can't be written.
+    Made first unless there is a whole one of exactly these files, each (path,) or (clean path, damaged path): the same
+    by path, size, permissions and time of change. name, source: with the decoding they tell where below data_path it
+    lies; what else lies there is replaced. Raises SettingsError where a file can't be read at the moment, or the pack
+    can't be written.
     """
     key = hashlib.sha256(json.dumps([source, asdict(decoding)]).encode()).hexdigest()[:10]
     folder = user_path(data_path) / "packs" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:60]}-{key}"
@@ -79,12 +72,10 @@ def open_pack(name: str, source: list, files: list[tuple[str, ...]], decoding: D
             folder.mkdir(parents=True, exist_ok=True)
             with _lock(folder):  # another process may have made it meanwhile
                 index = _read_index(folder, stamp) or _make(folder, stamp, files, decoding)
-        clean, damaged = (_column(folder, name, decoding) if name in index["sizes"] else None for name in COLUMNS)
+        return index, *(_column(folder, name, decoding) if name in index["sizes"] else None for name in COLUMNS)
     except OSError as error:
         raise SettingsError(f"data_path = {data_path}: the pack of {folder.name} can't be written there "
                             f"({one_line(error)}); name a folder with room for it") from error
-    used = np.delete(np.arange(len(files)), [row for row, _ in index["left_out"]])
-    return Pack(clean, damaged, used, sorted(line for _, line in index["left_out"]), dict(index["factors"]))
 
 
 def _read_index(folder: Path, stamp: dict) -> dict | None:
@@ -137,15 +128,13 @@ def _digest(files: list[tuple[str, ...]]) -> str:
 def _lock(folder: Path):
     """One process packs, and others wait for it. A disk that knows no locks is used without."""
     with open(folder / ".lock", "w", opener=no_link) as file:
-        try:
+        with suppress(ImportError, OSError):
             import fcntl  # not on Windows
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that packs {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
         yield
 
 
@@ -193,9 +182,9 @@ def _make(folder: Path, stamp: dict, files: list[tuple[str, ...]], decoding: Dec
         raise
 
 
-def check_room(decoding: Decoding, count: int, free: int | None, where: str, more: int = 0):
-    """SettingsError where `count` images, and `more` bytes beside them, need more than what is free."""
-    size = count * decoding.channels * decoding.side**2 + more
+def check_room(decoding: Decoding, count: int, free: int | None, where: str):
+    """SettingsError where `count` images need more than the `free` bytes, if these are known."""
+    size = count * decoding.channels * decoding.side**2
     if free is not None and size > free:
         raise SettingsError(f"image_size = {decoding.side}: {count:,} images need {size / 1e9:,.1f} GB of {where}, "
                             f"where {free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
@@ -212,31 +201,19 @@ def _decode(paths: tuple[str, ...], decoding: Decoding) -> tuple[list[np.ndarray
     """The pictures (C, H, W) uint8 of a clean file and its damaged partner, if it has one; how many times smaller the
     partner is; and a line that says why the files can't be used, "" where they can."""
     try:
-        images = [_read(path, decoding.channels) for path in paths]
+        images = [open_image(path, decoding.channels) for path in paths]
         size = images[0].size
         factor = factor_of(size, images[-1].size, paths[-1])
     except DatasetError as error:
+        failure = error.__cause__
+        if isinstance(failure, OSError) and failure.errno not in (None, *LASTING):  # a pack without it would stay wrong
+            raise SettingsError(f"{error}, or start again if the disk failed at the moment only") from error
         return [], 1, str(error)
+    if max(size) > LONGEST * min(size):
+        return [], 1, f"{paths[0]}: has {size[0]}x{size[1]} pixels, more than {LONGEST} times as long as wide; crop it"
     # a smaller partner is brought to the clean image's size, as sample.py does to a file for a run on pairs
     images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
     images = [(fit if decoding.crop == "center" else cover)(image, decoding.side) for image in images]
     # by numpy: torch would start all its threads in each of the pool's
     pictures = [np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)) for image in images]
     return pictures, factor, ""
-
-
-def _read(path: str, channels: int) -> Image.Image:
-    """open_image. Raises DatasetError for a file that can't be used, and SettingsError where the disk or the system
-    fails at the moment: such a file is no worse than others, so a pack without it would be wrong for ever."""
-    try:
-        image = open_image(path, channels)
-    except DatasetError as error:
-        failure = error.__cause__
-        if isinstance(failure, OSError) and failure.errno not in (None, *LASTING):
-            raise SettingsError(f"{path}: can't be read at the moment ({failure.strerror}); start again, and "
-                                "remove the file if that does not help") from error
-        raise
-    if max(image.size) > LONGEST * min(image.size):
-        raise DatasetError(f"{path}: its sides are {image.width}x{image.height}, more than {LONGEST} times as long as "
-                           "wide; crop it")
-    return image
