@@ -2,10 +2,11 @@
 
 After Real-ESRGAN (arXiv:2107.10833) and BSRGAN (arXiv:2103.14006), but milder: many images skip a step, and some skip
 all. Every step gives whole levels, as the file between two programs holds them. All images of a batch go through all
-steps at once, and each keeps the results that were drawn for it: there is no loop over images, and the host never waits
-for the device. As in images/corruptions.py, `levels` is a float tensor of values 0 to 255.
+steps at once, and each keeps the results that were drawn for it, so the host never waits for the device. As in
+images/corruptions.py, `levels` is a float tensor of values 0 to 255.
 """
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,18 +17,15 @@ from images.jpeg import jpeg, nearest_level
 
 
 def chain(levels: Tensor, damage, draws) -> Tensor:
-    """Levels (B, 1 or 3, H, W) -> the same after the chain.
+    """Levels (B, 1 or 3, H, W) -> the same after the chain, as the fields chain_... of `damage` say.
 
-    Of `damage`, an images.corruptions.Damage, the fields that begin with chain_ count; `draws` is its Draws.
+    damage, draws: an images.corruptions.Damage and Draws.
     """
     def share(part: float) -> Tensor:
         return draws.rand(levels, 1, 1, 1) < part
 
     def between(low: float, high: float) -> Tensor:
         return low + (high - low) * draws.rand(levels, 1, 1, 1)
-
-    def quality() -> Tensor:
-        return draws.randint(damage.chain_quality[0], damage.chain_quality[1] + 1, levels)
 
     skip_blur, skip_reduction, skip_noise, skip_jpeg = (share(part) for part in damage.chain_skips)
 
@@ -40,7 +38,9 @@ def chain(levels: Tensor, damage, draws) -> Tensor:
     strength = torch.where(skip_noise, 0, between(*damage.chain_noise))
     grain, grey, poisson = draws.randn_like(levels), share(0.5), share(0.5)
     grain = torch.where(grey, grain[:, :1], grain)
-    first, last, halved = quality(), quality(), share(0.5)
+    least, most = damage.chain_quality
+    first, last = (draws.randint(least, most + 1, levels) for _ in range(2))
+    halved = share(0.5)
     twice, shift = share(damage.chain_twice), draws.randint(0, 16, levels, 2)
 
     def noise_and_jpeg(x: Tensor) -> Tensor:
@@ -56,9 +56,13 @@ def chain(levels: Tensor, damage, draws) -> Tensor:
         small = resize(x, (max(1, round(height / factor)), max(1, round(width / factor))), filters)
         each.append(resize(noise_and_jpeg(small), (height, width), BICUBIC))
     reduction = draws.randint(1, len(each), levels, 1, 1, 1)
-    chosen = torch.where(skip_reduction, 0, reduction).flatten()
-    x = torch.stack(each)[chosen, torch.arange(len(levels), device=levels.device)]
+    x = choose(each, torch.where(skip_reduction, 0, reduction).flatten())
     return torch.where(share(damage.chain_untouched), levels, x)
+
+
+def choose(each: Sequence[Tensor], which: Tensor) -> Tensor:
+    """Several versions of a batch -> each image's version of the number `which` (B,)."""
+    return torch.stack(tuple(each))[which, torch.arange(len(which), device=which.device)]
 
 
 def blur(levels: Tensor, sigma: Tensor, other_sigma: Tensor, angle: Tensor, reach: int) -> Tensor:
@@ -111,21 +115,19 @@ def resampling(before: int, after: int, device: torch.device) -> Tensor:
 
 
 def resize(levels: Tensor, size: tuple[int, int], filters: Tensor | int) -> Tensor:
-    """PIL's resize of (B, C, H, W) to `size`. `filters` (B,) numbers each image's filter in FILTERS, or is one for all.
+    """PIL's resize of (B, C, H, W) to `size`: along the width, then along the height, each time to whole levels.
 
-    Along the width, then along the height, each time to whole levels. In float64, which no setting makes less exact.
+    filters: (B,) numbers each image's filter in FILTERS, or is one for all. In float64, which no setting makes less
+    exact.
     """
-    across = resampling(levels.shape[3], size[1], levels.device)[filters]  # (B, w, W), or (w, W) of one filter for all
-    down = resampling(levels.shape[2], size[0], levels.device)[filters]
-    x = nearest_level(levels.double() @ across[..., None, :, :].mT)
-    return nearest_level(down[..., None, :, :] @ x).float()
+    down, across = (resampling(before, after, levels.device)[filters][..., None, :, :]  # (B, 1, h, H), or (1, h, H)
+                    for before, after in zip(levels.shape[2:], size))
+    return nearest_level(down @ nearest_level(levels.double() @ across.mT)).float()
 
 
 def shifted_jpeg(levels: Tensor, quality: Tensor, shift: Tensor) -> Tensor:
-    """JPEG (4:2:0) of a larger picture, in which each image lies `shift` (B, 2), 0 to 15, pixels down and to the right.
-
-    The larger picture repeats the image's edges.
-    """
+    """JPEG (4:2:0) of a larger picture that repeats the image's edges, in which it lies `shift` (B, 2), 0 to 15, pixels
+    down and to the right."""
     height, width = levels.shape[2:]
     down, right = shift[:, :1], shift[:, 1:]
     rows, columns = torch.arange(height + 15, device=levels.device), torch.arange(width + 15, device=levels.device)

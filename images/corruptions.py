@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from images import SettingsError
-from images.chain import chain
+from images.chain import chain, choose
 from images.holes import FREEFORM, center, freeform
 from images.jpeg import jpeg, nearest_level
 from support import bounds
@@ -49,15 +49,15 @@ TASKS = {
 
 @dataclass
 class Draws:
-    """Random numbers for some images of a batch, the same however the batch is shared out.
+    """Random numbers for some images of a batch: those of the whole batch are drawn, and these images' kept.
 
-    The numbers of the whole batch are drawn, and those of these images kept: so several processes, or several pieces of
-    a batch one after the other, train with the noise that one process in one piece would have had.
+    So several processes, or several pieces of a batch one after the other, train with the noise that one process in one
+    piece would have had.
     """
 
     generator: torch.Generator | None = None  # on the images' device; None: torch's own stream
     host: torch.Generator | None = None  # on the CPU, for what the host must know; None: torch's own stream
-    rows: slice | Tensor = field(default_factory=lambda: slice(None))  # which images of the batch these are
+    rows: tuple[slice | Tensor, ...] = ()  # which images these are: each selects of those that the one before has left
     total: int | None = None  # how many the batch has; None: no more than these
 
     def randn_like(self, x: Tensor) -> Tensor:
@@ -78,26 +78,20 @@ class Draws:
 
     def of_the_whole(self, draw, x: Tensor, *shape: int) -> Tensor:
         """(B, *shape): the rows of these images out of what `draw` gives for the whole batch."""
-        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)[self.rows]
+        drawn = draw((self.total or len(x), *shape), generator=self.generator, device=x.device)
+        for rows in self.rows:
+            drawn = drawn[rows]
         assert len(drawn) == len(x), f"noise for {len(drawn)} images is asked for {len(x)}: index the Batch, not x"
         return drawn
 
     def narrow(self, rows: slice | Tensor, count: int) -> "Draws":
         """Draws for the images that `rows`, a slice or an index tensor, selects of the `count` ones of these."""
-        total = self.total or count
-        if isinstance(rows, slice) and isinstance(self.rows, slice):
-            places = range(total)[self.rows][rows]
-            return replace(self, rows=slice(places.start, places.stop, places.step), total=total)
-        device = rows.device if torch.is_tensor(rows) else self.rows.device
-        return replace(self, rows=torch.arange(total, device=device)[self.rows][rows], total=total)
+        return replace(self, rows=(*self.rows, rows), total=self.total or count)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a method trains on and samples from. Images are float (B, C, H, W) in [-1, 1].
-
-    Loss and sampler share its tensors, and `cond` may be `zlo` itself: no method changes them in place.
-    """
+    """What a method trains on and samples from, images in [-1, 1]. `cond` may be `zlo`: nothing is changed in place."""
 
     z1: Tensor | None  # (B, C, H, W) clean; None where only damaged images are given
     zlo: Tensor  # (B, C, H, W) damaged, on z1's grid; zero where it knows nothing
@@ -110,7 +104,6 @@ class Batch:
     notes: dict[str, Tensor] = field(default_factory=dict)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise of x's shape (B, ...), type and device."""
         return self.draws.randn_like(x)
 
     def __getitem__(self, rows) -> "Batch":
@@ -180,15 +173,14 @@ class Damage:
                  draws: Draws | None = None) -> Batch:
         """z1 (B, C, H, W) in [-1, 1] -> Batch. `zlo` holds the damaged images of `paired`, of z1's shape.
 
-        A task may be a mixture, "sr,jpeg,blur": each image draws one of them, all equally likely. The draws depend
-        on their streams and z1's shape only, so the same seed gives another batch the very same damage.
+        A task may be a mixture, "sr,jpeg,blur": each image draws one of them, all equally likely.
         """
         for side in z1.shape[2:]:
             self.check(task, side)
         draws = draws or Draws()
         pick = draws.randint(0, len(task_names(task)), z1)
         each = [self._apply(name, z1, zlo, draws) for name in task_names(task)]
-        zlo, to_make, unknown = (torch.stack(x)[pick, torch.arange(len(z1), device=z1.device)] for x in zip(*each))
+        zlo, to_make, unknown = (choose(x, pick) for x in zip(*each))
         return Batch(z1, zlo, to_make, unknown, _cond(task, zlo, unknown, condition), y, draws)
 
     def _apply(self, name: str, z1: Tensor, pair: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,8 +190,7 @@ class Damage:
             return torch.zeros_like(z1), one, one
         if name == "paired":
             if pair is None or pair.shape != z1.shape:
-                shape = tuple(z1.shape)
-                raise SettingsError(f"task = 'paired': needs damaged images of the clean ones' shape, {shape}")
+                raise SettingsError(f"task = 'paired': needs damaged images of the shape {tuple(z1.shape)}")
             return pair, one, 0 * one
         if name == "inpaint":
             hole = center(z1) if self.mask == "center" else freeform(z1, *FREEFORM[self.mask], draws)
@@ -215,10 +206,9 @@ class Damage:
         elif name == "jpeg":
             low, high = as_tuple(self.quality)[0], as_tuple(self.quality)[-1]
             levels = jpeg(levels, low if low == high else draws.randint(low, high + 1, levels))
-        elif name == "chain":
-            levels = chain(levels, self, draws)
         else:
-            raise NotImplementedError(f"task {name!r} has no branch in Damage._apply")
+            assert name == "chain", f"task {name!r} has no branch in Damage._apply"
+            levels = chain(levels, self, draws)
         return from_levels(levels), one, 0 * one
 
     @property
@@ -233,9 +223,7 @@ class Damage:
         for factor in as_tuple(self.factor):
             small = resize(levels, (height // factor, width // factor), self.down)
             each.append(resize(small, (height, width), self.up))
-        if len(each) == 1:
-            return each[0]
-        return torch.stack(each)[draws.randint(0, len(each), levels), torch.arange(len(levels), device=levels.device)]
+        return each[0] if len(each) == 1 else choose(each, draws.randint(0, len(each), levels))
 
     def weights(self, x: Tensor, draws: Draws) -> Tensor:
         """(B, width) blur kernels along one axis, or (1, width); the square kernel is the outer product with itself."""
@@ -298,10 +286,10 @@ def from_damaged(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | 
     `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it. `generate`
     takes nothing from zlo but shape and device. For sr, `to_full_size` first brings low-resolution images to z1's grid.
     """
-    names, one = task_names(task), torch.ones_like(zlo[:, :1])
-    if set(names) == {"generate"}:
-        return Batch(None, torch.zeros_like(zlo), one, one, None, y)
-    if mask is None and set(names) == {"inpaint"}:
+    names, one = set(task_names(task)), torch.ones_like(zlo[:, :1])
+    if names == {"generate"}:
+        mask = one
+    if mask is None and names == {"inpaint"}:
         raise SettingsError("task = 'inpaint': needs a mask, 1 where pixels are missing")
     if mask is not None and not has_holes(task):
         raise SettingsError(f"task = {task!r}: takes no mask, it leaves no holes")
@@ -322,8 +310,6 @@ def to_levels(x: Tensor) -> Tensor:
 def from_levels(levels: Tensor) -> Tensor:
     return levels / 127.5 - 1
 
-
-# sr ------------------------------------------------------------------------------------------------------------------
 
 FILTERS = {
     "box": dict(mode="area"),

@@ -1,14 +1,8 @@
 """Data sets: images and labels as uint8 tensors: CIFAR-10, Fashion-MNIST, CelebA, a folder, or a set of our own."""
-import http.client
 import io
-import lzma
 import os
-import pickle
 import socket
-import tarfile
 import warnings
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -22,11 +16,11 @@ from torch import Tensor
 
 from images import DatasetError, SettingsError, one_line
 from images.files import first_few, fit, list_images, to_tensor, user_path
-from images.folders import pair_factor, partners, split_names
-from images.packs import Decoding, check_room, open_pack, pack_folder
+from images.folders import partners, split_names
+from images.packs import Decoding, check_room, open_pack
 from images.photos import Photos, gather_rows
 from images.pictures import to_float
-from images.shapes import FLOATS_A_PIXEL, SHAPES, draw_shapes
+from images.shapes import SHAPES, draw_shapes
 from support.disk import free_memory
 
 
@@ -50,9 +44,8 @@ DOWNLOADS = {
                        "of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {}/celeba",
                        {"split": "train"}, {"split": "test"}, files="celeba/img_align_celeba"),
 }
-# what libraries, networks and damaged files raise while torchvision downloads and reads
-FAILURES = (OSError, RuntimeError, ImportError, EOFError, ValueError, AssertionError, http.client.HTTPException,
-            zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, pickle.UnpicklingError)
+# what our own faults raise while torchvision downloads and reads; networks and damaged files raise all else
+OUR_FAULTS = (AttributeError, NameError, TypeError)
 WITH_THE_CLONE = ("demo", "shapes")  # sixteen photographs; drawings
 TIMEOUT = 20  # seconds without an answer after which a download is given up
 MAX_SIDE = 8192  # pixels: Pillow takes a square of many more for an attack
@@ -79,11 +72,10 @@ class Images:
     def to(self, device) -> "Images":
         """All tensors onto `device`; on CUDA only where they leave half of its free memory, else they stay here."""
         tensors = {key: value for key, value in vars(self).items() if torch.is_tensor(value)}
-        if torch.device(device).type == "cuda":
-            if isinstance(self.train, Photos):
-                return self
-            if sum(t.nbytes for t in tensors.values()) > torch.cuda.mem_get_info(device)[0] // 2:
-                return self
+        size = sum(t.nbytes for t in tensors.values())
+        if torch.device(device).type == "cuda" and (
+                isinstance(self.train, Photos) or size > torch.cuda.mem_get_info(device)[0] // 2):
+            return self
         return replace(self, **{key: value.to(device) for key, value in tensors.items()})
 
     def rows(self, index: Tensor, split: str = "train", crop_corners: Tensor | None = None,
@@ -92,11 +84,10 @@ class Images:
 
         crop_corners, pinned: see photos.gather_rows.
         """
-        x, y, lo = ((self.train, self.train_y, self.train_lo) if split == "train" else
-                    (self.test, self.test_y, self.test_lo))
+        x, y, lo = (getattr(self, split + part) for part in ("", "_y", "_lo"))
         index = move(index, x.device)
-        return [gather_rows(x, index, crop_corners, pinned), None if y is None else y[index],
-                None if lo is None else gather_rows(lo, index, crop_corners, pinned)]
+        x, lo = (None if images is None else gather_rows(images, index, crop_corners, pinned) for images in (x, lo))
+        return [x, None if y is None else y[index], lo]
 
     def batch(self, index: Tensor, device, split: str = "train") -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Rows `index` (B,) of "train" or "test", on `device`: x (B, C, H, W) in [-1, 1], y (B,), damaged x or None."""
@@ -121,13 +112,9 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
     Epochs follow each other without a gap, so each covers every index once, even where batch_size is above n.
     """
-    start = step * batch_size
-    end = start + batch_size
-    pieces = []
-    for epoch in range(start // n, (end - 1) // n + 1):
-        begin = epoch * n  # the epoch's first place in the stream
-        pieces.append(permutation(n, seed, epoch)[max(start - begin, 0):end - begin])
-    return torch.cat(pieces)
+    epoch, start = divmod(step * batch_size, n)
+    stream = [permutation(n, seed, epoch + i) for i in range((start + batch_size - 1) // n + 1)]
+    return torch.cat(stream)[start:start + batch_size]
 
 
 @lru_cache(maxsize=4)
@@ -138,16 +125,15 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 def crop_corners(batch_size: int, seed: int, step: int) -> Tensor:
     """Where in its photograph each row of the step's batch lies: (batch_size, 2) in [0, 1), downwards, to the right."""
-    random = np.random.default_rng((seed, step, 1))  # with the 1 it is not that of `permutation`
-    return torch.from_numpy(random.random((batch_size, 2)))
+    # with the 1 it is not the stream of `permutation`
+    return torch.from_numpy(np.random.default_rng((seed, step, 1)).random((batch_size, 2)))
 
 
 class Feed:
     """A run's training batches: feed(step) is this process's share of the step's, on its device.
 
-    A function of (seed, step): batch_indices gives the images, crop_corners their crops. Where the set is not on the
-    device, a thread gathers the next `ahead` batches meanwhile. When overfitting, each step has the first batch, and
-    crops from the middle.
+    Where the set is not on the device, a thread gathers the next `ahead` batches meanwhile. When overfitting, each step
+    has the first batch, and crops from the middle.
     """
 
     def __init__(self, images: Images, device, batch_size: int, seed: int, rank: int = 0, world: int = 1,
@@ -158,11 +144,9 @@ class Feed:
         near = images.train.device.type == self.device.type
         self.ahead = ahead if ahead is not None else 0 if near else 3
         self.waiting = {}  # step -> its rows, which the thread gathers or has gathered
-        self.thread = ThreadPoolExecutor(1, "feed", initializer=self.enter_thread)
-
-    def enter_thread(self):
-        if self.pinned:
-            torch.cuda.set_device(self.device)  # or the thread would take memory on the first GPU
+        # or the thread would take memory on the first GPU
+        enter = dict(initializer=torch.cuda.set_device, initargs=(self.device,)) if self.pinned else {}
+        self.thread = ThreadPoolExecutor(1, "feed", **enter)
 
     def rows(self, step: int) -> list:
         index = batch_indices(len(self.images.train), self.batch_size, self.seed, step)
@@ -186,39 +170,36 @@ def load(dataset: str | None, side: int, channels: int = 3, data_path: str = "da
 
     dataset: cifar10, fashion-mnist, celeba (in data_path, else downloaded there), demo, shapes, or a folder's path.
     None is cifar10; where it is missing and can't be downloaded, or_demo takes demo instead, under a banner.
-    paired_path: folder of damaged images with the names of dataset's (the endings may differ), as large as those or
-    all the same whole number of times smaller.
+    paired_path: folder of damaged images with the names of dataset's, see folders.partners and folders.factor_of.
     limit: at most so many images a split, evenly spread (of shapes the first ones).
     crop: "center" cuts and resizes each image; "random", for folders, keeps photographs at their own size to take crops
     of, from anywhere in training and from the middle else.
-    Image files are decoded once: later starts find them in data_path/packs.
     Of the images left out a warning names the first and Images.left_out all. Raises SettingsError.
     """
     name, decoding = "cifar10" if dataset is None else dataset, Decoding(side, channels, crop)
     if crop == "random" and (name in WITH_THE_CLONE or name in DOWNLOADS and not DOWNLOADS[name].files):
-        raise SettingsError(f"crop = random: allowed is center for {name}, whose images are small; name a folder of "
-                            "photographs as dataset")
+        raise SettingsError(f"crop = random: allowed is center for {name}; random is for folders of photographs")
     if paired_path is not None and name in (*WITH_THE_CLONE, *DOWNLOADS):
-        raise DatasetError(f"paired_path = {paired_path}: its partners must be in a folder too, not in {name}; "
-                           "name that folder as dataset")
+        raise DatasetError(f"paired_path = {paired_path}: name the folder of its partners as dataset, not {name}")
     try:
         if name == "demo":
             return _demo(decoding, limit)
         if name == "shapes":
             return _draw(decoding, limit)
-        if name in DOWNLOADS:
-            return _download(name, decoding, data_path, limit)
-        return _folder(name, decoding, data_path, paired_path, limit)
+        images = (_download(name, decoding, data_path, limit) if name in DOWNLOADS else
+                  _folder(name, decoding, data_path, paired_path, limit))
     except DatasetError as failure:
         if dataset is not None or not or_demo:
             raise
-        line = "*" * 100
-        print(f"{line}\n  No CIFAR-10: {failure}\n"
-              "  This demo runs on sixteen photographs that come with it instead; --dataset FOLDER takes your own "
-              f"images.\n{line}")
+        print("*" * 100, f"No CIFAR-10: {failure}", "This demo runs on sixteen photographs that come with it instead; "
+              "--dataset FOLDER takes your own images.", "*" * 100, sep="\n")
         return _demo(decoding, limit)
     except MemoryError as error:
         raise SettingsError(f"image_size = {side}: too little memory for the images of {name}; lower it") from error
+    if images.left_out:
+        warnings.warn(f"{name}: {len(images.left_out)} images are left out, which a run lists in left_out.txt: "
+                      f"{first_few(images.left_out, 3)}")
+    return images
 
 
 def _demo(decoding: Decoding, limit: int | None) -> Images:
@@ -231,7 +212,7 @@ def _demo(decoding: Decoding, limit: int | None) -> Images:
 def _draw(decoding: Decoding, limit: int | None) -> Images:
     """The data set `shapes`."""
     count = 11_000 if limit is None else min(limit, 10_000) + min(limit, 1_000)
-    check_room(decoding, count, free_memory(), "memory", more=4 * FLOATS_A_PIXEL * decoding.side**2)
+    check_room(decoding, count, free_memory(), "memory")
     (train, y), (test, test_y) = (draw_shapes(count, seed, decoding.side, decoding.channels, limit)
                                   for seed, count in enumerate((10_000, 1_000)))
     return Images(train, test, y, test_y, list(SHAPES), name="shapes")
@@ -251,62 +232,50 @@ def _folder(dataset: str, decoding: Decoding, data_path: str, paired_path: str |
     if not dataset or not os.path.isdir(root):
         raise DatasetError(f"dataset = {dataset}: is not a folder; name one, or "
                            f"{', '.join([*DOWNLOADS, *WITH_THE_CLONE])}")
-    names, left_out, pairs = list_images(root), [], None
+    names, left_out, paired, pairs = list_images(root), [], None, {}
     if paired_path is not None:
         paired = user_path(paired_path)
-        partner, left_out = partners(root, names, paired)
-        names = sorted(partner)
-        pairs = os.path.realpath(paired), partner
-    split = split_names(names)
-    if split.left_out:
-        left_out += [f"{root / name}: is neither in the folder of training images nor in that of test images"
-                     for name in split.left_out]
-        warnings.warn(f"{root}: {len(split.left_out)} images are neither in the folder of training images nor in that "
-                      f"of test images, and are left out: {first_few(split.left_out)}")
-    labels = {split.label(name) for name in split.train + split.test}
-    classes = [] if None in labels or len(labels) == 1 else sorted(labels)
+        pairs, left_out = partners(root, names, paired)
+        names = sorted(pairs)
+    train, test, label = split_names(names)
+    left_out += [f"{root / name}: is neither in the folder of training images nor in that of test images"
+                 for name in set(names).difference(train, test)]
     here = os.path.realpath(root)
-    images = _packed(os.path.basename(here), here, split.train, split.test, decoding, data_path, limit, pairs)
-    if classes:
-        images.classes = classes
-        images.train_y, images.test_y = (torch.tensor([classes.index(split.label(name)) for name in names])
+    images = _packed(os.path.basename(here), here, train, test, decoding, data_path, limit, paired, pairs)
+    images.left_out = sorted(left_out + images.left_out)
+    labels = {label[name] for name in train + test}
+    if None not in labels and len(labels) > 1:
+        images.classes = sorted(labels)
+        images.train_y, images.test_y = (torch.tensor([images.classes.index(label[name]) for name in names])
                                          for names in (images.train_names, images.test_names))
-    images.left_out = left_out + images.left_out
     return images
 
 
 def _packed(name: str, root: str, train: list[str], test: list[str], decoding: Decoding, data_path: str,
-            limit: int | None, pairs: tuple[str, dict[str, str]] | None = None) -> Images:
-    """Images of the files `train` and `test`, paths below root, out of their pack. pairs: another folder, and for each
-    file the path there of its damaged partner."""
+            limit: int | None, paired: Path | None = None, pairs: dict[str, str] | None = None) -> Images:
+    """Images of the files `train` and `test`, paths below root, out of their pack. pairs: for each the path below
+    `paired` of its damaged partner."""
     train, test = _spread(train, limit), _spread(test, limit)
-    names, (damaged_root, partner) = [*train, *test], pairs or (None, {})
-    files = [(f"{root}/{name}", f"{damaged_root}/{partner[name]}" if pairs else None) for name in names]
+    names, damaged_root = [*train, *test], paired and os.path.realpath(paired)
+    files = [(f"{root}/{name}", f"{damaged_root}/{pairs[name]}") if paired else (f"{root}/{name}",) for name in names]
     # by their real paths, so that it is the same pack by whatever way one comes to the folder
-    pack = open_pack(pack_folder(name, decoding, data_path, [root, damaged_root, limit]), files, decoding)
-    if pairs and 2 * len(pack.used) < len(names):
-        raise DatasetError(f"{damaged_root}: only {len(pack.used)} of its {len(names)} pairs with {root} can be used; "
-                           f"check that these are the same pictures: {first_few(pack.left_out, 3)}")
-    count = int((pack.used < len(train)).sum())  # training images that could be read
-    if not count:
-        raise DatasetError(f"{root}: none of the {len(train)} training images can be read; replace them: "
-                           f"{first_few(pack.left_out, 3)}")
-    if pack.left_out:
-        rest = ", which a run lists in left_out.txt" if len(pack.left_out) > 3 else ""
-        warnings.warn(f"{root}: {len(pack.left_out)} images are left out{rest}: {first_few(pack.left_out, 3)}")
-    if pack.enlarged:
-        warnings.warn(f"{root}: {pack.enlarged:,} of {len(pack.used):,} images have a side below image_size = "
-                      f"{decoding.side} and are enlarged for random crops of it; a lower image_size leaves them as "
-                      "they are")
-    used = [names[i] for i in pack.used]
+    index, clean, damaged = open_pack(name, [root, damaged_root, limit], files, decoding, data_path)
+    left_out, factors = dict(index["left_out"]), dict(index["factors"])
+    used = [names[row] for row in range(len(names)) if row not in left_out]
+    count = sum(row not in left_out for row in range(len(train)))  # training images that could be read
+    if not count or paired and 2 * count < len(train):  # most pairs are no pairs: the other folder is another's
+        raise DatasetError(f"{damaged_root or root}: only {count} of {len(train)} training images can be used; check "
+                           f"these: {first_few(left_out.values(), 3)}")
+    least, most = min(factors), max(factors)
+    if least < most:
+        raise DatasetError(f"{factors[most]}: is {most} times smaller than its partner, but {factors[least]} {least} "
+                           "times; make it the same number for all")
     if count == len(used):
         warnings.warn(f"{root}: no image is left to hold out, so the training images are the test images too")
     held_out = slice(count if count < len(used) else 0, None)
-    train_lo, test_lo, factor = None, None, 1
-    if pairs:
-        train_lo, test_lo, factor = pack.damaged[:count], pack.damaged[held_out], pair_factor(pack.factors)
-    return Images(pack.clean[:count], pack.clean[held_out], None, None, [], train_lo, test_lo, name, pack.left_out,
-                  used[:count], used[held_out], factor)
+    train_lo, test_lo = (damaged[:count], damaged[held_out]) if paired else (None, None)
+    return Images(clean[:count], clean[held_out], None, None, [], train_lo, test_lo, name, [*left_out.values()],
+                  used[:count], used[held_out], most)
 
 
 def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) -> Images:
@@ -319,7 +288,9 @@ def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) 
         with redirect_stdout(io.StringIO()):  # the progress bar is still seen: it goes to stderr
             train, test = (getattr(datasets, download.kind)(data_path, download=True, **which)
                            for which in (download.train, download.test))
-    except FAILURES as error:
+    except OUR_FAULTS:
+        raise
+    except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"[:160]
         raise DatasetError(f"dataset = {name}: is not in {data_path}, or not whole, and can't be downloaded "
                            f"({reason}); {download.by_hand.format(data_path)}; or take --dataset shapes or a "

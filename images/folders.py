@@ -1,8 +1,6 @@
 """The images of a folder: which are trained on and which held out, and which damaged image belongs to which clean."""
 import hashlib
 import os
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 from images import DatasetError
@@ -14,32 +12,23 @@ SHARE = 0.1  # of the images is held out
 MOST = 1000  # images that are held out
 
 
-@dataclass
-class Split:
-    train: list[str]
-    test: list[str]
-    left_out: list[str]  # in neither
-    level: int  # of the class folders: 0 in the folder itself, 1 in its train and test
+def split_names(names: list[str]) -> tuple[list[str], list[str], dict[str, str | None]]:
+    """A folder's images (relative paths) -> the training images, the test images, and the class folder of each image.
 
-    def label(self, name: str) -> str | None:
-        """The class folder that the image is in."""
-        return name.split("/")[self.level] if name.count("/") > self.level else None
-
-
-def split_names(names: list[str]) -> Split:
-    """The split of the folder's images (relative paths), by its folders train and test where both exist.
-
-    Else names choose, see hold_out.
+    The folders train and test are the split where both exist; else names choose, see hold_out.
     """
     top = {name: name.split("/")[0].lower() if "/" in name else None for name in names}
-    test = next((kind for kind in TEST if kind in top.values()), None)
-    if test and any(kind in top.values() for kind in TRAIN):
-        return Split([name for name in names if top[name] in TRAIN], [name for name in names if top[name] == test],
-                     [name for name in names if top[name] not in (*TRAIN, test)], level=1)
-    held_out = hold_out(names)
-    level = int(all(kind in TRAIN for kind in top.values()))
-    return Split([name for name in names if name not in held_out], [name for name in names if name in held_out], [],
-                 level)
+    test_folder = next((kind for kind in TEST if kind in top.values()), None)
+    is_split = test_folder and any(kind in TRAIN for kind in top.values())
+    if is_split:
+        train = [name for name in names if top[name] in TRAIN]
+        test = [name for name in names if top[name] == test_folder]
+    else:
+        held_out = hold_out(names)
+        train, test = [name for name in names if name not in held_out], sorted(held_out)
+    # class folders lie in train and test, or in a train that is all there is
+    level = 1 if is_split or all(kind in TRAIN for kind in top.values()) else 0
+    return train, test, {name: name.split("/")[level] if name.count("/") > level else None for name in names}
 
 
 def hold_out(names: list[str]) -> set[str]:
@@ -59,18 +48,14 @@ def partners(root: Path, names: list[str], paired: Path) -> tuple[dict[str, str]
     the ending only; and a line for each image that has no partner."""
     others = list_images(paired)
     pairs = {name: name for name in set(names).intersection(others)}
-    clean = _by_stem(root, [name for name in names if name not in pairs])
-    damaged = _by_stem(paired, [name for name in others if name not in pairs])
+    clean, damaged = (_by_stem(folder, [name for name in listed if name not in pairs])
+                      for folder, listed in ((root, names), (paired, others)))
     pairs |= {clean[stem]: damaged[stem] for stem in clean.keys() & damaged.keys()}
-    lone = clean.keys() ^ damaged.keys()
     if not pairs:
         raise DatasetError(f"{paired}: none of its images has the same name as one in {root}; rename them: "
-                           f"{first_few(lone)}")
-    if lone:
-        warnings.warn(f"{len(lone)} images are in only one of {root} and {paired} and left out: {first_few(lone)}")
-    left_out = [f"{root / clean[stem]}: has no partner in {paired}" for stem in sorted(clean.keys() - damaged.keys())]
-    left_out += [f"{paired / damaged[stem]}: has no partner in {root}"
-                 for stem in sorted(damaged.keys() - clean.keys())]
+                           f"{first_few(damaged)}")
+    left_out = [f"{root / clean[stem]}: has no partner in {paired}" for stem in clean.keys() - damaged.keys()]
+    left_out += [f"{paired / damaged[stem]}: has no partner in {root}" for stem in damaged.keys() - clean.keys()]
     return pairs, left_out
 
 
@@ -96,12 +81,3 @@ def factor_of(clean: tuple[int, int], damaged: tuple[int, int], path: str) -> in
         raise DatasetError(f"{path}: has {damaged[0]}x{damaged[1]} pixels, its partner {clean[0]}x{clean[1]}; make it "
                            "as large, or a whole number of times smaller")
     return factor
-
-
-def pair_factor(found: dict[int, str]) -> int:
-    """The factor_of all pairs. DatasetError where there are several. found: factor -> a damaged image that has it."""
-    if len(found) > 1:
-        least, most = min(found), max(found)
-        raise DatasetError(f"{found[most]}: is {most} times smaller than its partner, but {found[least]} {least} "
-                           "times; make it the same number for all")
-    return min(found)

@@ -20,8 +20,7 @@ CHROMA = "17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99
 
 @cache  # one copy a device: copying from the host at each batch would make the device wait
 def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The orthonormal DCT (8, 8), one row a frequency, and the quantisation steps of brightness and colour, (101, 8, 8)
-    by quality."""
+    """The orthonormal DCT (8, 8), a row a frequency; and by quality the steps of brightness and colour, (101, 8, 8)."""
     k = torch.arange(8, dtype=torch.float64, device=device)
     dct = 0.5 * torch.cos((2 * k + 1) * k[:, None] * math.pi / 16)
     dct[0] /= math.sqrt(2)
@@ -49,34 +48,27 @@ def _code(plane: Tensor, dct: Tensor, step: Tensor) -> Tensor:
 
 
 def _colour(plane: Tensor, dct: Tensor, step: Tensor, halved: Tensor | None) -> Tensor:
-    """Cb or Cr (B, 1, H, W) coded -> offsets from 128, of the same shape. For `halved` see `jpeg`."""
+    """Cb or Cr (B, 1, H, W), coded -> offsets from 128, of the same shape. For `halved` see `jpeg`."""
+    height, width = plane.shape[2:]
     plane = nearest_level(plane - 1e-3)  # halves downwards, here only
-    if halved is None:
-        return _halved_colour(plane, dct, step)
-    return torch.where(halved, _halved_colour(plane, dct, step), _code(plane, dct, step) - 128)
-
-
-def _halved_colour(x: Tensor, dct: Tensor, step: Tensor) -> Tensor:
-    """Whole levels of Cb or Cr (B, 1, H, W) halved, coded and enlarged -> offsets from 128, of the same shape."""
-    height, width = x.shape[2:]
     # libjpeg repeats the last column until the halved rows fill their blocks, but the last row only until it has a
     # partner: `_code` repeats the halved row
-    x = F.pad(x, (0, -width % 16, 0, height % 2), mode="replicate")
+    x = F.pad(plane, (0, -width % 16, 0, height % 2), mode="replicate")
     # libjpeg rounds by adding a fraction and taking the floor. Two fractions take turns along a row: 1/4 and 1/2 where
     # it halves, 1/2 and 7/16 where it doubles.
     odd = torch.arange(x.shape[3], device=x.device) % 2
     x = (F.avg_pool2d(x, 2) + 1 / 4 + odd[: x.shape[3] // 2] / 4).floor()
     x = _code(x, dct, step)[..., : (width + 1) // 2]  # what fills the blocks does not reach the picture again
     x = F.interpolate(x, scale_factor=2, mode="bilinear")
-    return (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width] - 128
+    x = (x + 1 / 2 - odd[: x.shape[3]] / 16).floor()[..., :height, :width]
+    return (x if halved is None else torch.where(halved, x, _code(plane, dct, step))) - 128
 
 
 def jpeg(levels: Tensor, quality: int | Tensor, halved: Tensor | None = None) -> Tensor:
     """Levels (B, 1 or 3, H, W) -> the levels after a JPEG file of that quality, one for all images or (B,).
 
     Colour is halved (4:2:0) in images where `halved` (B, 1, 1, 1) is True, or in all of them; else it is not (4:4:4).
-    Against what PIL (libjpeg) reads back from its own file, 1 to 6% of the values differ, by at most 35 levels: those
-    that a tie in rounding puts on the other side.
+    Of what PIL (libjpeg) reads back from its own file, 1 to 6% differs, by at most 35 levels: ties in rounding.
     """
     # not I2SB's own JPEG, which takes every second colour value and does not clip: users' files are libjpeg's
     dct, luma, chroma = tables(levels.device)

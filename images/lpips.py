@@ -16,9 +16,8 @@ FOREIGN = (ImportError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 @cache
 def load_lpips(net: str, path: str | None = None) -> nn.Module:
-    """The package's network on VGG-16 ("vgg") or AlexNet ("alex"), frozen, whose weights come from `path`, or are
-    downloaded where it is None. Raises SettingsError where the package or the weights are missing.
-    """
+    """The package's network on VGG-16 ("vgg") or AlexNet ("alex"), frozen, with torchvision's weights of the file
+    `path`, or downloaded. Raises SettingsError where the package or the weights are missing."""
     try:
         # The package first draws random weights. Without the fork, the run's random numbers would depend on when.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -5,8 +5,9 @@ A pack is a folder, data_path/packs/NAME-KEY, which may be deleted at any time: 
     clean.u8    the pixels, (N, C, side, side) uint8; for --crop random whole photographs (C, H, W), one after the other
     damaged.u8  the same of their damaged partners, where the files are pairs
     shapes.npy  (N, 2): H and W of each photograph, for --crop random only
-    index.json  written last: what the pack was made of, the length and CRC-32 of its files, and which images could not
-                be used
+    index.json  written last: `stamp` tells what the pack was made of, `sizes` and `sums` the lengths and CRC-32s of its
+                files, `left_out` the place in the list of each image that could not be used, and why, `factors` how
+                many times smaller damaged files are, and one that is
 """
 import hashlib
 import json
@@ -22,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from images.folders import factor_of
 from images.photos import Photos, map_file
 from support.disk import no_link, read_json, write_atomically
 
+COLUMNS = "clean.u8", "damaged.u8"
 VERSION = 3  # of the layout and of what a file becomes in it: raise it when one of them changes
 CHECK_UP_TO = 8e9  # bytes of a pack whose checksums are looked at when it is opened; of a larger one the lengths alone
 AT_A_TIME = 32  # files that are decoded before their pixels are written
@@ -52,45 +55,27 @@ class Decoding:
     crop: str = "center"
 
 
-@dataclass
-class Pack:
-    clean: Tensor | Photos  # a row for each file used
-    damaged: Tensor | Photos | None  # their partners, where the files are pairs
-    used: np.ndarray  # places in the list of the files that could be used
-    left_out: list[str]  # of each other file: which one it is, and why it is left out
-    factors: dict[int, str]  # how many times smaller damaged files are, and one of them
-    enlarged: int  # photographs with a side below that of the crops
+def open_pack(name: str, source: list, files: list[tuple[str, ...]], decoding: Decoding, data_path: str) -> tuple:
+    """The pack's index, and its clean and its damaged images or None, a row for each file that could be used.
 
-
-def pack_folder(name: str, decoding: Decoding, data_path: str, source: list) -> Path:
-    """Where the pack of the source's files lies. Raises SettingsError."""
-    key = hashlib.sha256(json.dumps([source, asdict(decoding)]).encode()).hexdigest()[:10]
-    return user_path(data_path) / "packs" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:60]}-{key}"
-
-
-def open_pack(folder: Path, files: list[tuple[str, str | None]], decoding: Decoding) -> Pack:
-    """The pack of the files (clean, damaged or None), made first unless there is a whole one of exactly these.
-
-    Files are the same by path, size, permissions and time of change. Any other pack in `folder` is replaced.
-    Raises SettingsError where a file can't be read at the moment, or the pack can't be written.
+    Made first unless there is a whole one of exactly these files, each (path,) or (clean path, damaged path): the same
+    by path, size, permissions and time of change. name, source: with the decoding they tell where below data_path it
+    lies; what else lies there is replaced. Raises SettingsError where a file can't be read at the moment, or the pack
+    can't be written.
     """
+    key = hashlib.sha256(json.dumps([source, asdict(decoding)]).encode()).hexdigest()[:10]
+    folder = user_path(data_path) / "packs" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:60]}-{key}"
     stamp = dict(version=VERSION, decoding=asdict(decoding), digest=_digest(files))
     try:
         index = _read_index(folder, stamp)
         if index is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder):
-                index = _read_index(folder, stamp)  # another process may have made it meanwhile
-                if index is None:
-                    _make(folder, stamp, files, decoding)
-                    index = _read_index(folder, stamp)
-        used = np.delete(np.arange(len(files)), [row for row, _ in index["left_out"]])
-        columns = {name: _column(folder, name, decoding) for name in index["sizes"] if name.endswith(".u8")}
+            with _lock(folder):  # another process may have made it meanwhile
+                index = _read_index(folder, stamp) or _make(folder, stamp, files, decoding)
+        return index, *(_column(folder, name, decoding) if name in index["sizes"] else None for name in COLUMNS)
     except OSError as error:
-        raise SettingsError(f"data_path = {folder.parent.parent}: the pack of {folder.name} can't be written there "
+        raise SettingsError(f"data_path = {data_path}: the pack of {folder.name} can't be written there "
                             f"({one_line(error)}); name a folder with room for it") from error
-    return Pack(columns["clean.u8"], columns.get("damaged.u8"), used, sorted(line for _, line in index["left_out"]),
-                dict(index["factors"]), index["enlarged"])
 
 
 def _read_index(folder: Path, stamp: dict) -> dict | None:
@@ -127,10 +112,10 @@ def _column(folder: Path, name: str, decoding: Decoding) -> Tensor | Photos:
     return Photos(flat, lengths.cumsum(0) - lengths, shapes, decoding.channels, decoding.side)
 
 
-def _digest(files: list[tuple[str, str | None]]) -> str:
+def _digest(files: list[tuple[str, ...]]) -> str:
     """Of the paths, sizes, permissions and times of change of all files."""
     total = hashlib.sha256()
-    for path in (path for pair in files for path in pair if path):
+    for path in chain.from_iterable(files):
         known = None  # of a link that leads nowhere: reading it will tell
         with suppress(OSError):
             stat = os.stat(path)
@@ -143,46 +128,43 @@ def _digest(files: list[tuple[str, str | None]]) -> str:
 def _lock(folder: Path):
     """One process packs, and others wait for it. A disk that knows no locks is used without."""
     with open(folder / ".lock", "w", opener=no_link) as file:
-        try:
+        with suppress(ImportError, OSError):
             import fcntl  # not on Windows
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"waiting for another process that packs {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
         yield
 
 
-def _make(folder: Path, stamp: dict, files: list[tuple[str, str | None]], decoding: Decoding):
-    """Decodes the files, in their order, onto the ends of the columns. What a killed process left is made again."""
+def _make(folder: Path, stamp: dict, files: list[tuple[str, ...]], decoding: Decoding) -> dict:
+    """Decodes the files, in their order, onto the ends of the columns -> the index. What was there is removed, not
+    written over: a run may still be reading it."""
     def clear():
-        for old in folder.iterdir():  # removed, not written over: a run may still be reading it
+        for old in folder.iterdir():
             if old.name != ".lock":
                 old.unlink()
 
     clear()
-    names = [name for name, path in zip(("clean.u8", "damaged.u8"), files[0]) if path]
+    names = list(COLUMNS[:len(files[0])])
     if decoding.crop == "center":  # how large photographs are shows on the way
         check_room(decoding, len(files) * len(names), shutil.disk_usage(folder).free, f"disk in {folder}")
-    left_out, factors, shapes, enlarged = [], {}, [], 0
+    left_out, factors, shapes, sums = [], {}, [], [0] * len(names)
     bar = tqdm(_decode_all(files, decoding), f"packing {folder.name}", len(files), leave=False, unit="image", delay=1,
                mininterval=0.1 if sys.stderr.isatty() else 15)
     try:
         with ExitStack() as stack:
             columns = [stack.enter_context(open(folder / name, "xb")) for name in names]
-            sums = [0] * len(columns)
-            for place, made in enumerate(bar):
-                if isinstance(made, str):
-                    left_out.append((place, made))
+            for row, (pictures, factor, failure) in enumerate(bar):
+                if failure:
+                    left_out.append((row, failure))
                     continue
-                for i, (column, picture) in enumerate(zip(columns, made.pictures)):
+                for i, (column, picture) in enumerate(zip(columns, pictures)):
                     column.write(picture)
                     sums[i] = zlib.crc32(picture, sums[i])
-                shapes.append(made.pictures[0].shape[1:])
-                enlarged += made.enlarged
-                factors.setdefault(made.factor, files[place][1])
+                shapes.append(pictures[0].shape[1:])
+                factors.setdefault(factor, files[row][-1])
             for column in columns:
                 column.flush()
                 os.fsync(column.fileno())  # first the columns, then what says that they are whole
@@ -192,62 +174,46 @@ def _make(folder: Path, stamp: dict, files: list[tuple[str, str | None]], decodi
             write_atomically(folder / "shapes.npy", lambda f: np.save(f, rows))
             sums.append(checksum(folder / "shapes.npy"))
         index = dict(stamp=stamp, sizes={name: os.path.getsize(folder / name) for name in names},
-                     sums=dict(zip(names, sums)), left_out=left_out, factors=list(factors.items()), enlarged=enlarged)
+                     sums=dict(zip(names, sums)), left_out=left_out, factors=list(factors.items()))
         write_atomically(folder / "index.json", lambda f: f.write(json.dumps(index).encode()))
+        return index
     except BaseException:
         clear()
         raise
 
 
-def check_room(decoding: Decoding, count: int, free: int | None, where: str, more: int = 0):
-    """SettingsError where `count` images, and `more` bytes beside them, need more than what is free."""
-    size = count * decoding.channels * decoding.side**2 + more
+def check_room(decoding: Decoding, count: int, free: int | None, where: str):
+    """SettingsError where `count` images need more than the `free` bytes, if these are known."""
+    size = count * decoding.channels * decoding.side**2
     if free is not None and size > free:
         raise SettingsError(f"image_size = {decoding.side}: {count:,} images need {size / 1e9:,.1f} GB of {where}, "
                             f"where {free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
 
 
-@dataclass
-class Decoded:
-    pictures: list[np.ndarray]  # (C, H, W) uint8: the clean one, and its damaged partner
-    factor: int  # how many times smaller the damaged file is
-    enlarged: bool  # whether crops need a larger picture than the file has
-
-
-def _decode_all(files: list[tuple[str, str | None]], decoding: Decoding) -> Iterator[Decoded | str]:
-    """In the files' order: the pictures, or a line that says why the file is left out."""
+def _decode_all(files: list[tuple[str, ...]], decoding: Decoding) -> Iterator[tuple[list[np.ndarray], int, str]]:
+    """`_decode` of each, in the files' order."""
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
         for begin in range(0, len(files), AT_A_TIME):  # the pictures of all would fill the memory
             yield from pool.map(partial(_decode, decoding=decoding), files[begin:begin + AT_A_TIME])
 
 
-def _decode(paths: tuple[str, str | None], decoding: Decoding) -> Decoded | str:
+def _decode(paths: tuple[str, ...], decoding: Decoding) -> tuple[list[np.ndarray], int, str]:
+    """The pictures (C, H, W) uint8 of a clean file and its damaged partner, if it has one; how many times smaller the
+    partner is; and a line that says why the files can't be used, "" where they can."""
     try:
-        images = [_read(path, decoding.channels) for path in paths if path]
+        images = [open_image(path, decoding.channels) for path in paths]
         size = images[0].size
-        factor = factor_of(size, images[1].size, paths[1]) if len(images) == 2 else 1
+        factor = factor_of(size, images[-1].size, paths[-1])
     except DatasetError as error:
-        return str(error)
+        failure = error.__cause__
+        if isinstance(failure, OSError) and failure.errno not in (None, *LASTING):  # a pack without it would stay wrong
+            raise SettingsError(f"{error}, or start again if the disk failed at the moment only") from error
+        return [], 1, str(error)
+    if max(size) > LONGEST * min(size):
+        return [], 1, f"{paths[0]}: has {size[0]}x{size[1]} pixels, more than {LONGEST} times as long as wide; crop it"
     # a smaller partner is brought to the clean image's size, as sample.py does to a file for a run on pairs
     images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
     images = [(fit if decoding.crop == "center" else cover)(image, decoding.side) for image in images]
     # by numpy: torch would start all its threads in each of the pool's
     pictures = [np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)) for image in images]
-    return Decoded(pictures, factor, decoding.crop == "random" and min(size) < decoding.side)
-
-
-def _read(path: str, channels: int) -> Image.Image:
-    """open_image. Raises DatasetError for a file that can't be used, and SettingsError where the disk or the system
-    fails at the moment: such a file is no worse than others, so a pack without it would be wrong for ever."""
-    try:
-        image = open_image(path, channels)
-    except DatasetError as error:
-        failure = error.__cause__
-        if isinstance(failure, OSError) and failure.errno not in (None, *LASTING):
-            raise SettingsError(f"{path}: can't be read at the moment ({failure.strerror}); start again, and "
-                                "remove the file if that does not help") from error
-        raise
-    if max(image.size) > LONGEST * min(image.size):
-        raise DatasetError(f"{path}: its sides are {image.width}x{image.height}, more than {LONGEST} times as long as "
-                           "wide; crop it")
-    return image
+    return pictures, factor, ""

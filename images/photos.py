@@ -1,14 +1,13 @@
 """Images that stay on disk: files mapped into memory, and batches gathered from them.
 
 Mapped memory is the system's cache of the file: it is read when it is touched, all processes share it, and what is not
-in use is given up when memory is short, so a file may be far larger than the memory. Whoever writes to it changes a
-copy of his own, never the file.
+in use is given up when memory is short, so a file may be far larger than the memory.
 """
 import ctypes
 import mmap
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python has a name for from 3
 
 
 def map_file(path: Path) -> Tensor:
-    """The file's content, (bytes,) uint8. What is written to it changes a copy of the page: the file stays as it is."""
+    """The file's content, (bytes,) uint8. Whoever writes to it changes a copy of his own, never the file."""
     if not os.path.getsize(path):
         return torch.empty(0, dtype=torch.uint8)
     how = dict(access=mmap.ACCESS_COPY)
@@ -49,17 +48,16 @@ class Photos:
         return len(self.start)
 
     def __getitem__(self, rows):
-        """Of a slice: those Photos. Of an index (B,): their centre crops (B, C, side, side)."""
         if isinstance(rows, slice):
-            return Photos(self.flat, self.start[rows], self.sizes[rows], self.channels, self.side)
+            return replace(self, start=self.start[rows], sizes=self.sizes[rows])
         return gather_rows(self, rows)
 
     def crops(self, index: Tensor, crop_corners: Tensor | None) -> list[Tensor]:
         """Views (C, side, side) into the photographs `index` (B,). crop_corners: see `gather_rows`."""
-        s, views = self.side, []
-        room = self.sizes[index] - s  # (B, 2): how far down and to the right a crop can lie
+        s, views, start, sizes = self.side, [], self.start[index], self.sizes[index]
+        room = sizes - s  # (B, 2): how far down and to the right a crop can lie
         corners = room // 2 if crop_corners is None else (crop_corners * (room + 1)).long()
-        for begin, (h, w), (top, left) in zip(self.start[index].tolist(), self.sizes[index].tolist(), corners.tolist()):
+        for begin, (h, w), (top, left) in zip(start.tolist(), sizes.tolist(), corners.tolist()):
             photo = self.flat[begin:begin + self.channels * h * w].view(self.channels, h, w)
             views.append(photo[:, top:top + s, left:left + s])
         return views
@@ -70,7 +68,7 @@ def gather_rows(images: Tensor | Photos, index: Tensor, crop_corners: Tensor | N
     """Rows `index` (B,) -> (B, C, side, side) uint8, on the images' device. pinned: in memory that a GPU copies from.
 
     crop_corners: (B, 2) in [0, 1), where in each photograph its crop lies, downwards and to the right; None: in the
-    middle. Copied by numpy: torch's copy is 30 times slower when other processes use the cores.
+    middle.
     """
     if images.device.type != "cpu":
         return images[index]
@@ -80,16 +78,14 @@ def gather_rows(images: Tensor | Photos, index: Tensor, crop_corners: Tensor | N
         prefetch(view)
     out = torch.empty(len(views), *images.shape[1:], dtype=torch.uint8, pin_memory=pinned)
     for row, view in zip(out.numpy(), views):
-        row[:] = view.numpy()
+        row[:] = view.numpy()  # by numpy: torch's copy is 30 times slower when other processes use the cores
     return out
 
 
 def prefetch(picture: Tensor):
-    """Lets the disk fetch a part of a mapped file meanwhile, (C, H, W) uint8. Told of a whole batch, it has much to do
-    at a time, where it would fetch one page after the other: nine times as many images per second from a cold disk."""
-    if not LIBC:
-        return
-    for plane in picture:
+    """Has the disk fetch a part of a mapped file, (C, H, W) uint8. Told of a whole batch, it does not fetch one page
+    after the other: nine times as many images per second from a cold disk."""
+    for plane in picture if LIBC else ():
         begin = plane.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         end = plane[-1, -1:].data_ptr() + 1
         LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_WILLNEED)

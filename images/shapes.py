@@ -8,16 +8,11 @@ from torch.nn.functional import avg_pool2d
 from images.pictures import to_uint8
 
 SHAPES = ["disc", "ring", "square", "triangle", "star", "cross", "moon", "stripes", "checks", "waves"]
-FLOATS_A_PIXEL = 110  # float32 numbers that `paint` has in memory at once, for each pixel of the one picture it draws
 
 
 def draw_shapes(count: int, seed: int, side: int, channels: int, limit: int | None) -> tuple[Tensor, Tensor]:
-    """(N, C, side, side) uint8 and labels (N,): the first `limit` of `count` drawings.
-
-    The limit does not change any of the drawings.
-    """
-    wanted = count if limit is None else min(limit, count)
-    random = torch.rand(count, 17, generator=torch.Generator().manual_seed(seed))[:wanted]
+    """(N, C, side, side) uint8 and labels (N,): the first `limit` of `count` drawings, the same for any limit."""
+    random = torch.rand(count, 17, generator=torch.Generator().manual_seed(seed))[:limit]
     y = torch.arange(len(random)) % len(SHAPES)
     x = torch.empty(len(random), channels, side, side, dtype=torch.uint8)
     for label, shape in enumerate(SHAPES):

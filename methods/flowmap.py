@@ -91,13 +91,16 @@ class FlowMap(Method):
         return self.u(net, z + column(t - s) * u, t, t, batch) - column(t - s) * slope
 
     def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
-        """(B, C, H, W) in `steps` even jumps (None: 1), an evaluation each. A trace takes one more for a frame."""
+        """(B, C, H, W) in `steps` even jumps (None: 1), an evaluation each. A trace takes one more for each frame
+        but the last, whose jump ends at the sample."""
         z, times = self.path.start(batch), torch.linspace(0, 1, (steps or 1) + 1, device=batch.zlo.device)
-        times = times[:, None].expand(-1, len(z))
+        times = list(times[:, None].expand(-1, len(z)))
         for s, t in zip(times, times[1:]):
+            after = self.X(net, z, s, t, batch)
             if trace is not None:
-                trace.append((s[0].item(), z, self.X(net, z, s, times[-1], batch)))
-            z = self.X(net, z, s, t, batch)
+                clean = after if t is times[-1] else self.X(net, z, s, times[-1], batch)
+                trace.append((s[0].item(), z, clean))
+            z = after
         return z
 
     def velocity(self, net, batch: Batch) -> ODE:

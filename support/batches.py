@@ -39,7 +39,7 @@ class Batches:
         rows = slice(self.rank + start * self.world, self.rank + (start + len(z1)) * self.world, self.world)
         stream = machine.stream(self.device, "train", c.seed, step, before=self.streams.get(start))
         self.streams[start] = stream
-        draws = Draws(stream, machine.stream("cpu", "host", c.seed, step), rows, c.batch_size)
+        draws = Draws(stream, machine.stream("cpu", "host", c.seed, step), (rows,), c.batch_size)
         if c.flip and not c.overfit:
             flip = draws.rand(z1, 1, 1, 1) < 0.5
             z1 = torch.where(flip, z1.flip(3), z1)

@@ -1,10 +1,12 @@
 """UDPM's operators as dense matrices, and the batches, toy network and draws that its tests share."""
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import networks
-from images.corruptions import Batch
+from images.corruptions import Batch, Draws
 from methods.udpm import UDPM
 
 PLAIN = UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
@@ -34,11 +36,6 @@ def image(x: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.T)).reshape(-1, 1, side, side)
 
 
-def basis(n: int) -> Tensor:
-    """Every unit vector of n pixels, as images (n, 1, side, side)."""
-    return image(np.eye(n))
-
-
 def make_batch(task="generate", channels=1, **more) -> Batch:
     return networks.make_batch(task, channels=channels, **more)
 
@@ -56,11 +53,12 @@ class Toy(nn.Module):
         return self.up(x) + t[:, None, None, None]
 
 
-def at_level(method: UDPM, level: int, call):
-    """call() under a seed whose draw is that level."""
-    for seed in range(100):
-        torch.manual_seed(seed)
-        if torch.randint(1, method.levels + 1, ()) == level:
-            torch.manual_seed(seed)
-            return call()
-    raise AssertionError(f"no seed draws level {level}")
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def at_level(level: int, batch: Batch) -> Batch:
+    """The batch, of which a loss takes that level, with the noise of seeded()."""
+    draws = Draws(seeded())
+    draws.one = lambda low, high: {(1, 4): level}[low, high]
+    return replace(batch, draws=draws)

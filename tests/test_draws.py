@@ -8,34 +8,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
-import trainer
 import untrained
-from images import SettingsError, data
-from images.corruptions import to_full_size
-from images.files import open_image, to_tensor
-from images.pictures import TITLE_SIZE, to_float, to_uint8
+from images import SettingsError
+from images.pictures import TITLE_SIZE
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
-from methods.udpm import UDPM
 from pixels import get, photo, put
-from support.model import make_unet
 from support.noise import NoisePerImage
-from support.settings import from_plain
-from trainer import Config
 from untrained import METHODS, make_run, run
 
 # noise ---------------------------------------------------------------------------------------------------------------
-
-def test_noise_comes_row_by_row():
-    rows = [[(1.0, (0, "a", 0))], [(1.0, (0, "b", 0))], [(0.6, (0, "a", 0)), (0.8, (0, "b", 0))]]
-    together, x = NoisePerImage(rows, "cpu"), torch.empty(3, 5, dtype=torch.float64)
-    noise = together.randn_like(x)
-    assert torch.equal(noise[1:2], NoisePerImage(rows[1:2], "cpu").randn_like(x[:1]))
-    torch.testing.assert_close(noise[2], 0.6 * noise[0] + 0.8 * noise[1])
-    assert not torch.equal(together.randn_like(x), noise)
-    normal = NoisePerImage([[(1.0, (0, "", i))] for i in range(200)], "cpu").randn_like(torch.empty(200, 20))
-    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_image_does_not_depend_on_its_batch_but_on_seed_name_and_draw(tmp_path, method):
@@ -84,10 +66,6 @@ def test_generation_by_label(tmp_path, capsys):
     assert abs(made["half"]["T-shirt-top_0001.png"] - made["none"]["image_0001.png"]).max() <= 1
     half, strong = made["half"]["T-shirt-top_0001.png"], made["strong"]["T-shirt-top_0001.png"]
     assert abs(strong - half).mean() > 1.5 * abs(shirt - half).mean()
-    grid = get(tmp_path / "all/grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]  # what is inside the titles
-    assert grid.shape == (3 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4; a row a label
-    for row, name in zip(grid[4::66], ("cat", "dog", "T-shirt-top")):
-        np.testing.assert_array_equal(row[4], made["all"][f"{name}_0001.png"][0, 0])
     assert run(path, "--count", 2, "--output", tmp_path / "all", "--label", "all") == 2  # they exist
 
 
@@ -102,12 +80,12 @@ def test_names_of_classes_become_names_of_files(tmp_path, monkeypatch):
         assert {file.stem for file in (tmp_path / name).iterdir()} == files | {"grid"}
 
 
-def test_the_grid_shows_the_first_images_only(tmp_path, monkeypatch):
+def test_the_grid_has_a_row_for_each_label_and_shows_its_first_images(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GRID", 4)
     path = make_run(tmp_path / "run", method="edm", sample_steps=1, task="generate")
-    assert run(path, "--count", 5, "--output", tmp_path / "out", "--label", "cat,dog") == 0
-    assert len(list((tmp_path / "out").glob("*_*.png"))) == 10
-    grid = get(tmp_path / "out" / "grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]
+    assert run(path, "--count", 3, "--output", tmp_path / "out", "--label", "cat,dog") == 0
+    grid = get(tmp_path / "out" / "grid.png")[TITLE_SIZE + 9:-6, -(2 * 66 + 2 + 6):-6]  # what is inside the titles
+    assert grid.shape == (2 * 66 + 2, 2 * 66 + 2, 3)  # 16 pixels enlarged by 4
     for row, name in enumerate(("cat", "dog")):
         for column in (0, 1):
             np.testing.assert_array_equal(grid[4 + 66 * row, 4 + 66 * column],
@@ -129,59 +107,47 @@ def test_the_way_between_two_seeds(tmp_path):
         assert 0 < abs(way[1] - way[0]).mean() < ends and 0 < abs(way[1] - way[2]).mean() < ends
 
 
-# sampler, weights, pictures ------------------------------------------------------------------------------------------
+# sampler and pictures -------------------------------------------------------------------------------------------------
 
-def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys):
-    path = make_run(tmp_path / "run", solver="heun", sample_steps=3)
-    put(tmp_path / "in.png", photo(8, 8))
-    for more, nfe in ((), 7), (("--steps", 5), 11), (("--solver", "rk4", "--steps", 2), 9), (("--solver", "euler"), 51):
-        assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
-        assert f": {nfe} NFE" in capsys.readouterr().out, more  # and one more for the clean estimate
-    counts = []
-    for tolerance in (1e-2, 1e-4):
-        assert (
-            run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", "--solver", "auto",
-                "--tolerance", tolerance)
-            == 0
-        )
-        counts.append(int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1]))
-    assert counts[0] < counts[1]
+def calls_of(path, folder, capsys, flags) -> int:
+    """The NFE that sample.py tells of one picture."""
+    put(folder / "in.png", photo(8, 8))
+    assert run(path, "--input", folder / "in.png", "--output", folder / "out", "--overwrite", *flags.split()) == 0
+    return int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1])
 
 
-def test_an_interpolant_is_sampled_in_a_few_steps_unless_its_run_or_the_user_says_otherwise(tmp_path, capsys):
-    path, named = make_run(tmp_path / "run", solver="auto"), make_run(tmp_path / "named", solver="dopri5")
-    put(tmp_path / "in.png", photo(16, 16))
-    for each, more, midpoint in (
-        (path, (), 11),
-        (path, ("--steps", 3), 7),
-        (path, ("--tolerance", 1e-3), None),
-        (named, (), None),
-    ):
-        assert run(each, "--input", tmp_path / "in.png", "--output", tmp_path / "out", "--overwrite", *more) == 0
-        nfe = int(re.search(r": (\d+) NFE", capsys.readouterr().out)[1])
-        assert (
-            nfe == midpoint if midpoint else nfe > 11 and nfe % 6 == 3
-        )  # dopri5: 2 to start with, 6 a step, the clean estimate
+@pytest.mark.parametrize("settings, flags, nfe", [  # and one more for the clean estimate
+    (dict(solver="heun", sample_steps=3), "", 7), (dict(solver="heun", sample_steps=3), "--steps 5", 11),
+    (dict(solver="heun", sample_steps=3), "--solver rk4 --steps 2", 9), (dict(solver="heun"), "--solver euler", 51),
+    (dict(solver="auto"), "", 11), (dict(solver="auto"), "--steps 3", 7)])  # midpoint
+def test_the_sampler_is_the_runs_unless_named(tmp_path, capsys, settings, flags, nfe):
+    path = make_run(tmp_path / "run", **settings)
+    assert calls_of(path, tmp_path, capsys, flags) == nfe
+
+
+def test_who_names_dopri5_or_a_tolerance_gets_dopri5(tmp_path, capsys):
+    named, auto = make_run(tmp_path / "named", solver="dopri5"), make_run(tmp_path / "run", solver="auto")
+    counts = [calls_of(path, tmp_path, capsys, flags) for path, flags in
+              ((named, "--tolerance 1e-2"), (auto, "--tolerance 1e-4"), (named, ""))]
+    assert 11 < counts[0] < counts[1] < counts[2]
+    assert all(count % 6 == 3 for count in counts)  # 2 to start with, 6 a step, the clean estimate
 
 
 def test_trace_shows_the_path_and_changes_nothing(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="sr3", sr3=SR3(T=6))
-    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/b.png", photo(5, 6, seed=1))
-    put(tmp_path / "in/wide.png", photo(140, 3))
+    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/wide.png", photo(140, 3))
     for name, more in ("plain", ()), ("traced", ("--trace",)):
         assert run(path, "--input", tmp_path / "in", "--output", tmp_path / name, *more) == 0
     assert "NFE with the trace" in capsys.readouterr().out
-    for name in ("a", "b", "wide"):
-        result = get(tmp_path / f"traced/{name}.png")
-        np.testing.assert_array_equal(result, get(tmp_path / f"plain/{name}.png"))
-        gif, strip = Image.open(tmp_path / f"traced/{name}_trace.gif"), get(tmp_path / f"traced/{name}_trace.png")
+    gifs = {name: Image.open(tmp_path / f"traced/{name}_trace.gif") for name in ("a", "wide")}
+    for name, gif in gifs.items():
+        np.testing.assert_array_equal(get(tmp_path / f"traced/{name}.png"), get(tmp_path / f"plain/{name}.png"))
         assert gif.n_frames == 7  # six steps, and the sample
-        gif.seek(gif.n_frames - 1)
-        if name == "wide":
-            assert gif.width < 2 * 180  # the frames of a large image are small
-            continue
-        for picture in (strip, np.asarray(gif.convert("RGB"))):  # inside the last, enlarged pixel of the last image
-            assert abs(picture[-11, -11].astype(int) - result[-1, -1]).max() <= 24  # a GIF has 256 colours
+    assert gifs["wide"].width < 2 * 180  # the frames of a large image are small
+    gifs["a"].seek(6)
+    last, strip = get(tmp_path / "traced/a.png")[-1, -1], get(tmp_path / "traced/a_trace.png")
+    for picture in (strip, np.asarray(gifs["a"].convert("RGB"))):  # inside the last, enlarged pixel of the last image
+        assert abs(picture[-11, -11].astype(int) - last).max() <= 24  # a GIF has 256 colours
 
 
 def test_frames_are_few_and_even():
@@ -193,39 +159,6 @@ def test_frames_are_few_and_even():
     assert 32 <= len(times) <= 64 and len(set(np.diff(times))) == 1 and times[0] == 0 and times[-1] > 950
     for _, state, _ in frames[:-1]:
         torch.testing.assert_close(state, F.avg_pool2d(picture[:, :, :4, :6], 2))
-
-
-def test_a_run_of_the_trainer(tmp_path, capsys):
-    arguments = (
-        "--dataset shapes --max-steps 2 --batch-size 4 --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 "
-        "--unet-blocks 1 --no-use-wandb"
-    )
-    assert (
-        trainer.main([*arguments.split(), "--precision", "fp32", "--solver", "heun", "--sample-steps", "1", "--out-dir",
-                     str(tmp_path / "runs")])
-        == 0
-    )
-    folder, = (tmp_path / "runs").iterdir()
-    put(tmp_path / "in.png", photo(8, 8))
-    assert run(folder, "--input", tmp_path / "in.png", "--label", "moon", "--output", tmp_path / "out") == 0
-    assert get(tmp_path / "out/in.png").shape == (16, 16, 3)
-    # the same by hand
-    checkpoint = torch.load(folder / "checkpoints/last.pt", weights_only=True)
-    config = from_plain(Config, checkpoint["config"])
-    net = make_unet(config, 10).eval()
-    net.load_state_dict(checkpoint["ema"])
-    zlo = to_full_size(to_float(to_tensor(open_image(tmp_path / "in.png")))[None], 2, "nearest")
-    with torch.no_grad():
-        z = zlo + NoisePerImage([[(1.0, (0, "in.png", 0))]], "cpu").randn_like(zlo)
-        y = torch.tensor([data.SHAPES.index("moon")])
-
-        def v(t, z):
-            return net(z, torch.full((1,), t), y, zlo)
-
-        first = v(0.001, z)
-        z = z + 0.998 * (first + v(0.999, z + 0.998 * first)) / 2
-        z = z + 0.001 * v(0.999, z)  # the clean estimate
-    assert abs(to_uint8(z)[0].permute(1, 2, 0).numpy().astype(int) - get(tmp_path / "out/in.png")).max() <= 1
 
 
 # guidance -------------------------------------------------------------------------------------------------------------
@@ -242,19 +175,18 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys, settings
 
 # UDPM's latent --------------------------------------------------------------------------------------------------------
 
-def test_a_level_of_the_latent_is_redrawn(tmp_path, capsys):
+def test_a_level_of_the_latent_is_redrawn(tmp_path, capsys, monkeypatch):
     path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
-    seen, original = [], UDPM.latent
+    drawn, original = [], NoisePerImage.randn_like
 
-    def latent(self, batch):
-        seen.append(original(self, batch))
-        return seen[-1]
+    def randn_like(self, x):
+        drawn.append(original(self, x))
+        return drawn[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UDPM, "latent", latent)
-        for name, flags in dict(a=(), redrawn=("--perturb", 3, 0.6)).items():
-            assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
-    a, redrawn = seen  # level 3, 2, 1
+    monkeypatch.setattr(NoisePerImage, "randn_like", randn_like)
+    for name, flags in dict(a=(), redrawn=("--perturb", 3, 0.6)).items():
+        assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
+    a, redrawn = drawn[:3], drawn[3:]  # level 3, 2, 1
     first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
     torch.testing.assert_close(redrawn[1], first[1])
     torch.testing.assert_close(redrawn[2], first[2])

@@ -45,8 +45,34 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[Path, Path]:
-    """A run of two steps, and a copy of its folder as it was after the first one."""
+# Every method meets batches with known pixels and a condition. No method can tell of which kind the damage is, so they
+# take turns at the other tasks. Options of the methods and of the network go along, and a solver of the user's choice
+# for every ODE.
+RK4 = "--solver rk4 --sample-steps 2"
+CASES = [
+    *((method, "sr,inpaint", "", nfe) for method, nfe in NFE.items()),
+    ("interpolant", "generate", "--no-unet-use-classes", 5),
+    ("sr3", "generate", "--channels 1", 3),
+    ("edm", "generate", "--guidance 2", 6),
+    ("udpm", "generate", "--no-unet-use-classes", 3),
+    ("interpolant", "paired", "--solver auto --interpolant.eps0 1", 3),
+    ("i2sb", "paired", "--no-condition", 3),
+    ("sr3", "blur", RK4, 9),  # four evaluations a step, and the clean estimate
+    ("edm", "jpeg", RK4, 9),
+    ("i2sb", "noise", f"--i2sb.ot-ode {RK4}", 9),
+    ("regression", "chain", "", 1),
+    ("flowmap", "sr", RK4, 9),
+    ("interpolant", "inpaint", RK4, 9),
+]
+
+
+def test_nothing_is_left_out():
+    assert set(NFE) == set(METHODS) == set(get_args(trainer.Config.__annotations__["method"]))
+    assert {task for _, task, _, _ in CASES} == {*TASKS, "sr,inpaint"}
+
+
+@pytest.mark.parametrize("method, task, more, nfe", CASES)
+def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, pictures, method, task, more, nfe):
     flags = (
         "--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 "
         "--batch-size 4 --sample-count 2 --print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb "
@@ -59,43 +85,7 @@ def two_steps(tmp_path, monkeypatch, pictures, method, task, more="") -> tuple[P
     with monkeypatch.context() as patch:
         copied_at(patch, 1, half)
         assert trainer.main(flags.split()) == 0
-    return next((tmp_path / "runs").iterdir()), half
-
-
-# Every method meets batches with known pixels and a condition, and batches without; of which kind the damage is no
-# method can tell, so they take turns at the other tasks. Options of the methods and of the network go along, and a
-# solver of the user's choice for every ODE.
-RK4 = "--solver rk4 --sample-steps 2"
-CASES = [
-    *((method, "sr,inpaint", "", nfe) for method, nfe in NFE.items()),
-    ("udpm", "sr,inpaint", "--no-condition", 3),
-    ("interpolant", "generate", "--no-unet-use-classes", 5),
-    ("sr3", "generate", "--channels 1", 3),
-    ("i2sb", "generate", "", 3),
-    ("edm", "generate", "--guidance 2", 6),
-    ("udpm", "generate", "--no-unet-use-classes", 3),
-    ("flowmap", "generate", "", 2),
-    ("regression", "generate", "", 1),
-    ("interpolant", "paired", "--solver auto --interpolant.eps0 1", 3),
-    ("i2sb", "paired", "--no-condition", 3),
-    ("udpm", "paired", "--channels 1", 3),
-    ("sr3", "blur", RK4, 9),  # four evaluations a step, and the clean estimate
-    ("edm", "jpeg", RK4, 9),
-    ("i2sb", "noise", f"--i2sb.ot-ode {RK4}", 9),
-    ("regression", "chain", "", 1),
-    ("flowmap", "sr", "", 2),
-    ("interpolant", "inpaint", RK4, 9),
-]
-
-
-def test_nothing_is_left_out():
-    assert set(NFE) == set(METHODS) == set(get_args(trainer.Config.__annotations__["method"]))
-    assert {task for _, task, _, _ in CASES} == {*TASKS, "sr,inpaint"}
-
-
-@pytest.mark.parametrize("method, task, more, nfe", CASES)
-def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, pictures, method, task, more, nfe):
-    run, half = two_steps(tmp_path, monkeypatch, pictures, method, task, more)
+    run, = (tmp_path / "runs").iterdir()
     before, after = checkpoint(half), checkpoint(run)
     assert (before["step"], after["step"]) == (1, 2)
     players = 2 if method == "udpm" else 1  # the network, and its discriminator

@@ -8,6 +8,7 @@ from torch import nn
 from images.corruptions import Damage
 from methods.flowmap import FlowMap, column
 from networks import Plain
+from ode_int import solve
 from unet import Tiled, Unet
 
 SIGMA, TAU = 0.8, 0.5  # z0 = centre + SIGMA noise; z1 = zlo + TAU noise
@@ -38,52 +39,32 @@ def exact(z, times, y, cond):
 METHOD = FlowMap(sigma=SIGMA)
 
 
-def times(count, *values):
-    return [torch.full((count,), value) for value in values]
-
-
-def test_the_exact_map_jumps_where_two_jumps_lead():
-    batch = gaussian()
-    z, (r, s, t) = batch.z1, times(64, 0.1, 0.4, 0.9)
-    once = METHOD.X(exact, z, r, t, batch)
-    torch.testing.assert_close(METHOD.X(exact, METHOD.X(exact, z, r, s, batch), s, t, batch), once)
-    torch.testing.assert_close(once, batch.zlo + spread(t[0]) / spread(r[0]) * (z - batch.zlo))
-
-
 @JUMPS
 def test_jumps_of_the_exact_map_are_their_own_target(jump):
-    batch, method = gaussian(), replace(METHOD, jump=jump)
+    method, batch = replace(METHOD, jump=jump), gaussian()
     s, t = torch.rand(2, 64).sort(dim=0).values
     t = torch.maximum(t, s + 0.05)
     target = method.jump_target(exact, batch.z1, s, t, batch)
     torch.testing.assert_close(target, method.u(exact, batch.z1, s, t, batch), atol=2e-5, rtol=1e-4)
-
-
-def test_the_diagonal_of_the_exact_map_is_the_best_answer_to_its_loss():
-    """Its error has no part that z or zlo could predict, so no change of u lowers the mean square."""
-    batch = gaussian(60_000)
-    t = torch.rand(60_000)
-    z0 = METHOD.path.start(batch)
-    zt = z0 + column(t) * (batch.z1 - z0)
-    error = METHOD.u(exact, zt, t, t, batch) - (batch.z1 - z0)
-    for feature in (zt, batch.zlo, column(t) * (zt - batch.zlo)):
-        assert abs((error * feature).mean()) < 4e-3 < (batch.z1 - z0).var()
+    assert method.loss(exact, batch)[1::2].max() < 1e-5
 
 
 def test_half_of_the_images_learn_the_line_and_half_a_jump_that_gets_no_gradient():
     batch, calls = gaussian(6), []
 
     def zero(z, times, y, cond):
-        calls.append((len(z), torch.is_grad_enabled()))
+        calls.append((z, times, torch.is_grad_enabled()))
         return 0 * z
 
     torch.manual_seed(1)
     loss = METHOD.loss(zero, batch)
     torch.manual_seed(1)
     z0 = METHOD.path.start(batch)
-    line = (batch.z1 - z0).square().mean((1, 2, 3))
-    torch.testing.assert_close(loss, torch.where(torch.arange(6) % 2 == 0, line, 0))
-    assert calls == [(3, False), (3, False), (6, True)]
+    line = batch.z1 - z0
+    torch.testing.assert_close(loss, torch.where(torch.arange(6) % 2 == 0, line.square().mean((1, 2, 3)), 0))
+    assert [(len(z), learns) for z, _, learns in calls] == [(3, False), (3, False), (6, True)]
+    z, times, _ = calls[-1]
+    torch.testing.assert_close(z, z0 + column(times[:, 0]) * line)
     assert METHOD.loss(zero, batch[:1]).shape == (1,)
 
 
@@ -101,37 +82,6 @@ def test_jumps_begin_where_they_should():
     assert abs(s[::2].mean() - 1 / 2) < 0.02 and abs(s[::2].var() - 1 / 12) < 0.01, "not uniform on the diagonal"
 
 
-class Small(nn.Module):
-    """Pixel by pixel."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(4, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, 1))
-
-    def forward(self, z, times, y, cond):
-        s, span = (column(each).expand_as(z) for each in times.T)
-        return self.layers(torch.stack([z, cond, s, span], dim=-1)).squeeze(-1)
-
-
-@JUMPS
-def test_a_small_network_learns_it(jump):
-    """One evaluation of it, from the start to the end, beside the exact one, whose change has a spread of 0.3."""
-    net, method = Small(), replace(METHOD, jump=jump)
-    optimizer = torch.optim.Adam(net.parameters(), 6e-3)
-    for step in range(250):
-        for group in optimizer.param_groups:
-            group["lr"] = 6e-3 * (1 - step / 250)
-        optimizer.zero_grad()
-        method.loss(net, gaussian(128, step)).mean().backward()
-        optimizer.step()
-    batch = gaussian(256, 10_000)
-    z0, (s, t) = method.path.start(batch), times(256, 0.0, 1.0)
-    with torch.no_grad():
-        ours, theirs = (method.X(each, z0, s, t, batch) for each in (net, exact))
-    assert (theirs - z0).std() > 0.25 and (ours - theirs).square().mean().sqrt() < 0.06
-
-
 def test_a_network_begins_as_the_interpolants():
     torch.manual_seed(0)
     plain = Unet(6, 3, dim=8, dim_mults=(1, 2), num_classes=3, blocks=1).eval()
@@ -147,22 +97,27 @@ def test_a_network_begins_as_the_interpolants():
 
 
 def test_sampling_is_exact_in_any_number_of_steps_and_keeps_known_pixels():
-    batch, calls = gaussian(8), []
+    batch, calls, trace = gaussian(8), [], []
 
     def counted(*inputs):
         calls.append(inputs)
         return exact(*inputs)
 
-    made = []
+    torch.manual_seed(3)
+    z0 = METHOD.path.start(batch)
     for steps in (None, 2, 4):
         torch.manual_seed(3)
-        made.append(METHOD.sample(counted, replace(batch, z1=None), steps))
+        made = METHOD.sample(counted, replace(batch, z1=None), steps)
+        torch.testing.assert_close(made, batch.zlo + TAU / SIGMA * (z0 - batch.zlo))
     assert len(calls) == 1 + 2 + 4
-    for each in made[1:]:
-        torch.testing.assert_close(each, made[0])
-    trace = []
-    METHOD.sample(exact, batch, 2, trace)
-    assert [frame[0] for frame in trace] == [0, 0.5]
+    torch.manual_seed(3)
+    by_ode = solve(METHOD.velocity(exact, batch))
+    torch.testing.assert_close(by_ode, made, rtol=0, atol=5e-3)  # it stays on 0.001 <= t <= 0.999
+    torch.manual_seed(3)
+    METHOD.sample(counted, batch, 2, trace)
+    assert [t for t, _, _ in trace] == [0, 0.5] and torch.equal(trace[0][1], z0) and len(calls) == 7 + 3
+    for _, _, clean in trace:
+        torch.testing.assert_close(clean, made)
     hole = Damage()("inpaint", torch.rand(2, 3, 8, 8))
     sample = METHOD.sample(lambda z, times, y, cond: torch.ones_like(z), hole, 3)
     assert torch.equal(sample * (1 - hole.unknown), hole.zlo * (1 - hole.unknown))

@@ -7,7 +7,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from images import shapes
 from images.data import load
-from images.pictures import to_float, to_uint8
+from images.pictures import psnr, to_float
 
 
 def lens(r, s, d):
@@ -41,8 +41,11 @@ def test_shapes_are_the_same_every_time_and_differ_by_class():
     two = load("shapes", 32, limit=100)
     assert torch.equal(one.train, two.train[:60]) and torch.equal(one.test_y, two.test_y[:60])
     assert two.train_y.bincount().tolist() == [10] * 10 and len(two.classes) == 10
-    both = torch.cat([two.train, two.test]).flatten(1)
-    assert len(both.unique(dim=0)) == 200  # no test image is a training image
+    assert len(torch.cat([two.train, two.test]).flatten(1).unique(dim=0)) == 200  # no test image is a training image
+    assert len(shapes.draw_shapes(5, 0, 8, 1, 10**20)[0]) == 5
+    grey = load("shapes", 32, channels=1, limit=100).train.float()
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    assert (grey - (two.train.float() * weights).sum(1, keepdim=True)).abs().max() <= 1.01
     random = torch.rand(1, 17)  # the same colours, place and textures: the class alone makes the difference
     drawn = torch.cat([shapes.paint(shape, random, 32, 3) for shape in shapes.SHAPES])
     assert (torch.cdist(drawn.flatten(1), drawn.flatten(1)) / drawn[0].numel() ** 0.5 + torch.eye(10)).min() > 0.1
@@ -64,8 +67,4 @@ def test_shapes_are_antialiased_and_have_detail():
         assert (shapes.paint(shape, random, 32, 3) - fine).square().mean().sqrt() < 0.05, shape
     x = to_float(load("shapes", 32, limit=200).train)
     low = interpolate(avg_pool2d(x, 2), scale_factor=2, mode="bicubic").clamp(-1, 1)
-    psnr = 10 * torch.log10(4 / (x - low).square().mean())
-    assert 15 < psnr < 26  # CIFAR-10 has 23 to 24: there is something to restore
-    grey = load("shapes", 32, channels=1, limit=200).train.float()
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    assert (grey - (to_uint8(x).float() * weights).sum(1, keepdim=True)).abs().max() <= 1.01
+    assert 15 < psnr(low, x) < 26  # CIFAR-10 has 23 to 24: there is something to restore

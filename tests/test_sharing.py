@@ -95,7 +95,7 @@ def test_draws_are_the_rows_of_the_whole(rows, shape):
     def streams():
         return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
 
-    whole, part = Draws(*streams(), total=6), Draws(*streams(), rows, 6)
+    whole, part = Draws(*streams(), total=6), Draws(*streams(), (rows,), 6)
     x = torch.empty(6, *shape[1:])
     for draw in (lambda d, x: d.randn_like(x), lambda d, x: d.rand(x, 2), lambda d, x: d.randint(0, 100, x)):
         assert torch.equal(draw(whole, x)[rows], draw(part, x[rows]))

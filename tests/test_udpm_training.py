@@ -1,6 +1,6 @@
 """UDPM's two losses against formulas written out here, and how its two networks are trained."""
-import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dense import PLAIN, Toy, at_level, dense_powers, flat, image, make_batch
+from dense import PLAIN, Toy, at_level, dense_powers, flat, image, make_batch, seeded
 from methods.udpm import Discriminator
 
 LEVELS = pytest.mark.parametrize("level", [1, 2, 3])
@@ -19,20 +19,23 @@ def players(method, net, channels=1, num_classes=0, cond_channels=0):
     return loss, disc, disc_loss
 
 
+def averaged(x, times):
+    """(B, 1, H, W) -> H^times x / 2^times."""
+    return image(dense_powers(x.shape[2], times)[-1] @ flat(x)).float() / 2**times
+
+
 @LEVELS
 def test_network_sees_state_time_and_condition_of_the_level(level):
     batch, net = make_batch(task="inpaint", y=torch.tensor([1, 0])), Toy()
-    at_level(PLAIN, level, lambda: PLAIN.loss(net, batch))
-    at_level(PLAIN, level, lambda: torch.randint(1, 4, ()))
-    eps = torch.randn(2, 1, 8 >> level, 8 >> level)  # what the loss drew after the level
+    PLAIN.loss(net, at_level(level, batch))
     x, t, y, cond = net.seen[0]
-    power = dense_powers(8, level)
-    state = PLAIN.A[level] * power[level] @ flat(batch.z1) + PLAIN.S[level] * flat(eps)
+    eps = torch.randn(2, 1, 8 >> level, 8 >> level, generator=seeded())
+    state = PLAIN.A[level] * dense_powers(8, level)[level] @ flat(batch.z1) + PLAIN.S[level] * flat(eps)
     bound = ((PLAIN.A[level] * 2**level) ** 2 + PLAIN.S[level] ** 2) ** 0.5  # of an image of +-1 and the noise
     np.testing.assert_allclose(flat(x), state / bound, atol=1e-6)
     assert t.tolist() == pytest.approx([(level - 0.5) / 3] * 2) and y is batch.y
     for c in range(2):
-        small = image(power[level - 1] @ flat(batch.cond[:, c:c + 1]) / 2 ** (level - 1)).float()
+        small = averaged(batch.cond[:, c:c + 1], level - 1)
         for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
             torch.testing.assert_close(cond[:, 4 * c + 2 * i + j], small[:, 0, i::2, j::2])
 
@@ -44,69 +47,44 @@ def test_generator_loss_is_its_formula(level):
     loss, disc, _ = players(method, net, num_classes=2, cond_channels=1)
     nn.init.normal_(disc.label.weight)
     disc.steps += 2500  # two decays
-    value = at_level(method, level, lambda: loss(net, batch))
-
-    disc.eval()
-    at_level(method, level, lambda: torch.randint(1, 4, ()))
-    torch.randn(2, 1, 8 >> level, 8 >> level)
-    x, t, _, _ = net.seen[0]
-    guess = net(x, t)
-    truth = image(dense_powers(8, level - 1)[-1] @ flat(batch.z1)).float() / 2 ** (level - 1)
-    cond = F.interpolate(batch.cond, scale_factor=0.5 ** (level - 1), mode="area")
-    logit = disc(guess + 0.4 * 0.99**2 * torch.randn_like(guess), level, batch.y, cond)
-    expected = method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3))
-    expected = expected - method.adv_weight[level - 1] * torch.sigmoid(logit).log()
-    torch.testing.assert_close(value, expected)
+    value = loss(net, at_level(level, batch))
     assert batch.notes.keys() == {"l1", "adversarial"} and torch.equal(sum(batch.notes.values()), value)
-    torch.testing.assert_close(at_level(method, level, lambda: method.loss(net, batch)),
-                               method.l1_weight[level - 1] * (guess - truth).abs().mean((1, 2, 3)))
+
+    x, t, _, _ = net.seen[0]
+    guess, noise = net(x, t), seeded()
+    torch.randn(x.shape, generator=noise)  # the state's
+    noised = guess + 0.4 * 0.99**2 * torch.randn(guess.shape, generator=noise)
+    logit = disc.eval()(noised, level, batch.y, averaged(batch.cond, level - 1))
+    l1 = method.l1_weight[level - 1] * (guess - averaged(batch.z1, level - 1)).abs().mean((1, 2, 3))
+    torch.testing.assert_close(value, l1 - method.adv_weight[level - 1] * torch.sigmoid(logit).log())
+    torch.testing.assert_close(method.loss(net, at_level(level, batch)), l1)
 
 
 @LEVELS
 def test_discriminator_loss_with_a_linear_discriminator(level):
     """D(x) = <w, x> has gradient w, so the penalty is penalty/2 |w|^2."""
     batch, net, side = make_batch(), Toy(), 8 >> (level - 1)
-    w = torch.randn(1, side, side)
-    seen = []
+    w, seen = torch.randn(1, side, side, requires_grad=True), []
 
     class Linear(nn.Module):
         def forward(self, x, level, y, cond):
             seen.append((x, level, y, cond))
             return (w * x).sum((1, 2, 3))
 
-    value = at_level(PLAIN, level, lambda: PLAIN.disc_loss(Linear(), batch, net, 0.3))
+    steps = SimpleNamespace(steps=torch.tensor(1000))
+    value = PLAIN.disc_loss(Linear(), at_level(level, batch), disc=steps, net=net)
     (fake, *others), (real, *_) = seen
     assert others == [level, None, None]
-    truth = image(dense_powers(8, level - 1)[-1] @ flat(batch.z1)).float() / 2 ** (level - 1)
-    guess = net(*net.seen[0][:2])
-    at_level(PLAIN, level, lambda: torch.randint(1, 4, ()))
-    torch.randn(2, 1, 8 >> level, 8 >> level)
-    torch.testing.assert_close(fake, guess + 0.3 * torch.randn_like(guess))
-    torch.testing.assert_close(real, truth + 0.3 * torch.randn_like(truth))
-    on_fake, on_real = ((w * x).sum((1, 2, 3)) for x in (fake, real))
+    x, t, _, _ = net.seen[0]
+    guess, truth, noise = net(x, t).detach(), averaged(batch.z1, level - 1), seeded()
+    torch.randn(x.shape, generator=noise)  # the state's
+    torch.testing.assert_close(fake, guess + 0.4 * 0.99 * torch.randn(guess.shape, generator=noise))
+    torch.testing.assert_close(real, truth + 0.4 * 0.99 * torch.randn(truth.shape, generator=noise))
+    on_fake, on_real = ((w * x.detach()).sum((1, 2, 3)) for x in (fake, real))
     likelihood = torch.sigmoid(-on_fake).log() + torch.sigmoid(on_real).log()
-    torch.testing.assert_close(value, -likelihood / 2 + PLAIN.grad_penalty[level - 1] / 2 * w.square().sum())
-
-
-def test_the_penaltys_own_gradient_against_finite_differences():
-    """In float64: the whole loss's slope along a direction of the discriminator's weights."""
-    torch.manual_seed(0)
-    method = replace(PLAIN, grad_penalty=(5.0, 5.0, 5.0))
-    batch = make_batch(side=16, y=torch.tensor([0, 1]), dtype=torch.float64)
-    disc = Discriminator(1, 0, 3, 2, 8, 0.0).double()
-    net = Toy().double()
-    direction = [torch.randn_like(p) for p in disc.parameters()]
-
-    def loss_and_weights(step):
-        moved = copy.deepcopy(disc)
-        for p, d in zip(moved.parameters(), direction):
-            p.data += step * d
-        return at_level(method, 3, lambda: method.disc_loss(moved, batch, net, 0.0)).sum(), list(moved.parameters())
-
-    gradients = torch.autograd.grad(*loss_and_weights(0.0), allow_unused=True)
-    slope = sum((g * d).sum() for g, d in zip(gradients, direction) if g is not None)
-    (after, _), (before, _) = loss_and_weights(1e-6), loss_and_weights(-1e-6)
-    torch.testing.assert_close(slope, (after - before).detach() / 2e-6, rtol=1e-5, atol=1e-7)
+    expected = -likelihood / 2 + PLAIN.grad_penalty[level - 1] / 2 * w.square().sum()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), w) for each in (value, expected)))
 
 
 @LEVELS
@@ -116,7 +94,7 @@ def test_each_loss_leaves_the_other_network_alone(level):
     modes = []
     disc.stem.register_forward_hook(lambda module, inputs, output: modes.append((disc.training, output.dtype)))
     with torch.autocast("cpu", torch.bfloat16):
-        value = at_level(PLAIN, level, lambda: loss(net, batch).mean())
+        value = loss(net, at_level(level, batch)).mean()
     assert all(p.requires_grad for p in disc.parameters())
     value.backward()
     assert modes == [(False, torch.float32)]  # dropout only while it learns itself
@@ -124,7 +102,7 @@ def test_each_loss_leaves_the_other_network_alone(level):
     assert net.up.weight.grad.abs().max() > 0  # level 3: by the discriminator alone
     net.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        value = at_level(PLAIN, level, lambda: disc_loss(disc, batch).mean())
+        value = disc_loss(disc, at_level(level, batch)).mean()
     value.backward()
     assert modes[1:] == [(True, torch.float32)] * 2
     assert all(p.grad is None for p in net.parameters())
@@ -137,37 +115,32 @@ def test_the_discriminator_judges_images_made_without_dropout(training):
         def forward(self, x, t, y, cond):
             return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
 
-    torch.manual_seed(0)
-    batch, net, shown = make_batch(channels=3), Dropping(3).train(training), []
-    loss, disc, disc_loss = players(PLAIN, net, channels=3)
-    disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    batch, net, shown = at_level(1, make_batch()), Dropping().train(training), []
     method = replace(PLAIN, disc_noise=0.0)
-    at_level(method, 1, lambda: method.disc_loss(disc, batch, net, 0.0))
-    torch.testing.assert_close(shown[0], net.up(net.seen[0][0]) + net.seen[0][1][:, None, None, None])
+    loss, disc, disc_loss = players(method, net)
+    disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
+    disc_loss(disc, batch)
+    x, t, _, _ = net.seen[0]
+    torch.testing.assert_close(shown[0], net.up(x) + t[:, None, None, None])
     assert net.training == net.up.training == training
-    at_level(PLAIN, 1, lambda: disc_loss(disc, batch))
-    assert net.training == training
-    at_level(PLAIN, 1, lambda: loss(net, batch))  # its own loss leaves the mode alone
+    loss(net, batch)  # its own loss leaves the mode alone
     assert net.training == training
 
 
-def test_discriminator_compares_the_images_of_a_batch_and_knows_the_class():
-    torch.manual_seed(0)
+def test_discriminator_compares_the_images_of_a_batch_and_knows_level_class_and_condition():
     disc = Discriminator(3, 0, 3, 4, 8, 0.0).eval()
     nn.init.normal_(disc.label.weight)
-    x = torch.randn(4, 3, 16, 16)
-    y = torch.tensor([0, 1, 2, 4])  # 4 is the null label
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 4])  # 4 is the null label
     with torch.no_grad():
         alike, diverse = disc(x[:1].expand(4, -1, -1, -1), 1, y[:1].expand(4)), disc(x, 1, y)
         assert alike.std() < 1e-5 and (alike[0] - diverse[0]).abs() > 1e-5
+        assert (diverse - disc(x, 2, y)).abs().min() > 0
         # the projection is linear in the class's vector
-        first = disc(x, 1, y)
         disc.label.weight.mul_(2)
-        second = disc(x, 1, y)
-        disc.label.weight.mul_(0)
-        torch.testing.assert_close(second - first, first - disc(x, 1, y))
-        assert (second - first).abs().min() > 0
-        assert (disc(x, 1, y) - disc(x, 2, y)).abs().min() > 0
+        twice = disc(x, 1, y)
+        disc.label.weight.zero_()
+        torch.testing.assert_close(twice - diverse, diverse - disc(x, 1, y))
+        assert (twice - diverse).abs().min() > 0
         disc = Discriminator(3, 1, 3, 0, 8, 0.0).eval()
         assert (disc(x, 1, None, x[:, :1]) - disc(x, 1, None, x[:, 1:2])).abs().min() > 0
 
