@@ -14,7 +14,7 @@ predicts average(z1, l - 1).
 """
 import warnings
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import hypot, prod
 from typing import Annotated
 
@@ -77,14 +77,11 @@ class UDPM(Method):
             self.load_lpips()
 
     def settled(self) -> "UDPM":
-        """With lpips_weight decided. Raises SettingsError, one line, where the file named for it is no use."""
         if self.lpips_weight is not None:
             return self
         try:
             self.load_lpips()
         except SettingsError as missing:
-            if self.lpips_path is not None:
-                raise
             warnings.warn(f"training without UDPM's LPIPS term: {missing}")
             return replace(self, lpips_weight=(0.0,) * self.levels)
         return replace(self, lpips_weight=PAPER_LPIPS)
@@ -143,37 +140,24 @@ class UDPM(Method):
     def check_sides(self, image: Tensor):
         sides, factor = tuple(image.shape[2:]), 2**self.levels
         if any(side % factor for side in sides):
-            allowed = f"multiples of {factor}, it halves {self.levels} times"
-            raise SettingsError(f"image sides = {sides}: UDPM allows {allowed}")
+            raise SettingsError(f"image sides = {sides}: UDPM allows multiples of {factor}, 2 ** levels")
 
-    # Sampling.
+    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None) -> Tensor:
+        """(B, C, H, W) by L network evaluations. Raises SettingsError where steps is neither None nor L.
 
-    def latent(self, batch: Batch) -> list[Tensor]:
-        """Unit noise from level L to level 1: x_L / S_L, then the noise that goes into x_{L-1} .. x_1.
-
-        Together with cond and y it determines the sample.
-        """
-        self.check_sides(batch.zlo)
-        B, C, height, width = batch.zlo.shape
-        sides = [(height >> level, width >> level) for level in range(self.levels, 0, -1)]
-        return [batch.randn_like(batch.zlo.new_empty(B, C, *side)) for side in sides]
-
-    def sample(self, net, batch: Batch, steps: int | None = None, trace: list | None = None,
-               noise: list[Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) by L network evaluations, from the latent `noise` if it is given.
-
-        Raises SettingsError where steps is neither None nor L.
+        Its latent is the unit noise of levels L to 1, in the order drawn: with cond and y it determines the sample.
         """
         if steps not in (None, self.levels):
             raise SettingsError(f"steps = {steps}: allowed is {self.levels}, one a level")
-        noise = self.latent(batch) if noise is None else noise
-        x = self.S[self.levels] * noise[0]  # A_L is so small that x_L is noise alone
-        for level, fresh in zip(range(self.levels, 0, -1), [*noise[1:], None]):
+        self.check_sides(batch.zlo)
+        # A_L is so small that x_L is noise alone
+        x = self.S[self.levels] * batch.randn_like(average(batch.zlo, self.levels))
+        for level in range(self.levels, 0, -1):
             clean = self.estimate(net, x, level, batch)
             if trace is not None:
                 views = x / self.scale(level), clean / 2 ** (level - 1)
                 trace.append((1 - level / self.levels, *(F.interpolate(view, batch.zlo.shape[2:]) for view in views)))
-            x = self.posterior(x, clean, level, fresh) if level > 1 else clean
+            x = self.posterior(x, clean, level, batch.randn_like(clean)) if level > 1 else clean
         return keep_known(x, batch)
 
     # Training: one level a batch, drawn on the host. Predictions and images are compared at the scale of pictures.
@@ -188,39 +172,31 @@ class UDPM(Method):
         return level, same_shape(self.estimate(net, x, level, batch), truth) / 2 ** (level - 1), truth
 
     def loss(self, net, batch: Batch, disc: "Discriminator | None" = None) -> Tensor:
-        """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too.
-
-        The last term needs a discriminator; its parameters get no gradient.
-        """
+        """(B,) L1 + LPIPS + softplus(-D), over the whole image: known pixels count too. `disc` gets no gradient."""
         level, guess, truth = self.noised_pair(net, batch)
-        loss = batch.notes["l1"] = self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)
+        parts = {"l1": self.l1_weight[level - 1] * (guess - truth).abs().flatten(1).mean(1)}
         lpips_weight = PAPER_LPIPS if self.lpips_weight is None else self.lpips_weight
         if lpips_weight[level - 1]:
-            self.load_lpips()
-            distance = lpips_distance(guess, truth, "vgg", self.lpips_path)
-            batch.notes["lpips"] = lpips_weight[level - 1] * distance
-            loss = loss + batch.notes["lpips"]
+            parts["lpips"] = lpips_weight[level - 1] * lpips_distance(guess, truth, "vgg", self.lpips_path)
         if disc is not None and self.adv_weight[level - 1]:
-            disc.eval()
-            constants = {name: p.detach() for name, p in disc.named_parameters()}
+            disc.eval().requires_grad_(False)
+            logit = self.logits(disc, guess, level, batch, self.noise_std(disc))
+            disc.requires_grad_(True)
+            parts["adversarial"] = self.adv_weight[level - 1] * F.softplus(-logit)
+        batch.notes.update(parts)
+        return sum(parts.values())
 
-            def frozen(*x):
-                return torch.func.functional_call(disc, constants, x)
-
-            logit = self.logits(frozen, guess, level, batch, self.noise_std(disc))
-            batch.notes["adversarial"] = self.adv_weight[level - 1] * F.softplus(-logit)
-            loss = loss + batch.notes["adversarial"]
-        return loss
-
-    def disc_loss(self, disc, batch: Batch, net, std) -> Tensor:
-        """(B,) 1/2 [softplus(D(guess)) + softplus(-D(truth))] + penalty/2 |grad D(truth)|^2; net gets no gradient."""
+    def disc_loss(self, module, batch: Batch, disc: "Discriminator", net) -> Tensor:
+        """(B,) 1/2 [softplus(D(guess)) + softplus(-D(truth))] + penalty/2 |grad D(truth)|^2; net gets no gradient.
+        `module` is `disc`, perhaps wrapped."""
         training = net.training
         with torch.no_grad():
             level, guess, truth = self.noised_pair(net.eval(), batch)  # its authors judge it without dropout
         net.train(training)
-        disc.train()
+        module.train()
         truth.requires_grad_()
-        on_guess, on_truth = (self.logits(disc, image, level, batch, std) for image in (guess, truth))
+        std = self.noise_std(disc)
+        on_guess, on_truth = (self.logits(module, image, level, batch, std) for image in (guess, truth))
         grad, = torch.autograd.grad(on_truth.sum(), truth, create_graph=True)
         penalty = self.grad_penalty[level - 1] / 2 * grad.square().flatten(1).sum(1)
         return (F.softplus(on_guess) + F.softplus(-on_truth)) / 2 + penalty
@@ -232,26 +208,17 @@ class UDPM(Method):
             return disc(image + std * batch.randn_like(image), level, batch.y, cond)
 
     def noise_std(self, disc: "Discriminator") -> Tensor:
+        """Of the noise on what the discriminator sees: it decays with the steps it has made."""
         return self.disc_noise * self.disc_noise_decay ** (disc.steps // 1000)
 
     def players(self, net, channels: int, num_classes: int, cond_channels: int = 0) -> list:
-        """[(module, loss)], stepped in turn: the network and its discriminator, which is made on net's device.
-
-        num_classes = 0: no labels; cond_channels = 0: the discriminator judges images without cond. Each loss uses the
-        module it is handed, which may be wrapped, and leaves no gradient in the other.
-        """
+        """The network, and a discriminator where a level has an adversarial term."""
         if not any(self.adv_weight):
             return [(net, self.loss)]
         disc = Discriminator(channels, cond_channels, self.levels, num_classes, self.disc_channels, self.disc_dropout)
-        disc.to(next(net.parameters()).device)
-
-        def disc_loss(module, batch):
-            return self.disc_loss(module, batch, net, self.noise_std(disc))
-
-        return [(net, lambda module, batch: self.loss(module, batch, disc)), (disc, disc_loss)]
+        return [(net, partial(self.loss, disc=disc)), (disc, partial(self.disc_loss, disc=disc, net=net))]
 
     def after_step(self, modules: list[nn.Module]):
-        """The noise on what the discriminator sees decays with the steps it has made."""
         for disc in modules[1:]:
             disc.steps += 1
 
@@ -275,7 +242,7 @@ class Discriminator(nn.Module):
         self.label = nn.Embedding(num_classes + 1, 2 * dim) if num_classes else None
         if num_classes:
             nn.init.zeros_(self.label.weight)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # the noise decays with them
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # see UDPM.noise_std
 
     def forward(self, x: Tensor, level: int, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         h = self.stem(torch.cat([x, cond], dim=1) if self.cond_channels else x)

@@ -13,8 +13,8 @@ from images import SettingsError
 from images.pictures import TITLE_SIZE
 from methods.interpolant import Interpolant
 from methods.sr3 import SR3
-from methods.udpm import UDPM
 from pixels import get, photo, put
+from support.noise import NoisePerImage
 from untrained import METHODS, make_run, run
 
 # noise ---------------------------------------------------------------------------------------------------------------
@@ -135,22 +135,19 @@ def test_who_names_dopri5_or_a_tolerance_gets_dopri5(tmp_path, capsys):
 
 def test_trace_shows_the_path_and_changes_nothing(tmp_path, capsys):
     path = make_run(tmp_path / "run", method="sr3", sr3=SR3(T=6))
-    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/b.png", photo(5, 6, seed=1))
-    put(tmp_path / "in/wide.png", photo(140, 3))
+    put(tmp_path / "in/a.png", photo(5, 6)), put(tmp_path / "in/wide.png", photo(140, 3))
     for name, more in ("plain", ()), ("traced", ("--trace",)):
         assert run(path, "--input", tmp_path / "in", "--output", tmp_path / name, *more) == 0
     assert "NFE with the trace" in capsys.readouterr().out
-    for name in ("a", "b", "wide"):
-        result = get(tmp_path / f"traced/{name}.png")
-        np.testing.assert_array_equal(result, get(tmp_path / f"plain/{name}.png"))
-        gif, strip = Image.open(tmp_path / f"traced/{name}_trace.gif"), get(tmp_path / f"traced/{name}_trace.png")
+    gifs = {name: Image.open(tmp_path / f"traced/{name}_trace.gif") for name in ("a", "wide")}
+    for name, gif in gifs.items():
+        np.testing.assert_array_equal(get(tmp_path / f"traced/{name}.png"), get(tmp_path / f"plain/{name}.png"))
         assert gif.n_frames == 7  # six steps, and the sample
-        gif.seek(gif.n_frames - 1)
-        if name == "wide":
-            assert gif.width < 2 * 180  # the frames of a large image are small
-            continue
-        for picture in (strip, np.asarray(gif.convert("RGB"))):  # inside the last, enlarged pixel of the last image
-            assert abs(picture[-11, -11].astype(int) - result[-1, -1]).max() <= 24  # a GIF has 256 colours
+    assert gifs["wide"].width < 2 * 180  # the frames of a large image are small
+    gifs["a"].seek(6)
+    last, strip = get(tmp_path / "traced/a.png")[-1, -1], get(tmp_path / "traced/a_trace.png")
+    for picture in (strip, np.asarray(gifs["a"].convert("RGB"))):  # inside the last, enlarged pixel of the last image
+        assert abs(picture[-11, -11].astype(int) - last).max() <= 24  # a GIF has 256 colours
 
 
 def test_frames_are_few_and_even():
@@ -178,19 +175,18 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path, capsys, settings
 
 # UDPM's latent --------------------------------------------------------------------------------------------------------
 
-def test_a_level_of_the_latent_is_redrawn(tmp_path, capsys):
+def test_a_level_of_the_latent_is_redrawn(tmp_path, capsys, monkeypatch):
     path = make_run(tmp_path / "run", method="udpm", task="generate", **METHODS["udpm"])
-    seen, original = [], UDPM.latent
+    drawn, original = [], NoisePerImage.randn_like
 
-    def latent(self, batch):
-        seen.append(original(self, batch))
-        return seen[-1]
+    def randn_like(self, x):
+        drawn.append(original(self, x))
+        return drawn[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(UDPM, "latent", latent)
-        for name, flags in dict(a=(), redrawn=("--perturb", 3, 0.6)).items():
-            assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
-    a, redrawn = seen  # level 3, 2, 1
+    monkeypatch.setattr(NoisePerImage, "randn_like", randn_like)
+    for name, flags in dict(a=(), redrawn=("--perturb", 3, 0.6)).items():
+        assert run(path, "--count", 3, "--output", tmp_path / name, *flags) == 0
+    a, redrawn = drawn[:3], drawn[3:]  # level 3, 2, 1
     first = [maps[:1].expand_as(maps) for maps in a]  # the variants are of the first image's latent
     torch.testing.assert_close(redrawn[1], first[1])
     torch.testing.assert_close(redrawn[2], first[2])

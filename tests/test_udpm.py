@@ -54,9 +54,11 @@ def test_posterior_is_the_papers(method, level):
 # Sampling
 
 def test_trace_shows_the_states_and_the_estimates_and_each_state_is_drawn_from_the_posterior():
-    batch, trace, net = make_batch(), [], Toy()
-    noise = PLAIN.latent(batch)
-    sample = PLAIN.sample(net, batch, steps=3, trace=trace, noise=noise)
+    batch, trace, net, stream = replace(make_batch(), draws=Draws(seeded())), [], Toy(), seeded()
+    before = torch.get_rng_state()
+    sample = PLAIN.sample(net, batch, steps=3, trace=trace)
+    assert torch.equal(torch.get_rng_state(), before)  # all noise is the batch's
+    noise = [torch.randn(2, 1, side, side, generator=stream) for side in (1, 2, 4)]
     assert [t for t, _, _ in trace] == pytest.approx([0, 1 / 3, 2 / 3])
     S3 = 1e-4 * (0.1**2 / 0.5**2 + 0.2**2 / 0.1**2 + 0.3**2 / 1e-4**2) ** 0.5
     state = S3 * noise[0]  # x_3 is noise of that size
@@ -70,18 +72,6 @@ def test_trace_shows_the_states_and_the_estimates_and_each_state_is_drawn_from_t
     torch.testing.assert_close(trace[-1][2], sample)
 
 
-def test_all_noise_is_the_batchs():
-    """The latent, coarsest map first, is all that a sample draws, and it is drawn from the source that is handed in."""
-    batch, net, stream = make_batch(side=16), Toy(), seeded()
-    expected = [torch.randn(2, 1, side, side, generator=stream) for side in (2, 4, 8)]
-    before = torch.get_rng_state()
-    latent = PLAIN.latent(replace(batch, draws=Draws(seeded())))
-    torch.testing.assert_close(latent, expected)
-    sample = PLAIN.sample(net, replace(batch, draws=Draws(seeded())))
-    assert torch.equal(PLAIN.sample(net, replace(batch, draws=None), noise=latent), sample)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # Wrong values
 
 def test_settings_of_each_level_are_as_many_as_the_levels():
@@ -91,6 +81,6 @@ def test_settings_of_each_level_are_as_many_as_the_levels():
 
 def test_wrong_sides_are_named():
     batch = make_batch(side=12)
-    for call in (lambda: PLAIN.latent(batch), lambda: PLAIN.sample(Toy(), batch), lambda: PLAIN.loss(Toy(), batch)):
+    for call in (PLAIN.sample, PLAIN.loss):
         with pytest.raises(ValueError, match=r"image sides = \(12, 12\).*multiples of 8,"):
-            call()
+            call(Toy(), batch)

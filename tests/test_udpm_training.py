@@ -1,5 +1,6 @@
 """UDPM's two losses against formulas written out here, and how its two networks are trained."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,14 +71,15 @@ def test_discriminator_loss_with_a_linear_discriminator(level):
             seen.append((x, level, y, cond))
             return (w * x).sum((1, 2, 3))
 
-    value = PLAIN.disc_loss(Linear(), at_level(level, batch), net, 0.3)
+    steps = SimpleNamespace(steps=torch.tensor(1000))
+    value = PLAIN.disc_loss(Linear(), at_level(level, batch), disc=steps, net=net)
     (fake, *others), (real, *_) = seen
     assert others == [level, None, None]
     x, t, _, _ = net.seen[0]
     guess, truth, noise = net(x, t).detach(), averaged(batch.z1, level - 1), seeded()
     torch.randn(x.shape, generator=noise)  # the state's
-    torch.testing.assert_close(fake, guess + 0.3 * torch.randn(guess.shape, generator=noise))
-    torch.testing.assert_close(real, truth + 0.3 * torch.randn(truth.shape, generator=noise))
+    torch.testing.assert_close(fake, guess + 0.4 * 0.99 * torch.randn(guess.shape, generator=noise))
+    torch.testing.assert_close(real, truth + 0.4 * 0.99 * torch.randn(truth.shape, generator=noise))
     on_fake, on_real = ((w * x.detach()).sum((1, 2, 3)) for x in (fake, real))
     likelihood = torch.sigmoid(-on_fake).log() + torch.sigmoid(on_real).log()
     expected = -likelihood / 2 + PLAIN.grad_penalty[level - 1] / 2 * w.square().sum()
@@ -114,9 +116,10 @@ def test_the_discriminator_judges_images_made_without_dropout(training):
             return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
 
     batch, net, shown = at_level(1, make_batch()), Dropping().train(training), []
-    loss, disc, _ = players(PLAIN, net)
+    method = replace(PLAIN, disc_noise=0.0)
+    loss, disc, disc_loss = players(method, net)
     disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
-    PLAIN.disc_loss(disc, batch, net, 0.0)
+    disc_loss(disc, batch)
     x, t, _, _ = net.seen[0]
     torch.testing.assert_close(shown[0], net.up(x) + t[:, None, None, None])
     assert net.training == net.up.training == training
