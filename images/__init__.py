@@ -18,8 +18,8 @@ class DatasetError(SettingsError):
 def one_line(failure: BaseException) -> str:
     """Why it failed, on one line; where a file is at fault, in the system's words: No space left on device.
 
-    Other errors may hide them: torch.save's zip writer, left half-way, raises its own while it handles that one. An
-    error of ours is such a line already, and names the file.
+    Other errors may hide them: torch.save's zip writer raises its own while it handles that one. An error of ours is
+    such a line already.
     """
     cause = None if isinstance(failure, SettingsError) else failure
     while cause is not None:

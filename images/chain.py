@@ -43,18 +43,16 @@ def chain(levels: Tensor, damage, draws) -> Tensor:
     halved = share(0.5)
     twice, shift = share(damage.chain_twice), draws.randint(0, 16, levels, 2)
 
-    def noise_and_jpeg(x: Tensor) -> Tensor:
-        """What happens to the image at the size that the reduction gave it."""
+    def noise_and_jpeg(x: Tensor) -> Tensor:  # at the size that the reduction gave the image
         brightness = torch.where(poisson, (x / 127.5).sqrt(), 1)  # a count's variance is its mean
         x = nearest_level(x + strength * brightness * grain[..., : x.shape[2], : x.shape[3]])
         once = torch.where(twice, shifted_jpeg(x, first, shift), x)
         return torch.where(skip_jpeg, x, jpeg(once, last, halved))
 
-    height, width = levels.shape[2:]
     each = [noise_and_jpeg(x)]
     for factor in damage.chain_factors:
-        small = resize(x, (max(1, round(height / factor)), max(1, round(width / factor))), filters)
-        each.append(resize(noise_and_jpeg(small), (height, width), BICUBIC))
+        small = resize(x, [max(1, round(side / factor)) for side in x.shape[2:]], filters)
+        each.append(resize(noise_and_jpeg(small), x.shape[2:], BICUBIC))
     reduction = draws.randint(1, len(each), levels, 1, 1, 1)
     x = choose(each, torch.where(skip_reduction, 0, reduction).flatten())
     return torch.where(share(damage.chain_untouched), levels, x)
@@ -114,11 +112,10 @@ def resampling(before: int, after: int, device: torch.device) -> Tensor:
     return weights / weights.sum(2, keepdim=True)
 
 
-def resize(levels: Tensor, size: tuple[int, int], filters: Tensor | int) -> Tensor:
+def resize(levels: Tensor, size: Sequence[int], filters: Tensor | int) -> Tensor:
     """PIL's resize of (B, C, H, W) to `size`: along the width, then along the height, each time to whole levels.
 
-    filters: (B,) numbers each image's filter in FILTERS, or is one for all. In float64, which no setting makes less
-    exact.
+    filters: (B,) numbers each image's filter in FILTERS, or is one for all. In float64, which stays exact everywhere.
     """
     down, across = (resampling(before, after, levels.device)[filters][..., None, :, :]  # (B, 1, h, H), or (1, h, H)
                     for before, after in zip(levels.shape[2:], size))
@@ -136,6 +133,6 @@ def shifted_jpeg(levels: Tensor, quality: Tensor, shift: Tensor) -> Tensor:
 
 
 def crop_each(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images (B, C, H, W), and which rows (B, h) and columns (B, w) each keeps -> (B, C, h, w)."""
+    """Images (B, C, H, W), and the rows (B, h) and columns (B, w) that each keeps -> (B, C, h, w)."""
     x = x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     return x.gather(3, columns[:, None, None, :].expand(-1, x.shape[1], x.shape[2], -1))

@@ -31,8 +31,7 @@ class Download:
     by_hand: str  # how to get it otherwise; {} is data_path
     train: dict = field(default_factory=lambda: {"train": True})  # arguments of the class for the training images
     test: dict = field(default_factory=lambda: {"train": False})
-    # folder of its image files, below data_path: they are packed, and may be cropped at random; None: small squares
-    files: str | None = None
+    files: str | None = None  # folder of its image files, below data_path; None: it has small squares, in memory
 
 
 DOWNLOADS = {
@@ -79,10 +78,7 @@ class Images:
 
     def rows(self, index: Tensor, split: str = "train", crop_corners: Tensor | None = None,
              pinned: bool = False) -> list:
-        """Rows `index` (B,) of "train" or "test" where they lie: x (B, C, H, W) uint8, y (B,), damaged x or None.
-
-        crop_corners, pinned: see packs.gather_rows.
-        """
+        """Rows `index` (B,) of "train" or "test" where they lie, uint8: x, y and damaged x, by packs.gather_rows."""
         x, y, lo = (getattr(self, split + part) for part in ("", "_y", "_lo"))
         index = move(index, x.device)
         x, lo = (None if images is None else gather_rows(images, index, crop_corners, pinned) for images in (x, lo))
@@ -124,8 +120,8 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 def crop_corners(batch_size: int, seed: int, step: int) -> Tensor:
     """Where in its photograph each row of the step's batch lies: (batch_size, 2) in [0, 1), downwards, to the right."""
-    # with the 1 it is not the stream of `permutation`
-    return torch.from_numpy(np.random.default_rng((seed, step, 1)).random((batch_size, 2)))
+    random = np.random.default_rng((seed, step, 1))  # with the 1 it is not that of `permutation`
+    return torch.from_numpy(random.random((batch_size, 2)))
 
 
 class Feed:
@@ -143,9 +139,9 @@ class Feed:
         near = images.train.device.type == self.device.type
         self.ahead = ahead if ahead is not None else 0 if near else 3
         self.waiting = {}  # step -> its rows, which the thread gathers or has gathered
-        # or the thread would take memory on the first GPU
+        # else the thread would take memory on the first GPU
         enter = dict(initializer=torch.cuda.set_device, initargs=(self.device,)) if self.pinned else {}
-        self.thread = ThreadPoolExecutor(1, "feed", **enter)
+        self.thread = ThreadPoolExecutor(1, **enter)
 
     def rows(self, step: int) -> list:
         index = batch_indices(len(self.images.train), self.batch_size, self.seed, step)
@@ -217,14 +213,11 @@ def _draw(decoding: Decoding, limit: int | None) -> Images:
     return Images(train, test, y, test_y, list(SHAPES), name="shapes")
 
 
-def _spread(items, limit: int | None):
+def _spread(items, limit: int | None) -> list:
     """At most `limit` of the items, evenly spread."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
-
-# ------------------------------------------------------------------------------------------------------------- files
 
 def _folder(dataset: str, decoding: Decoding, data_path: str, paired_path: str | None, limit: int | None) -> Images:
     root = user_path(dataset)
@@ -301,9 +294,8 @@ def _download(name: str, decoding: Decoding, data_path: str, limit: int | None) 
         return _packed(name, folder, train.filename, test.filename, decoding, data_path, limit)
     rows, test_rows = (_spread(range(len(part)), limit) for part in (train, test))
     check_room(decoding, len(rows) + len(test_rows), free_memory(), "memory")
-    (x, y), (test_x, test_y) = (
-        (_resize(np.asarray(part.data)[rows], decoding), torch.as_tensor(part.targets)[rows])
-        for part, rows in ((train, list(rows)), (test, list(test_rows))))
+    (x, y), (test_x, test_y) = ((_resize(np.asarray(part.data)[some], decoding), torch.as_tensor(part.targets)[some])
+                                for part, some in ((train, rows), (test, test_rows)))
     return Images(x, test_x, y, test_y, list(train.classes), name=name)
 
 

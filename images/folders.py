@@ -34,8 +34,7 @@ def split_names(names: list[str]) -> tuple[list[str], list[str], dict[str, str |
 def hold_out(names: list[str]) -> set[str]:
     """About a tenth of the images, at most 1,000 and at least one (none of a single image), by a hash of their names.
 
-    So however many images are added, an image that was trained on is never held out later. Images whose names differ
-    in the ending only are on one side.
+    So an image that was trained on is not held out when others are added. The endings of the names do not matter.
     """
     place = {name: int.from_bytes(hashlib.sha256(os.path.splitext(name)[0].encode(errors="surrogateescape"))
                                   .digest()[:8], "big") / 2**64 for name in names}  # in [0, 1)
@@ -71,11 +70,8 @@ def _by_stem(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def factor_of(clean: tuple[int, int], damaged: tuple[int, int], path: str) -> int:
-    """How many times longer a clean image's sides are than those of its partner, the file `path`.
-
-    A side that the factor does not divide may have been rounded up or down: half of 101 is 50 or 51. Raises
-    DatasetError where it is no whole number, or not the same for both sides.
-    """
+    """How many times longer a clean image's sides are than those of its partner, the file `path`: a whole number, where
+    half of 101 is 50 or 51. Raises DatasetError."""
     factor = max(1, round(max(clean) / max(damaged)))
     if any(abs(c - factor * d) >= factor for c, d in zip(clean, damaged)):
         raise DatasetError(f"{path}: has {damaged[0]}x{damaged[1]} pixels, its partner {clean[0]}x{clean[1]}; make it "

@@ -30,16 +30,14 @@ def load_lpips(net: str, path: str | None = None) -> nn.Module:
             from torchvision.models import AlexNet_Weights, VGG16_Weights
             source = dict(vgg=VGG16_Weights.IMAGENET1K_V1, alex=AlexNet_Weights.IMAGENET1K_V1)[net]
             weights = source.get_state_dict(weights_only=True, check_hash=True)
-    except FOREIGN as failure:
-        raise SettingsError(f"{type(failure).__name__}: {one_line(getattr(failure, 'reason', failure))}") from failure
-    # the package's slice2.5.weight is torchvision's features.5.weight
-    names = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
-    if not isinstance(weights, dict) or not weights.keys() >= set(names.values()):
-        raise SettingsError(f"{path} holds no weights of torchvision's {net}")
-    try:
+        # the package's slice2.5.weight is torchvision's features.5.weight
+        names = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
         model.net.load_state_dict({name: weights[theirs] for name, theirs in names.items()})
-    except RuntimeError as failure:  # of other shapes
-        raise SettingsError(f"{path}: {one_line(failure)[:100]}") from None
+    except (KeyError, TypeError, IndexError):
+        raise SettingsError(f"{path} holds no weights of torchvision's {net}") from None
+    except FOREIGN as failure:
+        said = one_line(getattr(failure, "reason", failure))[:200]  # of weights of other shapes it is long
+        raise SettingsError(f"{type(failure).__name__}: {said}") from failure
     return model.eval().requires_grad_(False)
 
 

@@ -21,7 +21,6 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +43,7 @@ from support.disk import no_link, read_json, write_atomically
 COLUMNS = "clean.u8", "damaged.u8"
 VERSION = 3  # of the layout and of what a file becomes in it: raise it when one of them changes
 CHECK_UP_TO = 8e9  # bytes of a pack whose checksums are looked at when it is opened; of a larger one the lengths alone
-AT_A_TIME = 32  # files that are decoded before their pixels are written
+AT_A_TIME = 32  # files that are decoded before their pixels are written: those of all would fill the memory
 LONGEST = 100  # times as long as wide
 LASTING = (ENOENT, ELOOP, EACCES, EPERM, ENOTDIR, EISDIR, ENAMETOOLONG)  # failures that trying again does not mend
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -226,10 +225,12 @@ def _make(folder: Path, stamp: dict, files: list[tuple[str, ...]], decoding: Dec
     if decoding.crop == "center":  # how large photographs are shows on the way
         check_room(decoding, len(files) * len(names), shutil.disk_usage(folder).free, f"disk in {folder}")
     left_out, factors, shapes, sums = [], {}, [], [0] * len(names)
-    bar = tqdm(_decode_all(files, decoding), f"packing {folder.name}", len(files), leave=False, unit="image", delay=1,
-               mininterval=0.1 if sys.stderr.isatty() else 15)
+    decode, pieces = partial(_decode, decoding=decoding), range(0, len(files), AT_A_TIME)
     try:
-        with ExitStack() as stack:
+        with ThreadPoolExecutor(min(16, os.cpu_count())) as pool, ExitStack() as stack:
+            decoded = chain.from_iterable(pool.map(decode, files[begin:begin + AT_A_TIME]) for begin in pieces)
+            bar = tqdm(decoded, f"packing {folder.name}", len(files), leave=False, unit="image", delay=1,
+                       mininterval=0.1 if sys.stderr.isatty() else 15)
             columns = [stack.enter_context(open(folder / name, "xb")) for name in names]
             for row, (pictures, factor, failure) in enumerate(bar):
                 if failure:
@@ -263,13 +264,6 @@ def check_room(decoding: Decoding, count: int, free: int | None, where: str):
     if free is not None and size > free:
         raise SettingsError(f"image_size = {decoding.side}: {count:,} images need {size / 1e9:,.1f} GB of {where}, "
                             f"where {free / 1e9:,.1f} GB are free; lower image_size, or take fewer images")
-
-
-def _decode_all(files: list[tuple[str, ...]], decoding: Decoding) -> Iterator[tuple[list[np.ndarray], int, str]]:
-    """`_decode` of each, in the files' order."""
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        for begin in range(0, len(files), AT_A_TIME):  # the pictures of all would fill the memory
-            yield from pool.map(partial(_decode, decoding=decoding), files[begin:begin + AT_A_TIME])
 
 
 def _decode(paths: tuple[str, ...], decoding: Decoding) -> tuple[list[np.ndarray], int, str]:
