@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from dense import PLAIN
 from images.corruptions import Batch
 from methods import masked_mean
 from methods.edm import EDM
@@ -15,10 +17,9 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from networks import Plain, Spy, answer, expected, gaussian, larger, make_batch, oracle, path, sample_by, wiggly
+from networks import Plain, Spy, answer, expected, gaussian, make_batch, oracle, path, sample_by, wiggly
 from unet import Counted
 
-PLAIN_UDPM = UDPM(lpips_weight=(0, 0, 0), disc_channels=8)
 TASKS = pytest.mark.parametrize("task", ["restore", "inpaint", "generate"])
 # method, solver (None: its own), steps, network evaluations, frames of the trace
 SAMPLERS = [
@@ -39,14 +40,14 @@ SAMPLERS = [
     (EDM(S_churn=40.0, sigma_data=0.3), None, 10, 19, 10),
     (EDM(sampler="euler"), None, 1, 1, 1),
     (EDM(), "heun", 5, 11, 6),
-    (PLAIN_UDPM, None, 3, 3, 3),
+    (PLAIN, None, 3, 3, 3),
     (Regression(), None, None, 1, 1),
 ]
 EVERY_SAMPLER = pytest.mark.parametrize("method, solver, steps, nfe, frames", SAMPLERS)
 
 
 def net_for(method):
-    return larger if method.upscale == 2 else wiggly
+    return lambda *inputs: F.interpolate(wiggly(*inputs), scale_factor=method.upscale)
 
 
 # ------------------------------------------------------------------------------------------------------- samplers
@@ -289,7 +290,7 @@ def test_a_wrong_setting_is_named_in_one_line(method, fields):
 
 @pytest.mark.parametrize("method, steps, allowed", [
     (SR3(T=20), 0, "1 to sr3.T = 20"), (SR3(T=20), 21, "1 to sr3.T = 20"), (I2SB(n=20), 0, "1 to i2sb.n = 20"),
-    (I2SB(n=20), 21, "1 to i2sb.n = 20"), (EDM(), 0, "1 or more"), (PLAIN_UDPM, 10, "3, one a level"),
+    (I2SB(n=20), 21, "1 to i2sb.n = 20"), (EDM(), 0, "1 or more"), (PLAIN, 10, "3, one a level"),
     (Regression(), 2, "1")])
 def test_a_wrong_number_of_steps_is_named(method, steps, allowed):
     with pytest.raises(ValueError, match=f"^steps = {steps}: allowed is {allowed}$"):
