@@ -17,20 +17,10 @@ from methods.udpm import UDPM
 from ode_int import solve
 
 
-class Plain:
-    """A function net(x, t, y, cond) with what unet.Network has beside its call."""
+class Spy:
+    """A function net(x, t, y, cond) with what unet.Network has beside its call. It remembers what it was given."""
 
     num_classes, upscale = 0, 1
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, x, t, y=None, cond=None):
-        return self.function(x, t, y, cond)
-
-
-class Spy(Plain):
-    """Remembers what the network was given."""
 
     def __init__(self, function):
         self.function, self.seen = function, []

@@ -17,7 +17,7 @@ from methods.interpolant import Interpolant
 from methods.regression import Regression
 from methods.sr3 import SR3
 from methods.udpm import UDPM
-from networks import Plain, Spy, answer, expected, gaussian, make_batch, oracle, path, sample_by, wiggly
+from networks import Spy, answer, expected, gaussian, make_batch, oracle, path, sample_by, wiggly
 from unet import Counted
 
 TASKS = pytest.mark.parametrize("task", ["restore", "inpaint", "generate"])
@@ -284,7 +284,7 @@ def test_a_wrong_setting_is_named_in_one_line(method, fields):
     (Regression(), 2, "1")])
 def test_a_wrong_number_of_steps_is_named(method, steps, allowed):
     with pytest.raises(ValueError, match=f"^steps = {steps}: allowed is {allowed}$"):
-        method.sample(Plain(wiggly), make_batch(), steps)
+        method.sample(wiggly, make_batch(), steps)
 
 
 @pytest.mark.parametrize("method, steps", [(SR3(), 100), (SR3(T=50), 50), (I2SB(), 50), (I2SB(n=10), 10)])
