@@ -238,7 +238,7 @@ class Trainer:
         self.batches = Batches(config, self.images, self.device)
         self.batches.agree()
         self.num_classes = self.batches.num_classes
-        model.try_sampler(config, self.batches.shown()[:1])
+        self.z0 = model.start_states(config, self.batches.shown())
 
         begun = folder and folder.begun
         # the weights, their average and gradient, and the optimizer's two averages
@@ -402,7 +402,7 @@ class Trainer:
             if self.rank == 0:
                 with self.signals.interruption(), machine.autocast(self.device, self.precision):
                     batch = self.batches.shown()
-                    numbers, pictures = model.sample_for_pictures(self.config, self.ema, batch)
+                    numbers, pictures = model.sample_for_pictures(self.config, self.ema, batch, self.z0)
                     if not self.config.overfit:
                         machine.reseed("held out", self.config.seed)
                         numbers["held_out_loss"] = self.players[0].loss(self.ema, batch).mean().item()

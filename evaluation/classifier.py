@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from images import data, one_line
-from images.photos import Photos
+from images.packs import Photos
 from support.checkpoints import load_tensors
 from support.disk import write_atomically
 

@@ -5,6 +5,7 @@ whether the damage is made here or arrives in a user's file. Resizing follows PI
 libjpeg to within ties (tests/test_corruptions.py compares). Inside this file `levels` is a float tensor of values 0 to
 255. A new task is an entry of TASKS, a branch of Damage._apply, and its knobs among Damage's fields.
 """
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from images import SettingsError
 from images.chain import chain, choose
-from images.holes import FREEFORM, center, freeform
 from images.jpeg import jpeg, nearest_level
 from support import bounds
 from support.bounds import above, ascending, between, length, odd, one_of
@@ -29,7 +29,7 @@ class Task:
     knobs: tuple[str, ...] = ()
     leaves_unknown: bool = False  # whether zlo knows nothing of the pixels that are to be made
     repeatable: bool = True  # whether a sample can be damaged as the truth was; not where the damage adds noise
-    block: int = 1  # side of the blocks of pixels that are damaged together; where files are smaller, the factor is
+    block: int = 1  # side of the blocks of pixels that are damaged together, where it is not the factor
     # who says how many times smaller files are than what is made of them: Damage.factor, the pairs; none: as large
     smaller_by: Literal["none", "factor", "pairs"] = "none"
 
@@ -132,21 +132,17 @@ class Damage:
     kernel: Literal["uniform", "gaussian"] = "uniform"
     # blur: side of the kernel in pixels, odd; None: 9 if uniform, 5 if gaussian, as in DDRM (arXiv:2201.11793) and I2SB
     taps: Annotated[int, between(1, 16_383), odd()] | None = None
-    # blur: standard deviation of the gaussian in pixels; DDRM and I2SB take 10, nearly flat over 5 taps. Of two
-    # numbers, each image draws one between them
+    # blur: standard deviation of the gaussian in pixels, 10 in DDRM and I2SB; of two, each image draws one between
     sigma: Annotated[float | tuple[float, float], between(0.01, 10**6), ascending()] = 10.0
     # noise: standard deviation of the gaussian noise, in levels of 255; of two numbers, each image draws one between
     std: Annotated[float | tuple[float, float], above(0, 255), ascending()] = 15.0
     # jpeg: quality, 1 (worst) to 100; of two numbers, each image draws one between them
     quality: Annotated[int | tuple[int, int], between(1, 100), ascending()] = 10
-    # chain: standard deviations of the gaussian blur along its two axes, pixels, between these two; half of the images
-    # draw one for both axes
+    # chain: standard deviations of the gaussian blur along its two axes, pixels; half of the images draw one for both
     chain_blur: Annotated[tuple[float, float], between(0, 100), ascending()] = (0.0, 2.5)
-    # chain: how many times smaller each side gets, before noise and JPEG, by any of four filters, each image by one of
-    # these factors; the bicubic filter enlarges it again
+    # chain: how many times smaller each side gets, one of these, by any of four filters; bicubic enlarges at the end
     chain_factors: Annotated[tuple[int, ...], between(2, 16), length(1)] = (2, 3, 4)
-    # chain: standard deviation of the noise in levels of 255, between these two; half of the images have Poisson's,
-    # which is as strong where the image is mid-grey, and half of them grey noise
+    # chain: standard deviation of the noise, levels of 255; half is Poisson's, as strong at mid-grey, and half is grey
     chain_noise: Annotated[tuple[float, float], between(0, 255), ascending()] = (0.0, 15.0)
     # chain: JPEG quality, between these two; half of the images have 4:4:4 colour, the others 4:2:0
     chain_quality: Annotated[tuple[int, int], between(1, 100), ascending()] = (30, 98)
@@ -197,7 +193,10 @@ class Damage:
             return z1.masked_fill(hole > 0, 0), hole, hole
         levels = to_levels(z1)
         if name == "sr":
-            levels = self.shrink_and_enlarge(levels, draws)
+            small = [resize(levels, [side // factor for side in levels.shape[2:]], self.down)
+                     for factor in as_tuple(self.factor)]
+            each = [resize(x, levels.shape[2:], self.up) for x in small]
+            levels = each[0] if len(each) == 1 else choose(each, draws.randint(0, len(each), levels))
         elif name == "blur":
             levels = blur(levels, self.weights(levels, draws))
         elif name == "noise":
@@ -215,15 +214,6 @@ class Damage:
     def width(self) -> int:
         """Side of the blur kernel in pixels."""
         return (9 if self.kernel == "uniform" else 5) if self.taps is None else self.taps
-
-    def shrink_and_enlarge(self, levels: Tensor, draws: Draws) -> Tensor:
-        """Task sr on levels (B, C, H, W), each image by one of the factors."""
-        height, width = levels.shape[2:]
-        each = []
-        for factor in as_tuple(self.factor):
-            small = resize(levels, (height // factor, width // factor), self.down)
-            each.append(resize(small, (height, width), self.up))
-        return each[0] if len(each) == 1 else choose(each, draws.randint(0, len(each), levels))
 
     def weights(self, x: Tensor, draws: Draws) -> Tensor:
         """(B, width) blur kernels along one axis, or (1, width); the square kernel is the outer product with itself."""
@@ -281,10 +271,9 @@ def _cond(task: str, zlo: Tensor, unknown: Tensor, condition: bool) -> Tensor | 
 
 
 def from_damaged(task: str, zlo: Tensor, y=None, condition=True, mask: Tensor | None = None) -> Batch:
-    """Damaged images alone, zlo (B, C, H, W) -> Batch without z1.
+    """Damaged images alone, zlo (B, C, H, W), of sr after `to_full_size` -> Batch without z1.
 
-    `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it. `generate`
-    takes nothing from zlo but shape and device. For sr, `to_full_size` first brings low-resolution images to z1's grid.
+    `mask` (B, 1, H, W) is 1 where pixels are missing: inpaint needs it, a mixture with inpaint may have it.
     """
     names, one = set(task_names(task)), torch.ones_like(zlo[:, :1])
     if names == {"generate"}:
@@ -334,3 +323,49 @@ def blur(levels: Tensor, weights: Tensor) -> Tensor:
     # sums of shifted images: exact in float32, where a convolution on a GPU may run in TF32
     x = sum(weight * x[..., k : k + width] for k, weight in enumerate(weights))
     return nearest_level(sum(weight * x[..., k : k + height, :] for k, weight in enumerate(weights)))
+
+
+FREEFORM = {"freeform-10-20": (0.1, 0.2), "freeform-20-30": (0.2, 0.3)}  # least and largest share of the pixels
+
+
+def center(z1: Tensor) -> Tensor:
+    """The rectangle of half the height and half the width in the middle -> (B, 1, H, W), 1 in it."""
+    height, width = z1.shape[2:]
+    hole = torch.zeros_like(z1[:, :1])
+    hole[:, :, height // 4 : height // 4 + height // 2, width // 4 : width // 4 + width // 2] = 1
+    return hole
+
+
+def freeform(z1: Tensor, least: float, most: float, draws: Draws, strokes=4, bends=6) -> Tensor:
+    """Brush strokes -> (B, 1, H, W), 1 on them, over a share of the pixels uniform between `least` and `most`.
+
+    A stroke is the set of points within some distance of a polyline, whose vertices walk at random and are folded back
+    at the image's edges. That distance follows from the share: the pixels are ranked by their distance from the
+    polylines, and the nearest ones are taken.
+    """
+    (batch, _, height, width), device = z1.shape, z1.device
+
+    def rand(*shape):
+        return draws.rand(z1, strokes, *shape)
+
+    heading = 2 * math.pi * rand(1) + (2 * (rand(bends) - 0.5)).cumsum(-1)
+    step = 0.05 + 0.2 * rand(bends)
+    x = torch.cat((rand(1), step * heading.cos()), -1).cumsum(-1)  # (B, strokes, bends + 1) in image widths
+    y = torch.cat((rand(1), step * heading.sin()), -1).cumsum(-1)
+    x, y = width * (1 - (x % 2 - 1).abs()), height * (1 - (y % 2 - 1).abs())
+    thickness, away = 0.5 + rand(), 1e6 * (rand() < 0.5)
+    away[:, :2] = 0  # two strokes always, and each further one in half of the images
+
+    py = torch.arange(height, device=device).view(1, -1, 1) + 0.5
+    px = torch.arange(width, device=device).view(1, 1, -1) + 0.5
+    distance = torch.full((batch, height, width), math.inf, device=device)
+    for s in range(strokes):
+        for k in range(bends):
+            x0, y0, dx, dy = (p[:, s, k, None, None] for p in (x[..., :-1], y[..., :-1], x.diff(), y.diff()))
+            along = (((px - x0) * dx + (py - y0) * dy) / (dx**2 + dy**2 + 1e-8)).clamp(0, 1)
+            near = torch.hypot(px - x0 - along * dx, py - y0 - along * dy) / thickness[:, s, None, None]
+            distance = torch.minimum(distance, near + away[:, s, None, None])
+    rank = distance.flatten(1).argsort(1).argsort(1)
+    pixels = height * width
+    count = draws.randint(math.ceil(least * pixels), math.floor(most * pixels) + 1, z1, 1)
+    return (rank < count).view(batch, 1, height, width).to(z1.dtype)

@@ -17,8 +17,7 @@ from torch import Tensor
 from images import DatasetError, SettingsError, one_line
 from images.files import first_few, fit, list_images, to_tensor, user_path
 from images.folders import partners, split_names
-from images.packs import Decoding, check_room, open_pack
-from images.photos import Photos, gather_rows
+from images.packs import Decoding, Photos, check_room, gather_rows, open_pack
 from images.pictures import to_float
 from images.shapes import SHAPES, draw_shapes
 from support.disk import free_memory
@@ -82,7 +81,7 @@ class Images:
              pinned: bool = False) -> list:
         """Rows `index` (B,) of "train" or "test" where they lie: x (B, C, H, W) uint8, y (B,), damaged x or None.
 
-        crop_corners, pinned: see photos.gather_rows.
+        crop_corners, pinned: see packs.gather_rows.
         """
         x, y, lo = (getattr(self, split + part) for part in ("", "_y", "_lo"))
         index = move(index, x.device)

@@ -14,7 +14,7 @@ from images import SettingsError, data, one_line
 from images.files import user_path
 from support import bounds
 from support.bounds import between
-from support.disk import flush_folder, parse_json, write_atomically
+from support.disk import flush_folder, make_folder, parse_json, write_atomically
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
@@ -28,7 +28,7 @@ OPTIONAL_KEYS = dict(images_seen=int, pair_factor=int, absolute_paths=dict, samp
 
 @dataclass
 class Run:
-    """A trained run, on the CPU."""
+    """A trained run, on the CPU. A file may hold anything: SettingsError for what is not of its type and bounds."""
 
     path: str  # as the user named it
     config: object  # trainer.Config: every setting
@@ -41,6 +41,14 @@ class Run:
     # "ema": the averaged network, "raw": the trained one; an exported file holds one of them
     weights: dict[str, dict[str, Tensor]]
     checkpoint: dict | None = None  # all that a resumed run needs; None of an exported file
+
+    def __post_init__(self):
+        try:
+            bounds.check(self)
+            few = f"0 or {len(self.classes)}, the number of its classes"
+            bounds.require(self, "num_classes", self.num_classes in (0, len(self.classes)), few)
+        except SettingsError as failure:
+            raise SettingsError(f"run = {self.path!r}: {failure}") from None
 
     @property
     def name(self) -> str:
@@ -105,7 +113,7 @@ def open_checkpoint(name: str, file: Path, config_class) -> Run:
         why = one_line(failure)[:100]
         raise DamagedError(f"run = {name!r}: {file} is not a whole checkpoint of this trainer ({why})") from None
     config = replace(read_config(name, c["config"], config_class), **there)
-    return checked(Run(name, config, *about, weights, c))
+    return Run(name, config, *about, weights, c)
 
 
 def load_tensors(file: Path):
@@ -114,17 +122,6 @@ def load_tensors(file: Path):
         if damaged := whole.testzip():  # each part has a checksum, which torch.load passes over
             raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def checked(run: Run) -> Run:
-    """The run, if it is one by types and bounds: a file may hold anything. Raises SettingsError."""
-    try:
-        bounds.check(run)
-        few = f"0 or {len(run.classes)}, the number of its classes"
-        bounds.require(run, "num_classes", run.num_classes in (0, len(run.classes)), few)
-    except SettingsError as failure:
-        raise SettingsError(f"run = {run.path!r}: {failure}") from None
-    return run
 
 
 def read_config(name: str, plain: dict, config_class):
@@ -148,7 +145,7 @@ def open_exported(path: str, config_class) -> Run:
                 about.get("images_seen", 0))
     except (OSError, TypeError, KeyError, AttributeError, ValueError, safetensors.SafetensorError) as failure:
         raise SettingsError(f"run = {path!r}: not a file that --export wrote ({one_line(failure)[:100]})") from None
-    return checked(Run(path, read_config(path, plain, config_class), *rest, {kind: weights}))
+    return Run(path, read_config(path, plain, config_class), *rest, {kind: weights})
 
 
 def portable(path: str | None) -> str | None:
@@ -191,9 +188,7 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     """
     last = folder / "checkpoints" / "last.pt"
     new = last.with_name(".next.pt")
-    if not last.parent.is_dir():
-        last.parent.mkdir()  # a run's folder that is gone is made again by RunFolder, with a warning
-        flush_folder(folder)
+    make_folder(last.parent)
     write_atomically(new, lambda f: torch.save(checkpoint, f))
     if keep:  # first: a run that is killed here comes to this step again
         link(new, last.with_name(f"step_{checkpoint['step']:06d}.pt"))

@@ -160,23 +160,22 @@ def for_pictures(c):
 
 
 @torch.no_grad()
-def try_sampler(c, batch: Batch):
-    """Samples with a network that costs nothing: settings that no sampler takes are refused before the first step."""
-    run_sampler(for_pictures(c), ZeroNet(c), batch)
-
-
 def start_states(c, batch: Batch) -> Tensor:
-    """The states (B, C, H, W) that run_sampler would start from next, as a trace shows them. Uses no noise up."""
-    trace, device = FirstFrame(), batch.zlo.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        run_sampler(c, ZeroNet(c), batch, trace)  # whose steps cost next to nothing
+    """The states (B, C, H, W) that the sampler of the pictures starts from, as a trace shows them.
+
+    It runs with a network that costs nothing. Raises SettingsError for settings that the sampler does not take.
+    """
+    trace = FirstFrame()
+    run_sampler(for_pictures(c), ZeroNet(c), batch, trace)
     return trace[0][1]
 
 
-def sample_for_pictures(c, net, batch: Batch) -> tuple[dict, dict]:
-    """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name."""
-    c = for_pictures(c)
-    z0, trace = start_states(c, batch), []
+def sample_for_pictures(c, net, batch: Batch, z0: Tensor) -> tuple[dict, dict]:
+    """Samples of a network -> numbers (NFE, seconds, decibels) and pictures (H, W, 3) uint8, by name.
+
+    z0: of start_states.
+    """
+    c, trace = for_pictures(c), []
     counted, began = Counted(net), time.perf_counter()
     guided = Guided(counted, c.guidance)
     sample = run_sampler(c, guided, batch)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ import trainer
 from evaluation import judge as judging
 from images import data
 from measured import FLAGS, LOCAL, SIDE, TEST
-from runs import FINISHED, SERVER, child, start
+from runs import FINISHED, SERVER, child, draw_pictures, start
 from trainer import Config
 
 os.environ |= dict(WANDB_MODE="offline", OMP_NUM_THREADS="1")  # no test talks to a server; for processes of their own
 torch.set_num_threads(1)  # the fastest for so small networks
 torch.manual_seed(0)
+data.draw_shapes = cache(data.draw_shapes)  # seconds, for 10,000 of them
 
 
 def once(tmp_path_factory, name: str, make) -> Path:
@@ -62,13 +64,8 @@ def as_found():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures in the folders of two classes, not to be written to; 4 of these names are held out, 2 a class."""
-    def make(root):
-        for i, image in enumerate(data.load("shapes", 16, limit=40).train):
-            (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
-
-    return once(tmp_path_factory, "pictures", make)
+    """draw_pictures, not to be written to."""
+    return once(tmp_path_factory, "pictures", draw_pictures)
 
 
 @pytest.fixture(scope="session")

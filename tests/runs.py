@@ -10,17 +10,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import trainer
+from images import data
 from trainer import Trainer
 
 TINY = ("--device cpu --dataset shapes --image-size 16 --batch-size 4 --unet-channels 8 --unet-dim-mults 1 1 "
         "--unet-blocks 1 --sample-count 2 --solver euler --sample-steps 2 --no-use-wandb --compile off")
 FINISHED = "--max-steps 4 --sample-every 2 --print-loss-every 2 --checkpoint-every 2"
 STATE = ("step", "ema", "players", "optimizers", "loss", "skipped")
+METHODS = {  # few network evaluations, and no download
+    "interpolant": "", "sr3": "--solver auto", "i2sb": "--solver auto", "edm": "",
+    "udpm": "--solver auto --sample-steps 3 --udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
+    "flowmap": "--solver auto --sample-steps 1", "regression": "--solver auto --sample-steps 1"}
 TRAINER = Path(trainer.__file__)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and /dev/full")
+
+
+def draw_pictures(root: Path):
+    """40 pictures in the folders of two classes; 4 of these names are held out, 2 a class."""
+    for i, image in enumerate(data.load("shapes", 16, limit=40).train):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True, parents=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "ab"[i % 2] / f"bf{i:02d}.png")
 
 
 def start(out, flags="", status=0) -> Path | None:
@@ -48,6 +61,12 @@ def resume(run, flags="", status=0):
 
 def checkpoint(folder) -> dict:
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of all files, but for the lock's."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 
 def leaves(value, name="") -> dict:

@@ -89,6 +89,7 @@ def test_plain_sampling_solves_the_same_equation():
     theirs = plain.plain_sample(config, net, batch)
     reseed("sample")
     z0 = start_states(config, batch)
+    reseed("sample")
     ours = speed.run_sampler(config, net, batch)
     assert (theirs - z0).abs().mean() > 0.1  # it went somewhere
     # ours goes on from t = 1 - t_min to the clean estimate: alpha = t_min is left of the way

@@ -2,27 +2,16 @@
 import json
 import math
 import os
-import resource
 import shutil
 import threading
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 import trainer
-from images import SettingsError
-from runs import FINISHED, TINY, at_step, checkpoint, linux, one_line, resume, same, start
+from runs import FINISHED, TINY, at_step, checkpoint, contents, linux, one_line, resume, same, start
 from support import run_folder
 from support.health import Health
-from trainer import Config
-
-
-def named(out: Path, flags: str = "", status=0, name="mine") -> Path:
-    assert trainer.main(f"{TINY} --out-dir {out} --name {name} {flags}".split()) == status
-    return out / name
-
 
 # ------------------------------------------------------------------------------------------- bad does not replace good
 
@@ -41,12 +30,13 @@ def test_a_checkpoint_that_was_put_off_is_caught_up_on(tmp_path, monkeypatch, ca
     assert saved == [3, 4, 5] and capsys.readouterr().err.count("is not saved") == 1
 
 
-@pytest.mark.parametrize("recent, lowest, fit", [(0.5, 0.4, True), (39.0, 0.4, True), (41.0, 0.4, False),
-                                                 (math.inf, 0.4, False), (7.0, None, True)])
-def test_what_counts_as_diverged(recent, lowest, fit):
+@pytest.mark.parametrize("recent, lowest, weight, fit", [
+    (0.5, 0.4, 1, True), (39.0, 0.4, 1, True), (41.0, 0.4, 1, False), (math.inf, 0.4, 1, False), (7.0, None, 1, True),
+    (0.5, 0.4, math.nan, False), (0.5, 0.4, -math.inf, False)])
+def test_what_counts_as_diverged(recent, lowest, weight, fit):
     watch = Health(torch.device("cpu"))
     watch.recent, watch.lowest = recent, lowest
-    assert (watch.unfit(dict(weights=[torch.ones(2)])) is None) == fit
+    assert (watch.unfit(dict(weights=[torch.ones(2), torch.tensor([1, weight, 1])])) is None) == fit
 
 
 def test_training_goes_on_while_a_checkpoint_of_before_is_written(tmp_path, monkeypatch):
@@ -107,14 +97,6 @@ def test_no_memory_for_a_step_is_one_line(tmp_path, monkeypatch, capsys):
     assert "out of memory; lower batch_size" in one_line(capsys) and checkpoint(run)["step"] == 2
 
 
-def test_a_network_is_measured_before_it_takes_memory(tmp_path, capsys):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert start(tmp_path / "out", "--unet-channels 8192 --unet-dim-mults 64 64", status=2) is None
-    error = one_line(capsys)
-    assert "unet_channels = " in error and "GB are free" in error
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
-
-
 @linux
 def test_what_a_checkpoint_says_survives_a_loss_of_power(tmp_path, monkeypatch):
     """The lines of metrics.jsonl are flushed before the checkpoint that vouches for them takes its place, and every
@@ -149,12 +131,8 @@ def test_the_last_two_are_kept_and_those_that_are_to_stay(tmp_path, monkeypatch,
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     run = start(tmp_path, "--max-steps 7 --checkpoint-every 2 --keep-every 3 --sample-every 1000")
-    folder = run / "checkpoints"
-    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in folder.iterdir()}
+    steps = {path.name: torch.load(path, weights_only=True)["step"] for path in (run / "checkpoints").iterdir()}
     assert steps == {"last.pt": 7, "previous.pt": 6, "step_000003.pt": 3, "step_000006.pt": 6}
-    straight = start(tmp_path / "straight", "--max-steps 3 --checkpoint-every 2 --sample-every 1000")
-    kept = torch.load(folder / "step_000003.pt", weights_only=True)
-    same(kept, checkpoint(straight), ("ema", "players", "optimizers"))
 
 
 def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
@@ -168,21 +146,15 @@ def test_data_is_found_from_another_folder(tmp_path, folder, monkeypatch):
     assert json.loads((run / "config.json").read_text())["dataset"] == str(tmp_path / "here" / "pictures")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c["config"].update(batch_size="many"), ["batch_size = 'many'", "int"]),
-    (lambda c: c["config"].update(damage=3), ["3 is given for Damage"]),
-    (lambda c: c.pop("classes"), ["it lacks classes"]),
-    (lambda c: c.pop("optimizers"), ["lacks optimizers"]),
-])
-def test_a_checkpoint_with_nonsense_in_it_is_one_line(copy, capsys, change, words):
+@pytest.mark.parametrize("part", ["classes", "optimizers"])
+def test_a_checkpoint_that_lacks_something_is_one_line(copy, capsys, part):
     state = checkpoint(copy)
-    change(state)
+    del state[part]
     for path in (copy / "checkpoints").iterdir():
         torch.save(state, path)
     capsys.readouterr()
     resume(copy, "--max-steps 6", status=2)
-    error = one_line(capsys)
-    assert all(word in error for word in words), error
+    assert f"lacks {part}" in one_line(capsys)
 
 
 # ---------------------------------------------------------------------------------------------- one trainer a folder
@@ -200,45 +172,8 @@ def test_a_disk_without_locks_is_used_without(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- the same command goes on
 
-def test_a_finished_command_says_so_and_succeeds(tmp_path, capsys):
-    run = named(tmp_path, "--max-steps 2")
-    before = checkpoint(run)
+def test_a_finished_command_says_so_and_succeeds(copy, capsys):
+    before, command = contents(copy), f"{TINY} --out-dir {copy.parent} --name {copy.name} --max-steps 4"
     capsys.readouterr()
-    named(tmp_path, "--max-steps 2")
-    assert "mine is done: step 2 of 2" in capsys.readouterr().out
-    same(checkpoint(run), before)
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--name mine --method sr3", ["method = 'sr3'", "trained with 'interpolant'"]),
-    ("--name a/b", ["name = 'a/b'", "without slashes"]),
-    ("--name ..", ["name = '..'"]),
-])
-def test_a_name_is_a_name_and_stands_for_one_network(tmp_path, capsys, flags, words):
-    named(tmp_path, "--max-steps 1")
-    capsys.readouterr()
-    assert trainer.main(f"{TINY} --out-dir {tmp_path} --max-steps 2 {flags}".split()) == 2
-    error = one_line(capsys)
-    assert all(word in error for word in words), error
-
-
-@pytest.mark.parametrize("arguments", [["--resume", ""], ["--resume="], ["--name", ""]])
-def test_an_empty_name_is_refused(capsys, arguments):
-    assert trainer.main(arguments) == 2
-    assert arguments[0].strip("-=") + " = ''" in one_line(capsys)
-
-
-# ------------------------------------------------------------------------------------------------------------ guidance
-
-def test_guidance_needs_a_trained_null_label(tmp_path, capsys):
-    for flags in ("--guidance 2 --label-drop 0", "--guidance 0 --label-drop 0 --no-overfit",
-                  "--guidance 2 --no-unet-use-classes"):
-        with pytest.raises(SettingsError, match="guidance = "):
-            trainer.read_command_line(f"{TINY} {flags}".split())
-    config, _ = trainer.read_command_line(f"{TINY} --guidance 2".split())
-    assert config.overfit and config.dropped == 0.1  # the demo drops labels where guidance needs it
-    assert Config().dropped == 0 and Config(overfit=False).dropped == 0.1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        guided = "--preset edm-cifar10-guided --overfit --max-steps 2 --solver auto --sample-steps 2"
-        assert trainer.main(f"{TINY} {guided} --out-dir {tmp_path}".split()) == 0
+    assert trainer.main(command.split()) == 0
+    assert f"{copy} is done: step 4 of 4" in capsys.readouterr().out and contents(copy) == before

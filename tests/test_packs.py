@@ -15,7 +15,7 @@ from images import SettingsError, data, packs
 from images.data import Feed, crop_corners, load
 from images.files import fit, list_images, open_image, to_tensor
 from images.folders import hold_out
-from images.photos import gather_rows, map_file
+from images.packs import gather_rows, map_file
 from images.pictures import to_float, to_uint8
 from pixels import noise, put
 

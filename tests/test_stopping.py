@@ -1,11 +1,10 @@
 """The whole run, stopped: nothing is lost, whatever ends it, and a resumed run has the same bits."""
 import errno
 import os
-import runpy
 import shutil
 import signal
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ import trainer
 from runs import (
     FINISHED,
     TINY,
-    TRAINER,
     at_step,
     checkpoint,
+    contents,
     leaves,
     linux,
     metrics,
@@ -26,12 +25,11 @@ from runs import (
     same,
     start,
     together,
-    until,
 )
 from support import logs, model
 from support.model import make_unet, run_sampler
 from support.settings import from_plain
-from trainer import Config, Trainer
+from trainer import Config
 from unet import Guided
 
 # ------------------------------------------------------------------------------------------------------------- resume
@@ -57,48 +55,33 @@ def test_resume_by_folder_or_file_wherever_it_lies(tmp_path, copy, capsys):
         assert metrics(run) == metrics(straight)
 
 
-def damage_file(path, damage):
-    content = path.read_bytes()
-    path.unlink()  # previous.pt may be the same file
-    if damage == "another program's":
-        torch.save({"model": torch.zeros(2), "step": 7}, path)
-    else:
-        flipped = content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:]  # one bit, in somebody's weights
-        path.write_bytes(dict(truncated=content[:-2000], flipped=flipped)[damage])
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "another program's"])
-def test_the_checkpoint_before_takes_a_damaged_ones_place(copy, capsys, damage):
+def test_the_checkpoint_before_takes_a_damaged_ones_place(copy, capsys):
     last, straight = copy / "checkpoints" / "last.pt", checkpoint(copy)
-    damage_file(last, damage)
+    content = last.read_bytes()
+    flipped = content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:]  # one bit, in somebody's weights
+    last.write_bytes(flipped)
     with pytest.warns(UserWarning, match="previous.pt, of step 2, takes its place"):
         resume(copy, "--max-steps 4")
     same(checkpoint(copy), straight)
-    capsys.readouterr()
     for path in (last, last.with_name("previous.pt")):
-        damage_file(path, damage)
+        path.unlink()  # the two may be one file
+        path.write_bytes(flipped)
+    capsys.readouterr()
     resume(copy, "--max-steps 6", status=2)
     error = one_line(capsys)
     assert "run = " in error and str(copy) in error
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("", ["max_steps = 4", "step 4"]),
-    ("--max-steps 3", ["max_steps = 3", "step 4"]),
-])
-def test_a_resume_that_cannot_be_changes_nothing(finished, capsys, flags, words):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+def test_a_resume_that_cannot_be_changes_nothing(tmp_path, finished, capsys):
+    before = contents(finished)
     capsys.readouterr()
-    resume(finished, flags, status=2)
-    error = one_line(capsys)
-    assert all(word in error for word in words), error
-    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-
-
-def test_no_such_run(tmp_path, capsys):
-    for run in (tmp_path, tmp_path / "nowhere"):
-        resume(run, status=2)
-        assert str(run) in one_line(capsys)
+    for run, flags, words in (
+            (finished, "", ["max_steps = 4", "step 4"]), (finished, "--max-steps 3", ["max_steps = 3", "step 4"]),
+            (tmp_path, "", [str(tmp_path)]), (tmp_path / "nowhere", "", [str(tmp_path / "nowhere")])):
+        resume(run, flags, status=2)
+        error = one_line(capsys)
+        assert all(word in error for word in words), error
+    assert contents(finished) == before
 
 
 def test_settings_of_another_version_are_ignored_with_a_warning(copy):
@@ -116,17 +99,22 @@ def test_settings_of_another_version_are_ignored_with_a_warning(copy):
 
 # ------------------------------------------------------------------------------------------------------------ signals
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, finished, number, status, capsys):
-    handler = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        run = start(tmp_path, FINISHED, status)
-    assert checkpoint(run)["step"] == 3 and checkpoint(run)["loss"][1] == 1  # half-way to the next report
-    assert signal.getsignal(number) is handler
-    assert f"--resume {run}" in capsys.readouterr().out
+def test_a_signal_saves_and_leaves(tmp_path, monkeypatch, finished, capsys):
+    """One after the other, in the default folder."""
+    monkeypatch.chdir(tmp_path)
+    command = f"{TINY} {FINISHED}".split()
+    for step, (number, status) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], 1):
+        handler = signal.getsignal(number)
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: os.kill(os.getpid(), number))
+            assert trainer.main(command) == status
+        run = next(Path("runs").iterdir())
+        assert checkpoint(run)["step"] == step and signal.getsignal(number) is handler
+        assert capsys.readouterr().out.endswith(f"go on with: python trainer.py --resume {run}\n")
+        command = ["--resume", str(run)]
     resume(run)
     same(checkpoint(run), checkpoint(finished))
+    assert metrics(run) == metrics(finished)
 
 
 def test_a_hangup_may_be_ignored(tmp_path, monkeypatch):
@@ -157,32 +145,12 @@ def test_a_signal_cuts_a_sampling_short(tmp_path, monkeypatch, finished):
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4
 
 
-@pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])
+@pytest.mark.parametrize("pause, saved", [(1.1, 2), (0, 3)])  # seconds
 def test_a_second_signal_does_not_wait_but_a_signal_may_come_twice(tmp_path, monkeypatch, pause, saved):
     at_step(monkeypatch, 3,
             lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(pause), os.kill(os.getpid(), signal.SIGINT)])
     run = start(tmp_path, "--max-steps 4 --checkpoint-every 1", 130)
     assert checkpoint(run)["step"] == saved
-
-
-def program(arguments, where):
-    """python trainer.py, less the seconds of its imports."""
-    os.chdir(where)
-    sys.argv = [str(TRAINER), *arguments]
-    runpy.run_path(str(TRAINER), run_name="__main__")
-
-
-def test_the_program_stopped_from_outside(tmp_path, process):
-    """As a scheduler stops it, in the default folders."""
-    run = process(program, f"{TINY} --checkpoint-every 1 --max-steps 10000".split(), tmp_path)
-    until(lambda: list(tmp_path.glob("runs/*/checkpoints/last.pt")), run)
-    os.kill(run.pid, signal.SIGTERM)
-    run.join(60)
-    assert run.exitcode == 143
-    said, folder = run.log.read_text(), next((tmp_path / "runs").iterdir())
-    assert "Traceback" not in said and "SIGTERM" in said
-    assert said.strip().splitlines()[-1] == f"go on with: python trainer.py --resume {folder.relative_to(tmp_path)}"
-    resume(folder, f"--max-steps {checkpoint(folder)['step'] + 1}")
 
 
 # ------------------------------------------------------------------------------------------------- never half a file
@@ -233,38 +201,20 @@ def test_the_checkpoint_is_plain_and_its_keys_are_the_networks(finished):
 
 # -------------------------------------------------------------------------------------------------- several processes
 
-def interrupted(arguments, rank, moment):
-    """One of two processes, of which rank 0 or 1 alone is sent SIGTERM in step 2: while it computes, or as it hears
-    from the other."""
-
-    def strike(*_):
-        if running and rank == (moment == "in the step") and running[0].step == 2 - (moment == "in the step"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    running, step, reduce = [], Trainer.train_step, torch.distributed.all_reduce
-
-    def train_step(self):
-        running[:] = [self]
-        if moment == "in the step":
-            strike()
-        return step(self)
-
-    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
-        reduce(tensor, op)
-        if moment == "between" and op == torch.distributed.ReduceOp.MAX:
-            strike()
-
-    Trainer.train_step, torch.distributed.all_reduce = train_step, all_reduce
+def interrupted(arguments, rank):
+    """One of two processes, of which the second alone is sent SIGTERM in step 2."""
+    if rank:
+        at_step(pytest.MonkeyPatch(), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     return trainer.main(arguments)
 
 
-@pytest.mark.parametrize("moment, every, stops_at", [("between", 1, 3), ("in the step", 50, 10)])
-def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process, moment, every, stops_at):
-    arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000 --print-loss-every {every}".split()
-    together(process, interrupted, *((arguments, rank, moment) for rank in range(2)), status=143)
+def test_a_signal_to_one_process_stops_both_in_the_same_step(tmp_path, process):
+    """When they hear of each other again."""
+    arguments = f"{TINY} --out-dir {tmp_path}/out --max-steps 1000".split()
+    together(process, interrupted, *((arguments, rank) for rank in range(2)), status=143)
     run = next((tmp_path / "out").iterdir())
-    assert checkpoint(run)["step"] == stops_at
-    resume(run, f"--max-steps {stops_at + 1}")
+    assert checkpoint(run)["step"] == 10
+    resume(run, "--max-steps 11")
 
 
 @linux

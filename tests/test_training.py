@@ -6,19 +6,16 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
-import trainer
 from images import data
 from images.corruptions import Damage
 from images.pictures import psnr, to_float
 from methods.regression import Regression
-from pixels import photo
-from runs import TINY, checkpoint, make, metrics, resume, same, start, together
+from runs import checkpoint, make, metrics, resume, same, start
 from support import model
 from support.model import make_unet
 from support.settings import from_plain
-from trainer import Config
+from trainer import Config, Trainer
 
 # Regression draws neither time nor noise, so its loss can be written out here; on one batch there are no flips either.
 # Groups of two channels: in groups of one, a bias before a norm has no gradient but rounding.
@@ -96,13 +93,6 @@ def test_steps_are_those_of_plain_torch(beginning, trained):
                 assert (found[name] - expected[name]).abs().max() < 2e-5, (step, name)
 
 
-def test_the_rate_falls_every_thousand_steps(beginning, tmp_path):
-    run = shutil.copytree(beginning["run"], tmp_path / "run")
-    torch.save(checkpoint(run) | dict(step=998, sampled=998), run / "checkpoints" / "last.pt")
-    resume(run, f"{EACH} --max-steps 1001 --base-lr 1e-3 --lr-decay 0.5")
-    assert [state["optimizers"][0]["param_groups"][0]["lr"] for state in states(run)] == [1e-3, 1e-3, 5e-4]
-
-
 def test_pictures_are_of_the_averaged_weights(trained):
     z1, zlo, y = the_batch()
     state = checkpoint(trained)
@@ -112,11 +102,12 @@ def test_pictures_are_of_the_averaged_weights(trained):
     assert metrics(trained)[-1]["psnr"] == pytest.approx(averaged, abs=0.02) and abs(averaged - raw) > 0.2
 
 
-def test_each_sampling_shows_the_same_images_damage_and_noise(tmp_path):
-    run = start(tmp_path, f"{STILL} --no-overfit --task inpaint --damage.mask freeform-10-20 --sample-every 1 "
-                          "--max-steps 2")
+def test_each_sampling_shows_the_same_images_damage_and_noise(tmp_path, folder):
+    """Also before the first step."""
+    run = start(tmp_path, f"{STILL} --no-overfit --dataset {folder} --task inpaint --damage.mask freeform-10-20 "
+                          "--sample-at-start --sample-every 1 --max-steps 1")
     for name in ("step", "trace"):
-        first, second = ((run / "samples" / f"{name}_00000{step}.png").read_bytes() for step in (1, 2))
+        first, second = ((run / "samples" / f"{name}_00000{step}.png").read_bytes() for step in (0, 1))
         assert first == second
 
 
@@ -134,18 +125,21 @@ def test_the_lowest_loss_is_not_the_last(tmp_path):
 
 
 def test_the_speed_does_not_count_samplings(tmp_path, monkeypatch):
-    original, slept = model.sample_for_pictures, []
+    clock = [0.0]
 
-    def slow(*arguments):
-        if not slept:  # after step 3, between the losses of step 2 and 4
-            slept.append(time.sleep(1.5))
-        return original(*arguments)
+    def takes(seconds, function):
+        def timed(*arguments):
+            clock[0] += seconds
+            return function(*arguments)
 
-    monkeypatch.setattr(model, "sample_for_pictures", slow)
-    run = start(tmp_path, "--max-steps 4 --print-loss-every 2 --sample-every 3")
+        return timed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "train_step", takes(1, Trainer.train_step))
+    monkeypatch.setattr(model, "sample_for_pictures", takes(100, model.sample_for_pictures))
+    run = start(tmp_path, "--max-steps 4 --print-loss-every 2 --sample-every 3")  # between two losses, and at the end
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = [line["images_per_second"] for line in lines if "loss" in line]
-    assert slept and len(speeds) == 2 and speeds[1] > 2 * 4 / 1.5
+    assert [line["images_per_second"] for line in lines if "loss" in line] == [4, 4]
 
 
 def test_udpm_draws_another_level_at_each_step(tmp_path):
@@ -156,16 +150,14 @@ def test_udpm_draws_another_level_at_each_step(tmp_path):
     assert 1 < losses(run).count(0) < 11
 
 
-def test_each_process_drops_activations_of_its_own(tmp_path, process):
-    """Both have the same image: with the same activations dropped, the mean of their gradients would be that of one."""
-    (tmp_path / "data").mkdir()
-    Image.fromarray(photo(16, 16)).save(tmp_path / "data" / "only.png")
-    flags = f"{TINY} {PLAIN} {STILL} --unet-dropout 0.5 --dataset {tmp_path}/data --max-steps 1 --out-dir {tmp_path}"
-    together(process, trainer.main, *[(f"{flags}/both --batch-size 2".split(),)] * 2)
-    assert trainer.main(f"{flags}/one --batch-size 1".split()) == 0
-    one, mean = (torch.cat([moments["exp_avg"].flatten() for moments in state["optimizers"][0]["state"].values()])
-                 for state in (checkpoint(next((tmp_path / name).iterdir())) for name in ("one", "both")))
-    assert (mean - one).norm() > 0.1 * one.norm()
+def test_each_process_drops_activations_of_its_own(tmp_path):
+    gradients = []
+    for rank in range(2):
+        run = make(f"{PLAIN} {STILL} --unet-dropout 0.5 --out-dir {tmp_path / str(rank)}")
+        run.rank = rank
+        run.train_step()
+        gradients.append(run.net.out.weight.grad)
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
 
 
 def test_a_step_leaves_every_tensor_in_its_place(tmp_path):
@@ -194,29 +186,27 @@ def test_pictures_are_rarer_in_longer_runs():
     assert Config(max_steps=9000, sample_every=3000).samples_at(3000)
 
 
-@pytest.mark.parametrize("schedule, rates", [
-    ("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]),
-    ("cosine", [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])])
-def test_the_rate_follows_its_schedule_also_in_a_resumed_run(beginning, tmp_path, schedule, rates):
-    flags = f"{PLAIN} {EACH} --base-lr 1e-3 --warmup-steps 2 --lr-schedule {schedule}"
-    straight = start(tmp_path / "straight", f"{flags} --max-steps 6")
-    found = [state["optimizers"][0]["param_groups"][0]["lr"] for state in states(straight)]
-    assert found == pytest.approx([5e-4, 1e-3, *(1e-3 * rate for rate in rates)])
-    assert [line["learning_rate"] for line in metrics(straight) if "loss" in line] == pytest.approx(found, rel=1e-6)
-    half = shutil.copytree(straight, tmp_path / "half")
-    (half / "checkpoints" / "step_000003.pt").rename(half / "checkpoints" / "last.pt")
-    resume(half)
-    same(checkpoint(half), checkpoint(straight))
+@pytest.mark.parametrize("settings, rates", [
+    (dict(lr_schedule="constant"), {0: 0.5, 1: 1, 5: 1}),
+    (dict(lr_schedule="linear"), {0: 0.5, 2: 1, 3: 0.75, 5: 0.25}),
+    (dict(lr_schedule="cosine"), {0: 0.5, 3: (2 + 2**0.5) / 4, 4: 0.5, 5: (2 - 2**0.5) / 4}),
+    (dict(lr_decay=0.5, max_steps=9999), {999: 1, 1000: 0.5, 2999: 0.25})])
+def test_the_rate_follows_its_schedule(settings, rates):
+    config = Config(**dict(base_lr=1, warmup_steps=2, max_steps=6) | settings)
+    assert {step: config.rate(step) for step in rates} == pytest.approx(rates)
 
 
-def test_the_log_has_the_gradients_norm_and_the_loss_on_held_out_images(trained, tmp_path):
-    assert all(line["gradient_norm"] > 2 * CLIP for line in metrics(trained) if "loss" in line)
+def test_the_log_has_the_gradients_norm_the_rate_and_the_loss_on_held_out_images(trained, tmp_path):
+    lines = [line for line in metrics(trained) if "loss" in line]
+    assert all(line["gradient_norm"] > 2 * CLIP for line in lines)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([RATE * step / 4 for step in (1, 2, 3)])
     run = start(tmp_path, f"{PLAIN} {STILL} --no-overfit --sample-every 1 --max-steps 2 --sample-count 4")
     state, (first, second) = checkpoint(run), [line["held_out_loss"] for line in metrics(run) if "nfe" in line]
-    z1 = to_float(data.load("shapes", 16).test)[data.batch_indices(1000, 4, 0, 0)]
+    images, index = data.load("shapes", 16), data.batch_indices(1000, 4, 0, 0)
+    z1 = to_float(images.test[index])
     zlo, net = Damage()("sr", z1).zlo, network(state, state["ema"]).eval()
     with torch.no_grad():
-        guess = zlo + net(zlo, torch.zeros(4), data.load("shapes", 16).test_y[data.batch_indices(1000, 4, 0, 0)], zlo)
+        guess = zlo + net(zlo, torch.zeros(4), images.test_y[index], zlo)
     assert first == second == pytest.approx((guess - z1).square().mean().item(), rel=1e-4)
 
 
@@ -226,12 +216,6 @@ def test_udpm_logs_its_loss_by_part_and_its_discriminators(tmp_path):
     lines = [line for line in metrics(run) if "loss" in line]
     assert all(line["loss"] == pytest.approx(line["loss_l1"] + line["loss_adversarial"], abs=2e-6) for line in lines)
     assert all(line["loss_discriminator"] > 0 for line in lines)
-
-
-def test_pictures_before_the_first_step(tmp_path):
-    run = start(tmp_path, "--sample-at-start --max-steps 2 --sample-every 2")
-    assert [line["step"] for line in metrics(run) if "nfe" in line] == [0, 2]
-    assert (run / "samples" / "step_000000.png").exists()
 
 
 def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
