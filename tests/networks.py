@@ -17,20 +17,10 @@ from methods.udpm import UDPM
 from ode_int import solve
 
 
-class Plain:
-    """A function net(x, t, y, cond) with what unet.Network has beside its call."""
+class Spy:
+    """A function net(x, t, y, cond) with what unet.Network has beside its call. It remembers what it was given."""
 
     num_classes, upscale = 0, 1
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, x, t, y=None, cond=None):
-        return self.function(x, t, y, cond)
-
-
-class Spy(Plain):
-    """Remembers what the network was given."""
 
     def __init__(self, function):
         self.function, self.seen = function, []
@@ -67,11 +57,9 @@ def sample_by(method, solver, steps, net, batch: Batch, trace=None, seed=4) -> T
 def s2_table(method: I2SB) -> np.ndarray:
     """I2SB's variances from the definition, one interval after another."""
     low, high = BETA_MIN**0.5, (method.beta_max / method.n) ** 0.5
-    s2 = [0.0]
-    for k in range(method.n):
-        i = min(k, method.n - 1 - k)
-        s2.append(s2[-1] + (low + (high - low) * i / (method.n - 1)) ** 2)
-    return np.array(s2)
+    i = np.arange(method.n)
+    from_end = np.minimum(i, i[::-1])
+    return np.append(0, np.cumsum((low + (high - low) * from_end / (method.n - 1)) ** 2))
 
 
 def s2_at(method: I2SB, t: Tensor) -> Tensor:
@@ -156,8 +144,3 @@ def wiggly(x, t, y, cond):
     out = 1.5 * (x + t[:, None, None, None]).sin()
     out = out if y is None else out + 0.1 * y[:, None, None, None]
     return out if cond is None else out + 0.3 * cond[:, :2] * x
-
-
-def larger(x, t, y, cond):
-    """Such a network of twice its input's sides."""
-    return F.interpolate(wiggly(x, t, y, cond), scale_factor=2)

@@ -15,33 +15,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import trainer
-from images import data
 from images.corruptions import TASKS
 from methods.udpm import UDPM
 from runs import checkpoint, copied_at, finite, metrics, resume, same
 from trainer import Trainer
 
-METHODS = {  # few network evaluations, and no download
-    "interpolant": "--solver heun --sample-steps 2",
-    "sr3": "--sample-steps 3",
-    "i2sb": "--sample-steps 3",
-    "edm": "--sample-steps 2",
-    "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8",
-    "flowmap": "--sample-steps 2",
-    "regression": "",
+METHODS = {  # flags for few network evaluations, without a download, and the NFE by them
+    "interpolant": ("--solver heun --sample-steps 2", 5),
+    "sr3": ("--sample-steps 3", 3),
+    "i2sb": ("--sample-steps 3", 3),
+    "edm": ("--sample-steps 2", 3),
+    "udpm": ("--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8", 3),
+    "flowmap": ("--sample-steps 2", 2),
+    "regression": ("", 1),
 }
-NFE = {"interpolant": 5, "sr3": 3, "i2sb": 3, "edm": 3, "udpm": 3, "flowmap": 2, "regression": 1}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """clean/ of two classes and damaged/ with the same names: 12 pictures, one of them held out."""
-    root = tmp_path_factory.mktemp("pictures")
-    for i, image in enumerate(data.load("shapes", 16, limit=12).train.permute(0, 2, 3, 1).numpy()):
-        for kind, pixels in (("clean", image), ("damaged", image // 4)):
-            path = root / kind / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+def damaged(folder, tmp_path_factory) -> Path:
+    """The pictures of `folder`, darker."""
+    root = tmp_path_factory.mktemp("damaged")
+    for path in folder.rglob("*.png"):
+        (root / path.parent.name).mkdir(exist_ok=True)
+        Image.open(path).point(lambda level: level // 4).save(root / path.relative_to(folder))
     return root
 
 
@@ -50,7 +46,7 @@ def pictures(tmp_path_factory) -> Path:
 # for every ODE.
 RK4 = "--solver rk4 --sample-steps 2"
 CASES = [
-    *((method, "sr,inpaint", "", nfe) for method, nfe in NFE.items()),
+    *((method, "sr,inpaint", "", nfe) for method, (_, nfe) in METHODS.items()),
     ("interpolant", "generate", "--no-unet-use-classes", 5),
     ("sr3", "generate", "--channels 1", 3),
     ("edm", "generate", "--guidance 2", 6),
@@ -67,20 +63,20 @@ CASES = [
 
 
 def test_nothing_is_left_out():
-    assert set(NFE) == set(METHODS) == set(get_args(trainer.Config.__annotations__["method"]))
+    assert set(METHODS) == set(get_args(trainer.Config.__annotations__["method"]))
     assert {task for _, task, _, _ in CASES} == {*TASKS, "sr,inpaint"}
 
 
 @pytest.mark.parametrize("method, task, more, nfe", CASES)
-def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, pictures, method, task, more, nfe):
+def test_trains_samples_and_resumes_bit_for_bit(tmp_path, monkeypatch, folder, damaged, method, task, more, nfe):
     flags = (
         "--device cpu --image-size 16 --unet-channels 8 --unet-dim-mults 1 --unet-blocks 1 --unet-dropout 0.2 "
         "--batch-size 4 --sample-count 2 --print-loss-every 1 --sample-every 2 --checkpoint-every 1 --no-use-wandb "
-        f"--dataset {pictures / 'clean'} --out-dir {tmp_path / 'runs'} "
-        f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method]} {more}"
+        f"--dataset {folder} --out-dir {tmp_path / 'runs'} "
+        f"--method {method} --task {task} --max-steps 2 --no-overfit {METHODS[method][0]} {more}"
     )
     if task == "paired":
-        flags += f" --paired-path {pictures / 'damaged'}"
+        flags += f" --paired-path {damaged}"
     half = tmp_path / "half"
     with monkeypatch.context() as patch:
         copied_at(patch, 1, half)
@@ -127,7 +123,7 @@ class Copies(TorchDispatchMode):
     [("interpolant", ",".join(task for task in TASKS if task not in ("paired", "generate"))), ("interpolant", "paired"),
      ("edm", "generate"), ("udpm", "generate"), *((method, "sr,inpaint") for method in METHODS)],
 )
-def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypatch, pictures, method, task):
+def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypatch, folder, damaged, method, task):
     """The meta device stands in for a GPU: it computes nothing, so that whoever reads a value from it breaks."""
     monkeypatch.setattr(trainer.model, "start_states", lambda *_: None)  # dopri5 reads its error
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -135,8 +131,8 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, monkeypat
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm, foreach: clip(parameters, norm))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.found_inf)
     config = trainer.Config(method=method, task=task, overfit=False, image_size=16, batch_size=4, unet_channels=8,
-                            unet_dim_mults=(1,), unet_blocks=1, dataset=str(pictures / "clean"),
-                            paired_path=str(pictures / "damaged") if task == "paired" else None, use_wandb=False,
+                            unet_dim_mults=(1,), unet_blocks=1, dataset=str(folder),
+                            paired_path=str(damaged) if task == "paired" else None, use_wandb=False,
                             compile="off", out_dir=str(tmp_path), udpm=UDPM(lpips_weight=(0, 0, 0), disc_channels=8))
     monkeypatch.setattr(trainer.machine, "pick_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(trainer.machine, "stream", lambda *_, **__: None)  # there are none on this device

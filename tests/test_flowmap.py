@@ -7,7 +7,7 @@ from torch import nn
 
 from images.corruptions import Damage
 from methods.flowmap import FlowMap, column
-from networks import Plain
+from networks import Spy
 from ode_int import solve
 from unet import Tiled, Unet
 
@@ -128,4 +128,4 @@ def test_tiles_take_both_times():
         return z * times[:, :1, None, None] + times[:, 1:, None, None]
 
     z, at = torch.randn(2, 3, 64, 64), torch.tensor([[0.1, 0.5], [0.4, 0.2]])
-    torch.testing.assert_close(Tiled(Plain(net), 64, 32, 8, 4)(z, at), net(z, at, None, None))
+    torch.testing.assert_close(Tiled(Spy(net), 64, 32, 8, 4)(z, at), net(z, at, None, None))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from methods.i2sb import I2SB
-from networks import Plain
+from networks import Spy
 from pixels import get, photo, put
 from unet import Tiled, windows
 from untrained import METHODS, make_run, run
@@ -61,7 +61,7 @@ def test_no_seam_where_tiles_disagree():
 
     x = torch.zeros(1, 1, 64, 256)
     x[..., 128:] = 1
-    out = Tiled(Plain(net), 64, 64, 1, 64)(x, torch.zeros(1))
+    out = Tiled(Spy(net), 64, 64, 1, 64)(x, torch.zeros(1))
     assert out[..., 0, 0].item() == 0 and out[..., -1].mean() == 1  # tiles differ by up to 40/64 ...
     assert out.diff(dim=3).abs().max() < 40 / 64 * 1.6 / 8  # ... and a smooth step over 8 pixels is at most 1.5/8 steep
 

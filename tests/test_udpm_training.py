@@ -87,44 +87,34 @@ def test_discriminator_loss_with_a_linear_discriminator(level):
     torch.testing.assert_close(*(torch.autograd.grad(each.sum(), w) for each in (value, expected)))
 
 
+class Dropping(Toy):
+    def forward(self, x, t, y, cond):
+        return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
+
+
 @LEVELS
 def test_each_loss_leaves_the_other_network_alone(level):
-    batch, net = make_batch(), Toy()
-    loss, disc, disc_loss = players(PLAIN, net)
-    modes = []
-    disc.stem.register_forward_hook(lambda module, inputs, output: modes.append((disc.training, output.dtype)))
+    batch, net, seen = make_batch(), Dropping(), []
+    loss, disc, disc_loss = players(replace(PLAIN, disc_noise=0.0), net)
+    disc.stem.register_forward_hook(lambda module, inputs, output: seen.append((disc.training, output.dtype, *inputs)))
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(net, at_level(level, batch)).mean()
     assert all(p.requires_grad for p in disc.parameters())
     value.backward()
-    assert modes == [(False, torch.float32)]  # dropout only while it learns itself
+    assert [which[:2] for which in seen] == [(False, torch.float32)]  # dropout only while it learns itself
     assert all(p.grad is None for p in disc.parameters())
     assert net.up.weight.grad.abs().max() > 0  # level 3: by the discriminator alone
     net.zero_grad()
+    value = disc_loss(disc, at_level(level, batch)).mean()
+    x, t, _, _ = net.seen[1]
+    torch.testing.assert_close(seen[1][2], net.up(x) + t[:, None, None, None])  # images made without dropout
+    assert net.training and net.up.training
     with torch.autocast("cpu", torch.bfloat16):
         value = disc_loss(disc, at_level(level, batch)).mean()
     value.backward()
-    assert modes[1:] == [(True, torch.float32)] * 2
+    assert [which[:2] for which in seen[1:]] == [(True, torch.float32)] * 4
     assert all(p.grad is None for p in net.parameters())
     assert all(p.grad is not None for p in disc.parameters())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_discriminator_judges_images_made_without_dropout(training):
-    class Dropping(Toy):
-        def forward(self, x, t, y, cond):
-            return F.dropout(super().forward(x, t, y, cond), 0.5, self.training)
-
-    batch, net, shown = at_level(1, make_batch()), Dropping().train(training), []
-    method = replace(PLAIN, disc_noise=0.0)
-    loss, disc, disc_loss = players(method, net)
-    disc.stem.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
-    disc_loss(disc, batch)
-    x, t, _, _ = net.seen[0]
-    torch.testing.assert_close(shown[0], net.up(x) + t[:, None, None, None])
-    assert net.training == net.up.training == training
-    loss(net, batch)  # its own loss leaves the mode alone
-    assert net.training == training
 
 
 def test_discriminator_compares_the_images_of_a_batch_and_knows_level_class_and_condition():
