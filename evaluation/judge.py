@@ -35,21 +35,9 @@ import ode_int
 from evaluation.calibration import calibration_scores, spread_skill, unevenness
 from evaluation.classifier import Classifier, cached, digest, pieces
 from evaluation.elsewhere import find_pictures, read_pictures
-from evaluation.metrics import (
-    COLUMNS,
-    DRAWN,
-    METRICS,
-    TABLE,
-    Samples,
-    across,
-    across_without,
-    frechet,
-    gaussian,
-    jackknife,
-    mean_without,
-    read_statistics,
-    without_each_group,
-)
+from evaluation.errors import jackknife, without_each_group
+from evaluation.frechet import across, across_without, frechet, gaussian, read_statistics
+from evaluation.metrics import COLUMNS, TABLE, Samples
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, task_names
 from images.files import user_path
@@ -62,12 +50,12 @@ from trainer import Config
 class Judge:
     """Scores samples for `count` test images of a run's data set: always the same images, damage and noise.
 
-    metrics: names out of METRICS. epochs: of the classifier's training. cache: folder where it is kept afterwards.
-    fid_statistics: see metrics.read_statistics; FID of all samples to these is measured too, as "fid_given".
+    metrics: names out of TABLE. epochs: of the classifier's training. cache: folder where it is kept afterwards.
+    fid_statistics: see frechet.read_statistics; FID of all samples to these is measured too, as "fid_given".
     `why`: metric -> why it is not measured.
     """
 
-    def __init__(self, config: Config, device: torch.device, metrics=METRICS, count=1000, batch_size=200, seed=0,
+    def __init__(self, config: Config, device: torch.device, metrics=tuple(TABLE), count=1000, batch_size=200, seed=0,
                  epochs=8, cache=Path("runs/cache"), fid_statistics: str | None = None):
         self.device = device
         self.metrics = metrics
@@ -189,13 +177,13 @@ class Judge:
         errors, without = {}, {}
         if self.count > 1:
             errors = {metric: (values[metric].std(0) / math.sqrt(self.count)).tolist() for metric in found}
-            without = {metric: mean_without(values[metric]) for metric in found
-                       if metric in TABLE | DRAWN and (TABLE | DRAWN)[metric].arrow}
-        for metric, function in dict(spread_skill=spread_skill, unevenness=unevenness).items():
-            if "ranks" in values and self.count > 1:
-                found[metric] = function(values, draws)
-                without[metric] = [function({name: value[kept] for name, value in values.items()}, draws)
-                                   for kept in without_each_group(self.count)]
+            without = {metric: without_each_group(lambda kept: values[metric][kept].mean().item(), self.count)
+                       for metric in found if metric in COLUMNS and COLUMNS[metric].arrow}
+        if self.count > 1 and "ranks" in values:
+            for metric, figure in dict(spread_skill=spread_skill, unevenness=unevenness).items():
+                found[metric] = figure(values, draws)
+                without[metric] = without_each_group(
+                    lambda kept: figure({name: value[kept] for name, value in values.items()}, draws), self.count)
                 errors[metric] = jackknife(without[metric])
         for metric in self.truth:
             ours = [gaussian(half) for half in self.halves(values[metric])]
@@ -203,14 +191,13 @@ class Judge:
         if self.given:
             found["fid_given"] = frechet(gaussian(values["fid"]), self.given)
         if "frechet" in self.truth and self.half > 2:
-            halves = self.halves(values["frechet"]), self.halves(self.truth["frechet"])
-            without["frechet"] = across_without(*halves)
+            without["frechet"] = across_without(self.halves(values["frechet"]), self.halves(self.truth["frechet"]))
             errors["frechet"] = jackknife(without["frechet"])
-        asked = [metric for metric in TABLE if metric in self.metrics]
-        wanted = [metric for metric in (*asked, *DRAWN, "fid_given") if metric in found]
-        return {metric: found[metric] for metric in (*wanted, "seconds")} | dict(
-            errors={metric: errors[metric] for metric in wanted if metric in errors},
-            without={metric: without[metric] for metric in wanted if metric in without})
+        seconds = found.pop("seconds")
+        found = {metric: found[metric] for metric in COLUMNS if metric in found}
+        return found | dict(
+            seconds=seconds, errors={metric: errors[metric] for metric in found if metric in errors},
+            without={metric: without[metric] for metric in found if metric in without})
 
     def scores(self, config: Config, labels: bool, make: Callable, number: int, left_out,
                draws: int) -> dict[str, Tensor]:

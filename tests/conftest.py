@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 import evaluate
-import trainer
 from evaluation import judge as judging
 from images import data
 from measured import FLAGS, LOCAL, SIDE, TEST
-from runs import FINISHED, SERVER, child, draw_pictures, start
+from runs import FINISHED, METHODS, SERVER, child, draw_pictures, start
 from trainer import Config
 
 os.environ |= dict(WANDB_MODE="offline", OMP_NUM_THREADS="1")  # no test talks to a server; for processes of their own
@@ -124,19 +123,22 @@ def judge(config):
     return judging.Judge(config, torch.device("cpu"), LOCAL, count=40, batch_size=16, epochs=30)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """evaluate.py draws no plot, as without matplotlib, and counts no operations of training: they take seconds."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(evaluate, "training_flops", lambda *_: 1.0)
+
+
 @pytest.fixture(scope="session")
 def runs(drawings, tmp_path_factory):
     """Two tiny runs: an interpolant and a UDPM, whose discriminator counts too."""
-    own = {"interpolant": "--solver euler --sample-steps 1", "udpm": "--udpm.lpips-weight 0 0 0 --udpm.disc-channels 8"}
+    own = {"interpolant": "--solver euler --sample-steps 1", "udpm": METHODS["udpm"]}
 
     def make(out):
         for method, flags in own.items():
-            common = (
-                f"--preset small --dataset {drawings} --task sr --image-size 16 --unet-channels 8 --unet-dim-mults 1 2 "
-                "--unet-blocks 1 --no-overfit --batch-size 4 --no-use-wandb --device cpu --precision fp32 "
-                f"--sample-count 2 --max-steps 2 --method {method} --out-dir {out / method}"
-            )
-            assert trainer.main(f"{common} {flags}".split()) == 0
+            start(out / method, f"--preset small --dataset {drawings} --unet-dim-mults 1 2 --no-overfit --precision "
+                  f"fp32 --max-steps 2 --method {method} {flags}")
 
     out = once(tmp_path_factory, "runs", make)
     return [str(path) for method in own for path in (out / method).iterdir()]

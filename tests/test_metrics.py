@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 
 from evaluation import errors as errors_of
+from evaluation import frechet, metrics
 from evaluation import judge as judging
-from evaluation import metrics
 from images.corruptions import Damage
 from images.pictures import psnr, to_uint8
 from measured import EXACT, SIDE
@@ -23,9 +23,9 @@ def test_frechet_against_scipys_matrix_square_root():
     x, y = random.normal(size=(40, 6)) @ random.normal(size=(6, 6)), random.normal(size=(30, 6)) + 0.3
     c1, c2 = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    one, other = metrics.gaussian(torch.tensor(x)), metrics.gaussian(torch.tensor(y))
-    assert metrics.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
-    assert metrics.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
+    one, other = frechet.gaussian(torch.tensor(x)), frechet.gaussian(torch.tensor(y))
+    assert frechet.frechet(one, other) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet.frechet(other, one) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_frechet_with_more_features_than_images():
@@ -33,10 +33,10 @@ def test_frechet_with_more_features_than_images():
     random = np.random.default_rng(2)
     x, y = torch.tensor(random.normal(size=(12, 4))), torch.tensor(random.normal(size=(9, 4)) + 0.1)
     turn = torch.linalg.qr(torch.tensor(random.normal(size=(300, 4)))).Q.T
-    expected = metrics.frechet(metrics.gaussian(x), metrics.gaussian(y))
-    one, other = metrics.gaussian(x @ turn), metrics.gaussian(y @ turn)
-    assert metrics.frechet(one, other) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet(one, one) == pytest.approx(0, abs=1e-9)
+    expected = frechet.frechet(frechet.gaussian(x), frechet.gaussian(y))
+    one, other = frechet.gaussian(x @ turn), frechet.gaussian(y @ turn)
+    assert frechet.frechet(one, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet.frechet(one, one) == pytest.approx(0, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------- single metrics
@@ -122,7 +122,7 @@ def test_errors_of_means_are_those_of_their_images(judge, config):
     without = score["without"]
     assert without.keys() == errors.keys() - {"bias"}
     assert without["psnr"] == pytest.approx([np.mean(np.delete(decibels, np.s_[g::20])) for g in range(20)], rel=1e-5)
-    assert errors["frechet"] == metrics.jackknife(without["frechet"])
+    assert errors["frechet"] == errors_of.jackknife(without["frechet"])
     bright = (z1.mean((1, 2, 3)) > -0.1).double().mean().item()
     grey = judge(config, False, lambda batch: torch.full_like(batch.z1, 0.3))  # all are called bright
     assert grey["accuracy"] == pytest.approx(100 * bright)
@@ -139,8 +139,8 @@ def test_the_jackknife_is_the_spread_over_other_images(shift, scale, largest):
         noise = torch.randn(800, 4, generator=generator)
         ours = shift + scale * (0.8 * truth + 0.6 * noise)  # samples follow the truth
         pairs = ours.split(400), truth.split(400)
-        found.append(metrics.across(*([metrics.gaussian(half) for half in pair] for pair in pairs)))
-        errors.append(metrics.jackknife(metrics.across_without(*pairs)))
+        found.append(frechet.across(*([frechet.gaussian(half) for half in pair] for pair in pairs)))
+        errors.append(errors_of.jackknife(frechet.across_without(*pairs)))
     expected = 4 * (shift**2 + (scale - 1) ** 2)
     spread, error = np.std(found, ddof=1), math.sqrt(np.mean(np.square(errors)))
     assert np.mean(found) == pytest.approx(expected, abs=0.1)
@@ -157,9 +157,9 @@ def test_the_jackknife_leaves_out_each_image_once():
         figures.append(sum((a[h].mean() - b[1 - h].mean()) ** 2 + (a[h].std(ddof=1) - b[1 - h].std(ddof=1)) ** 2
                            for h in (0, 1)) / 2)
     expected = math.sqrt(2 / 3 * sum((f - np.mean(figures)) ** 2 for f in figures))
-    without = metrics.across_without(torch.tensor(ours), torch.tensor(truth))
+    without = frechet.across_without(torch.tensor(ours), torch.tensor(truth))
     assert without == pytest.approx(figures, rel=1e-6)
-    assert metrics.jackknife(without) == pytest.approx(expected, rel=1e-6)
+    assert errors_of.jackknife(without) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_error_of_a_difference_is_its_spread_over_other_images():
@@ -172,11 +172,13 @@ def test_the_error_of_a_difference_is_its_spread_over_other_images():
         for shift in (0.5, 0.6):
             ours = shift + 0.95 * truth + 0.3 * torch.randn(800, 4, generator=generator)
             pairs = ours.split(400), truth.split(400)
-            figures = dict(frechet=metrics.across(*([metrics.gaussian(half) for half in pair] for pair in pairs)),
+            figures = dict(frechet=frechet.across(*([frechet.gaussian(half) for half in pair] for pair in pairs)),
                            psnr=ours.square().mean().item())
-            without = dict(frechet=metrics.across_without(*pairs), psnr=metrics.mean_without(ours.square().mean(1)))
+            square = ours.square().mean(1)
+            without = dict(frechet=frechet.across_without(*pairs),
+                           psnr=errors_of.without_each_group(lambda kept: square[kept].mean().item(), len(square)))
             rows.append(figures | dict(
-                without=without, seed_errors={}, errors={m: metrics.jackknife(t) for m, t in without.items()}))
+                without=without, seed_errors={}, errors={m: errors_of.jackknife(t) for m, t in without.items()}))
         found.append([rows[0][m] - rows[1][m] for m in without])
         errors.append([errors_of.error_of_difference(*rows, m) for m in without])
         apart.append([math.hypot(*(row["errors"][m] for row in rows)) for m in without])
