@@ -16,26 +16,17 @@ from pixels import noise, put, solid
 pytestmark = pytest.mark.filterwarnings("ignore")  # those that matter are asserted
 
 
-def picture(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4)).save(path)
-
-
 # ------------------------------------------------------------------------------------------------------------- folders
 
-def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path):
+def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path, monkeypatch):
     """Opening a pipe waits for whoever writes to it, for ever if no one does."""
-    picture(tmp_path / "a.png")
+    solid(tmp_path / "a.png", 0)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as server:
-        here = os.getcwd()
-        os.chdir(tmp_path)  # a socket's path must be short
-        try:
-            server.bind("socket.png")
-        finally:
-            os.chdir(here)
+        server.bind("socket.png")
         images = load(str(tmp_path), 8)
     assert [line.split("/")[-1] for line in images.left_out] == [
         f"{name}.png: is not a file; replace or remove it" for name in ("link", "pipe", "socket", "zero")]
@@ -43,28 +34,22 @@ def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path):
 
 def test_each_real_folder_is_entered_once(tmp_path):
     for name in ("in/b/1.png", "in/2.png", "out/3.png", "out/deep/4.png"):
-        picture(tmp_path / name)
+        solid(tmp_path / name, 0)
     for link, target in {
         "in/b/up": "..",  # a circle
         "in/y": "../out", "in/x": "../out",  # two ways to a folder: the first in the alphabet
         "in/c": "../out/deep",  # one link leads there as well, and comes before x/deep
         "out/back": "../in",
         "in/e.png": "../out",  # an image's ending does not make an image
+        "in/f.png": "2.png",  # a link to a file is a file: one mask under the names of several images, say
     }.items():
         (tmp_path / link).symlink_to(target)
-    assert list_images(tmp_path / "in") == ["2.png", "b/1.png", "c/4.png", "e.png/3.png"]
-
-
-def test_a_link_to_a_file_is_a_file(tmp_path):
-    """One mask under the names of several images, say."""
-    picture(tmp_path / "a.png")
-    (tmp_path / "b.png").symlink_to("a.png")
-    assert list_images(tmp_path) == ["a.png", "b.png"]
+    assert list_images(tmp_path / "in") == ["2.png", "b/1.png", "c/4.png", "e.png/3.png", "f.png"]
 
 
 @pytest.mark.parametrize("target, reason", [("self.png", "symbolic links"), ("missing", "No such file")])
 def test_a_link_that_leads_nowhere_is_named_where_it_is_read(tmp_path, target, reason):
-    picture(tmp_path / "a.png")
+    solid(tmp_path / "a.png", 0)
     (tmp_path / "self.png").symlink_to(target)
     assert list_images(tmp_path) == ["a.png", "self.png"]
     with pytest.raises(DatasetError, match=f"self.png: can't be read as an image .*{reason}"):
@@ -72,8 +57,7 @@ def test_a_link_that_leads_nowhere_is_named_where_it_is_read(tmp_path, target, r
 
 
 def test_a_folder_that_can_not_be_opened_is_named(tmp_path, monkeypatch):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "secret" / "b.png")
+    solid(tmp_path / "a.png", 0), solid(tmp_path / "secret/b.png", 0)
     scandir = os.scandir
 
     def closed(path):
@@ -91,10 +75,8 @@ def test_a_folder_that_can_not_be_opened_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 def test_pixels_that_are_no_numbers_are_refused(tmp_path, wrong):
     pixels = np.full((4, 4), 0.5, np.float32)
-    Image.fromarray(pixels).save(tmp_path / "good.tif")
-    assert set(open_image(tmp_path / "good.tif", 1).tobytes()) == {128}
     pixels[1, 2] = wrong
-    Image.fromarray(pixels).save(tmp_path / "bad.tif")
+    put(tmp_path / "bad.tif", pixels)
     with pytest.raises(DatasetError, match="bad.tif: some of its pixels are NaN or infinite; "):
         open_image(tmp_path / "bad.tif")
     with pytest.raises(DatasetError, match="image: some"):
@@ -197,12 +179,10 @@ def test_a_profile_that_changes_nothing_leaves_the_bits(tmp_path, icc):
 def test_what_is_transparent_in_a_mask_is_kept(tmp_path):
     """White strokes on a transparent layer, as drawing programs save them; and plain black and white."""
     strokes = noise(8, 8) > 128
-    layer = np.full((8, 8, 4), 255, np.uint8)
-    layer[..., 3] = 255 * strokes
-    put(tmp_path / "layer.png", layer)
-    put(tmp_path / "plain.png", 255 * strokes.astype(np.uint8))
-    for name in ("layer.png", "plain.png"):
-        np.testing.assert_array_equal(mask_of(files.load(tmp_path / name))[0], strokes)
+    plain = 255 * strokes.astype(np.uint8)
+    layer = np.dstack([np.full((8, 8, 3), 255, np.uint8), plain])
+    for pixels in (plain, layer):
+        np.testing.assert_array_equal(mask_of(Image.fromarray(pixels))[0], strokes)
 
 
 def test_a_user_that_does_not_exist_is_named():

@@ -127,7 +127,7 @@ def test_draws_that_were_interrupted_go_on(same, tmp_path):
     assert run(same, *flags) == 0 and (tmp_path / "out/a_mean.png").exists()
 
 
-@pytest.mark.parametrize("factor, size", [(3, (33, 27)), (1.5, (16, 14)), (2, (22, 18))])
+@pytest.mark.parametrize("factor, size", [(3, (33, 27)), (1.5, (16, 14))])
 def test_any_enlargement(tmp_path, factor, size):
     path = make_run(tmp_path / "run", identity=True, task="sr,jpeg",
                     damage=Damage(factor=(4, 2), down="bicubic", up="bicubic"))
@@ -144,12 +144,6 @@ def test_strength_is_the_share_of_the_restoration(tmp_path):
     assert abs(images[0] - get(tmp_path / "in/a.png")).max() == 0
     inside = (images[1] > 0) & (images[1] < 255)  # what was not cut at black or white
     assert abs(images[0] + images[1] - 2 * images[0.5])[inside].max() <= 2 and (images[1] != images[0]).mean() > 0.5
-
-
-@pytest.mark.parametrize("ending", ["jfif", "avif", "jp2"])
-def test_endings_of_phones_and_browsers(same, tmp_path, ending):
-    put(tmp_path / f"in/a.{ending}", photo(16, 16), **(dict(format="JPEG") if ending == "jfif" else {}))
-    assert restored(same, tmp_path).size == (16, 16)
 
 
 def test_heic_names_the_package_that_it_needs(same, tmp_path, capsys, monkeypatch):
