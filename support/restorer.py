@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ode_int
 from images import DatasetError, SettingsError, files, one_line
-from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, to_tensor, user_path
-from images.photograph import KINDS, Photograph, read_photograph, write_photograph
+from images.files import ENDINGS, list_images, refuse_outputs, save_image, to_image, to_tensor, user_path
+from images.photograph import WRITTEN, Photograph, read_photograph
 from images.pictures import deviation, titled, to_float, to_uint8
 from support.checkpoints import EXPORTED
 from support.machine import partition
@@ -55,14 +55,30 @@ def find_images(inputs: tuple[str, ...]) -> dict[Path, tuple[Path, str]]:
     return found
 
 
-def output_names(names: dict[Path, str]) -> dict[Path, str]:
+def without_results(images: dict[Path, tuple[Path, str]], o, output: Path) -> dict[Path, str]:
+    """Of find_images -> names by path, but for what this command has made before. Raises SettingsError.
+
+    o: sample.Options. output: the folder of the results.
+    """
+    output = os.path.realpath(output)
+    among = output in {os.path.realpath(folder) for folder, _ in images.values()}  # the results lie among the images
+    if among and not o.suffix:
+        raise SettingsError(f"output = {o.output!r}: allowed is another folder than the input's, or a --suffix")
+    names = {path: name for path, (_, name) in images.items()}
+    if among:
+        return {path: name for path, name in names.items() if not stem(name).endswith(o.suffix)}
+    return {path: name for path, name in names.items() if Path(output) not in Path(os.path.realpath(path)).parents}
+
+
+def output_names(names: dict[Path, str], suffix: str) -> dict[Path, str]:
     """Names below an input's folder -> those of the results, without ending: a.jpg and a.png become a_jpg and a_png."""
-    stems, made = Counter(map(stem, names.values())), {}
+    stems, made, taken = Counter(map(stem, names.values())), {}, set()
     for path, name in names.items():
         base = stem(name) if stems[stem(name)] == 1 else stem(name) + path.suffix.replace(".", "_")
-        while base in made.values():
+        while base in taken:
             base += "_2"
-        made[path] = base
+        taken.add(base)
+        made[path] = base + suffix
     return made
 
 
@@ -100,32 +116,23 @@ class Restorer:
         images = find_images(o.input)
         one = len(images) == 1 and not user_path(o.input[0]).is_dir()
         self.before_after = o.before_after == "on" or (o.before_after == "auto" and one)
-        self.folder, self.ending, self.file = output_folder(o, "restored"), o.format, None
-        if o.output is not None and self.folder.suffix.lower() in ENDINGS:
-            self.file, self.folder, self.ending = self.folder, self.folder.parent, self.folder.suffix[1:].lower()
-            if len(images) > 1 or self.ending not in KINDS:
+        self.output, self.ending = output_folder(o, "restored"), o.format
+        if o.output is not None and self.output.suffix.lower() in ENDINGS:  # the name of the only one
+            self.ending = self.output.suffix[1:].lower()
+            if len(images) > 1 or self.ending not in WRITTEN:
                 raise SettingsError(f"output = {o.output!r}: allowed is a folder, or for one input a name with the "
-                                    f"ending {', '.join(KINDS)}")
-        self.below = self.without_results(images)  # each image's name below its folder
-        self.names = output_names(self.below)
+                                    f"ending {', '.join(WRITTEN)}")
+            self.below = {path: name for path, (_, name) in images.items()}
+            self.bases = dict.fromkeys(images, stem(str(self.output)))
+        else:
+            self.below = without_results(images, o, self.output)  # each image's name below its folder
+            names = output_names(self.below, o.suffix)
+            self.bases = {path: f"{self.output}/{name}" for path, name in names.items()}  # of results, without ending
         number, count = partition(o.partition)
         self.paths = list(self.below)[number::count]
         self.masks = None
         if o.masks is not None and user_path(o.masks).is_dir():
             self.masks = {stem(name): user_path(o.masks) / name for name in list_images(user_path(o.masks))}
-
-    def without_results(self, images: dict) -> dict[Path, str]:
-        """The images by path, but for what this command has made before. Raises SettingsError."""
-        suffix, names = self.options.suffix, {path: name for path, (_, name) in images.items()}
-        folder = Path(os.path.realpath(self.folder))
-        if self.file:
-            return names
-        if folder not in {Path(os.path.realpath(root)) for root, _ in images.values()}:
-            return {path: name for path, name in names.items() if folder not in Path(os.path.realpath(path)).parents}
-        if not suffix:
-            raise SettingsError(f"output = {self.options.output!r}: allowed is another folder than the input's, or a "
-                                "--suffix")
-        return {path: name for path, name in names.items() if not stem(name).endswith(suffix)}
 
     def run(self) -> int:
         """Exit status: 0 all are restored, 1 some are not."""
@@ -141,8 +148,7 @@ class Restorer:
             if some:
                 self.restore(some)
             done = len(self.paths) - len(self.failures) - self.skipped
-            where, cost = self.file or self.folder, self.progress.cost()
-            print(f"{done} of {len(self.paths)} images restored, in {where}: {cost}")
+            print(f"{done} of {len(self.paths)} images restored, in {self.output}: {self.progress.cost()}")
         finally:  # also when it is interrupted
             if self.skipped:
                 print(f"{self.skipped} were there already (--overwrite makes them again)")
@@ -171,16 +177,14 @@ class Restorer:
                 self.progress.left_out(o.draws)
                 continue
             self.notes.update(photo.notes)
-            if photo.alpha and KINDS[self.ending] == "JPEG":
+            if photo.alpha and self.ending in ("jpg", "jpeg"):
                 self.notes["transparency is laid over white, which a JPEG can't hold"] += 1
             for i in range(o.draws):
                 yield Draw(path, i, photo, hole)
 
     def outputs(self, path: Path) -> tuple[list[str], list[str]]:
         """The files to be written for an input: its draws, their mean and deviation; and what is shown beside them."""
-        o, base = self.options, f"{self.folder}/{self.names[path]}{self.options.suffix}"
-        if self.file:
-            base = stem(str(self.file))
+        o, base = self.options, self.bases[path]
         singles = [base] if o.draws == 1 else [f"{base}_{i + 1}" for i in range(o.draws)]
         made = [f"{single}.{self.ending}" for single in singles]
         if o.draws > 1:
@@ -214,15 +218,14 @@ class Restorer:
         try:
             sample = model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
         except (torch.OutOfMemoryError, ode_int.SolverError) as failure:
-            reason = failure
-            if isinstance(failure, torch.OutOfMemoryError):
-                reason = "out of GPU memory; lower --batch-size or --tile"
+            out_of_memory = isinstance(failure, torch.OutOfMemoryError)
+            reason = "out of GPU memory; lower --batch-size or --tile" if out_of_memory else failure
             self.failures |= {draw.path: f"{draw.path}: {reason}" for draw in draws}
             self.progress.left_out(len(draws))
             return
         trace = frames.until(sample) if o.trace else None
-        before, after = model.enlarged(zlo), model.enlarged(sample)
-        after = torch.lerp(before, after, o.strength) if o.strength < 1 else after
+        before = model.enlarged(zlo)
+        after = torch.lerp(before, model.enlarged(sample), o.strength)
         for row, draw in enumerate(draws):
             try:
                 self.save(draw, to_uint8(before[row]), to_uint8(after[row]), trace, row)
@@ -233,19 +236,16 @@ class Restorer:
     def save(self, draw: Draw, before: Tensor, after: Tensor, trace: list | None, row: int):
         """The files of a draw, its own last: where that is, nothing is missing. before and after: (C, H, W) uint8."""
         made, _ = self.outputs(draw.path)
-        path, n = made[draw.number], self.options.draws
+        path, n, quality = made[draw.number], self.options.draws, self.options.quality
         if self.before_after:  # the image as the network got it, and what became of it
             pictures = [x.expand(3, -1, -1).permute(1, 2, 0).numpy() for x in (before, after)]
-            save_png(Path(stem(path) + "_before_after.png"), Image.fromarray(titled(["before", "after"], pictures)))
+            save_image(stem(path) + "_before_after.png", Image.fromarray(titled(["before", "after"], pictures)))
         if trace:
             save_trace(path, trace, slice(row, row + 1))
-        self.write(path, draw.photo, after)
+        draw.photo.save(path, after, quality)
         if n > 1:
             self.made[draw.path].append(after)
             if len(self.made[draw.path]) == n:  # their mean, and their standard deviation
                 levels = torch.stack(self.made.pop(draw.path)).float()
-                self.write(made[n], draw.photo, levels.mean(0).round().byte())
-                save_png(Path(made[n + 1]), to_image((8 * deviation(levels)).round().clamp(max=255).byte()))
-
-    def write(self, path: str, photo: Photograph, picture: Tensor):
-        write_photograph(Path(path), photo.finish(picture), photo.about, self.options.quality)
+                draw.photo.save(made[n], levels.mean(0).round().byte(), quality)
+                save_image(made[n + 1], to_image((8 * deviation(levels)).round().clamp(max=255).byte()))
