@@ -239,11 +239,6 @@ def test_a_mixture_restores_whole_images_and_holes(tmp_path, capsys):
 
 # wrong values --------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory) -> str:
-    return make_run(tmp_path_factory.mktemp("untrained") / "run")
-
-
 @pytest.mark.parametrize("arguments, line", [
     ("", "one of --input"),
     ("--count 3 --input x", "one of --input"),
@@ -271,10 +266,10 @@ def untrained(tmp_path_factory) -> str:
     ("--input in --partition 3/3", "partition = "),
     ("--export model.pt", ".safetensors"),
 ])
-def test_wrong_values_are_one_line(untrained, tmp_path, monkeypatch, capsys, arguments, line):
+def test_wrong_values_are_one_line(identity, tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "in/a.png", photo(4, 4)), put(tmp_path / "in/b.png", photo(4, 4))
-    assert sample.main([untrained, *arguments.split()]) == 2
+    assert run(identity, *arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("sample.py: ") and line in error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing was written
