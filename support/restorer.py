@@ -104,7 +104,7 @@ class Restorer:
         """o: sample.Options. Raises SettingsError."""
         self.options, self.model, self.labels = o, model, model.label_numbers(o.label)
         self.failures, self.made = {}, defaultdict(list)  # by path: why, and the draws so far
-        self.skipped, self.notes = 0, Counter()
+        self.notes = Counter()
         if model.tasks == ["generate"]:
             raise SettingsError(f"input = {o.input}: the run makes images from noise; --count N does")
         if len(self.labels) > 1:
@@ -129,7 +129,9 @@ class Restorer:
             names = output_names(self.below, o.suffix)
             self.bases = {path: f"{self.output}/{name}" for path, name in names.items()}  # of results, without ending
         number, count = partition(o.partition)
-        self.paths = list(self.below)[number::count]
+        mine = list(self.below)[number::count]
+        self.paths = [path for path in mine if o.overwrite or not all(map(os.path.exists, self.outputs(path)[0]))]
+        self.skipped = len(mine) - len(self.paths)
         self.masks = None
         if o.masks is not None and user_path(o.masks).is_dir():
             self.masks = {stem(name): user_path(o.masks) / name for name in list_images(user_path(o.masks))}
@@ -138,17 +140,11 @@ class Restorer:
         """Exit status: 0 all are restored, 1 some are not."""
         self.progress = Progress(self.model, self.options.draws * len(self.paths), self.options.trace)
         try:
-            some = []  # the next batch
-            for draw in self.draws():
-                at_a_time = self.model.at_a_time(*draw.photo.pixels.shape[1:])
-                if some and (draw.kind != some[0].kind or len(some) == at_a_time):
-                    self.restore(some)
-                    some = []
-                some.append(draw)
-            if some:
-                self.restore(some)
-            done = len(self.paths) - len(self.failures) - self.skipped
-            print(f"{done} of {len(self.paths)} images restored, in {self.output}: {self.progress.cost()}")
+            for draws in self.batches():
+                self.restore(draws)
+                self.progress.finished(len(draws))
+            done, total = len(self.paths) - len(self.failures), len(self.paths) + self.skipped
+            print(f"{done} of {total} images restored, in {self.output}: {self.progress.cost()}")
         finally:  # also when it is interrupted
             if self.skipped:
                 print(f"{self.skipped} were there already (--overwrite makes them again)")
@@ -158,29 +154,38 @@ class Restorer:
                 print(f"not restored: {failure}", file=sys.stderr)
         return int(bool(self.failures))
 
-    def draws(self):
-        """Yields the draws of each file in turn, and notes the files that are there, or can't be restored."""
-        o, holes = self.options, "inpaint" in self.model.tasks
+    def batches(self):
+        """Yields the draws of each file in turn, neighbours of one kind together, and notes what can't be restored."""
+        o, draws = self.options, []
         for path in self.paths:
-            made, beside = self.outputs(path)
             try:
-                if all(map(os.path.exists, made)) and not o.overwrite:
-                    self.skipped += 1
-                    self.progress.left_out(o.draws)
-                    continue
-                refuse_outputs(made + beside, overwrite=True)
-                photo = read_photograph(path, self.model.config.channels, holes)
-                hole = self.read_hole(path, photo.pixels) if holes else None
-                self.model.check_size(*photo.pixels.shape[1:], path.name, o.trace)
+                photo, hole = self.read(path)
             except SettingsError as failure:
                 self.failures[path] = failure
-                self.progress.left_out(o.draws)
+                self.progress.finished(o.draws)
                 continue
             self.notes.update(photo.notes)
             if photo.alpha and self.ending in ("jpg", "jpeg"):
                 self.notes["transparency is laid over white, which a JPEG can't hold"] += 1
             for i in range(o.draws):
-                yield Draw(path, i, photo, hole)
+                draw = Draw(path, i, photo, hole)
+                at_a_time = self.model.at_a_time(*photo.pixels.shape[1:])
+                if draws and (draw.kind != draws[0].kind or len(draws) == at_a_time):
+                    yield draws
+                    draws = []
+                draws.append(draw)
+        if draws:
+            yield draws
+
+    def read(self, path: Path) -> tuple[Photograph, Tensor | None]:
+        """The image and its hole, once it is known that the result can be made and written. Raises SettingsError."""
+        made, beside = self.outputs(path)
+        refuse_outputs(made + beside, overwrite=True)
+        holes = "inpaint" in self.model.tasks
+        photo = read_photograph(path, self.model.config.channels, holes)
+        hole = self.read_hole(path, photo.pixels) if holes else None
+        self.model.check_size(*photo.pixels.shape[1:], path.name, self.options.trace)
+        return photo, hole
 
     def outputs(self, path: Path) -> tuple[list[str], list[str]]:
         """The files to be written for an input: its draws, their mean and deviation; and what is shown beside them."""
@@ -221,7 +226,6 @@ class Restorer:
             out_of_memory = isinstance(failure, torch.OutOfMemoryError)
             reason = "out of GPU memory; lower --batch-size or --tile" if out_of_memory else failure
             self.failures |= {draw.path: f"{draw.path}: {reason}" for draw in draws}
-            self.progress.left_out(len(draws))
             return
         trace = frames.until(sample) if o.trace else None
         before = model.enlarged(zlo)
@@ -231,7 +235,6 @@ class Restorer:
                 self.save(draw, to_uint8(before[row]), to_uint8(after[row]), trace, row)
             except (OSError, ValueError) as failure:  # a full disk, say, or a picture too large for its format
                 self.failures[draw.path] = f"{draw.path}: {one_line(failure)}"
-        self.progress.finished(len(draws))
 
     def save(self, draw: Draw, before: Tensor, after: Tensor, trace: list | None, row: int):
         """The files of a draw, its own last: where that is, nothing is missing. before and after: (C, H, W) uint8."""
