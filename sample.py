@@ -146,7 +146,8 @@ def generate(o: Options, model: Model) -> int:
     if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
         kinds = [f"{kind}-{label}" for kind, label in zip(kinds, labels)]
     number, of = partition(o.partition)
-    grids = [f"{folder}/grid{end}" for end in (".png", "_trace.png", "_trace.gif")] if of == 1 else []  # who has all
+    ends = (".png", "_trace.png", "_trace.gif") if of == 1 else ()  # one of several processes has not all for a grid
+    grids = [f"{folder}/grid{end}" for end in ends]
 
     jobs = [(f"{folder}/{kind}_{i + 1:04d}.png", i, label, noise_of(o, model, "", i, count))
             for kind, label in zip(kinds, labels) for i in range(count)][number::of]

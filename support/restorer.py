@@ -16,7 +16,6 @@ from images import DatasetError, SettingsError, files, one_line
 from images.files import ENDINGS, list_images, refuse_outputs, save_image, to_image, to_tensor, user_path
 from images.photograph import WRITTEN, Photograph, read_photograph
 from images.pictures import deviation, titled, to_float, to_uint8
-from support.checkpoints import EXPORTED
 from support.machine import partition
 from support.noise import noise_of
 from support.progress import Progress
@@ -34,16 +33,18 @@ def output_folder(o, kind: str) -> Path:
         return user_path(o.output)
     if partition(o.partition)[1] > 1:  # whose clocks differ
         raise SettingsError("output = None: allowed is a folder, where several processes share the images")
-    run = Path(o.run).resolve()
-    folder = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
-    if run.suffix == EXPORTED:  # what lies beside it is not its own
-        folder = Path("runs")
+    run, folder = Path(o.run).resolve(), Path("runs")  # of a file elsewhere, whose neighbours are not its own
+    if run.is_dir():
+        folder = run
+    elif run.parent.name == "checkpoints":
+        folder = run.parent.parent
     return folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def find_images(inputs: tuple[str, ...]) -> dict[Path, tuple[Path, str]]:
-    """Files, folders and patterns -> each image's path: its folder, and its name below it. Raises SettingsError."""
-    found = {}
+def find_images(inputs: tuple[str, ...]) -> tuple[dict[Path, str], set[str]]:
+    """Files, folders and patterns -> each image's path and its name below its folder; and the real paths of those
+    folders. Raises SettingsError."""
+    found, folders = {}, set()
     for text in inputs:
         path = user_path(text)
         paths = [path] if os.path.lexists(path) else list(map(Path, sorted(glob(str(path), recursive=True))))
@@ -51,23 +52,22 @@ def find_images(inputs: tuple[str, ...]) -> dict[Path, tuple[Path, str]]:
             raise SettingsError(f"input = {text!r}: there is no such file or folder")
         for path in paths:
             folder, names = (path, list_images(path)) if path.is_dir() else (path.parent, [path.name])
-            found |= {folder / name: (folder, name) for name in names}
-    return found
+            found |= {folder / name: name for name in names}
+            folders.add(os.path.realpath(folder))
+    return found, folders
 
 
-def without_results(images: dict[Path, tuple[Path, str]], o, output: Path) -> dict[Path, str]:
-    """Of find_images -> names by path, but for what this command has made before. Raises SettingsError.
+def without_results(images: dict[Path, str], folders: set[str], o, output: Path) -> dict[Path, str]:
+    """Of find_images, the images but for what this command has made before. Raises SettingsError.
 
     o: sample.Options. output: the folder of the results.
     """
-    output = os.path.realpath(output)
-    among = output in {os.path.realpath(folder) for folder, _ in images.values()}  # the results lie among the images
-    if among and not o.suffix:
+    output = Path(os.path.realpath(output))
+    if str(output) not in folders:
+        return {path: name for path, name in images.items() if output not in Path(os.path.realpath(path)).parents}
+    if not o.suffix:
         raise SettingsError(f"output = {o.output!r}: allowed is another folder than the input's, or a --suffix")
-    names = {path: name for path, (_, name) in images.items()}
-    if among:
-        return {path: name for path, name in names.items() if not stem(name).endswith(o.suffix)}
-    return {path: name for path, name in names.items() if Path(output) not in Path(os.path.realpath(path)).parents}
+    return {path: name for path, name in images.items() if not stem(name).endswith(o.suffix)}
 
 
 def output_names(names: dict[Path, str], suffix: str) -> dict[Path, str]:
@@ -113,7 +113,7 @@ class Restorer:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
         if o.strength < 1 and "inpaint" in model.tasks:
             raise SettingsError(f"strength = {o.strength}: allowed is 1 for a run that fills holes")
-        images = find_images(o.input)
+        images, folders = find_images(o.input)
         one = len(images) == 1 and not user_path(o.input[0]).is_dir()
         self.before_after = o.before_after == "on" or (o.before_after == "auto" and one)
         self.output, self.ending = output_folder(o, "restored"), o.format
@@ -122,10 +122,10 @@ class Restorer:
             if len(images) > 1 or self.ending not in WRITTEN:
                 raise SettingsError(f"output = {o.output!r}: allowed is a folder, or for one input a name with the "
                                     f"ending {', '.join(WRITTEN)}")
-            self.below = {path: name for path, (_, name) in images.items()}
+            self.below = images
             self.bases = dict.fromkeys(images, stem(str(self.output)))
         else:
-            self.below = without_results(images, o, self.output)  # each image's name below its folder
+            self.below = without_results(images, folders, o, self.output)  # each image's name below its folder
             names = output_names(self.below, o.suffix)
             self.bases = {path: f"{self.output}/{name}" for path, name in names.items()}  # of results, without ending
         number, count = partition(o.partition)

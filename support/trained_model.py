@@ -234,7 +234,7 @@ class Model:
         up = self.config.damage.up if "sr" in self.tasks else "bicubic"  # as pairs of two sizes are trained on
         return to_full_size(zlo, self.factor, up) if self.factor > 1 else zlo
 
-    def check_size(self, height: int, width: int, name: str = "image", traced: bool = False):
+    def check_size(self, height: int, width: int, name: str, traced: bool):
         """Raises SettingsError for a picture that this machine can't restore, before anything is computed."""
         if max(height, width) > LONGEST * min(height, width):
             raise SettingsError(f"{name}: its sides are {width}x{height}: allowed is up to {LONGEST:,} times as long "
