@@ -42,7 +42,7 @@ from evaluation.metrics import COLUMNS, METRICS
 from evaluation.report import cell, differences, table, write_report
 from images import SettingsError, data, one_line
 from images.corruptions import TASKS, Batch, task_names
-from images.files import save_png
+from images.files import save_image
 from images.pictures import grid, row_titles, titled
 from support import bounds, machine
 from support.bounds import Seed, between, length, require
@@ -307,7 +307,7 @@ def save_sweep(jobs: list[Job], o: Options, file: Path):
     titles = [", ".join(f"{name} {value}" for name, value in job.result["changed"].items()) for job in jobs]
     picture = np.concatenate(grids)
     picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
-    save_png(file, Image.fromarray(picture))
+    save_image(file, Image.fromarray(picture))
 
 
 def run(o: Options, arguments: list[str]):

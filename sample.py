@@ -28,7 +28,7 @@ from PIL import Image
 
 from images import SettingsError
 from images.data import MAX_BATCH
-from images.files import ENDINGS, refuse_outputs, save_png, to_image
+from images.files import ENDINGS, refuse_outputs, save_image, to_image
 from images.pictures import grid, row_titles, titled, to_float, to_uint8
 from support import bounds
 from support.bounds import Count, Positive, Seed, between
@@ -140,40 +140,39 @@ def generate(o: Options, model: Model) -> int:
     if "generate" not in model.tasks:
         raise SettingsError(f"count = {count}: the run restores damaged images (task {model.config.task}), "
                             "which --input FOLDER names")
-    folder, done, shown = output_folder(o, "generated"), 0, []
+    folder, side = output_folder(o, "generated"), model.config.image_size
     titles = ["image" if label is None else " ".join(model.classes[label].split()) for label in labels]
     kinds = [re.sub(r"[^\w-]+", "-", title) for title in titles]
     if len(set(kinds)) < len(kinds):  # names that differ in their punctuation only
         kinds = [f"{kind}-{label}" for kind, label in zip(kinds, labels)]
-    paths = [Path(f"{folder}/{kind}_{i + 1:04d}.png") for kind in kinds for i in range(count)]
-    grids = [f"{folder}/grid{end}" for end in (".png", "_trace.png", "_trace.gif")]
-
-    every = [(label, noise_of(o, model, "", i, count)) for label in labels for i in range(count)]
     number, of = partition(o.partition)
-    every, mine, side = every[number::of], paths[number::of], model.config.image_size
-    refuse_outputs([*map(str, mine), *(grids if of == 1 else [])], o.overwrite)  # no other process has all for a grid
-    progress = Progress(model, len(mine), o.trace)
+    ends = (".png", "_trace.png", "_trace.gif") if of == 1 else ()  # one of several processes has not all for a grid
+    grids = [f"{folder}/grid{end}" for end in ends]
+
+    jobs = [(f"{folder}/{kind}_{i + 1:04d}.png", i, label, noise_of(o, model, "", i, count))
+            for kind, label in zip(kinds, labels) for i in range(count)][number::of]
+    refuse_outputs([path for path, *_ in jobs] + grids, o.overwrite)
+    progress, shown = Progress(model, len(jobs), o.trace), []
     of_each = min(count, max(1, GRID // len(labels)))  # images that the grid shows; all would fill the memory
-    for some in batched(every, model.at_a_time(side, side)):
-        frames = Frames((side, side)) if o.trace and of == 1 else None
-        sample = model.sample(*model.nothing(len(some)), *zip(*some), frames)
-        if frames is not None and not done:
-            save_trace(f"{folder}/grid.png", frames.until(sample), slice(16))
-        for picture in to_uint8(sample):
-            save_png(mine[done], to_image(picture))
-            if of == 1 and done % count < of_each:
+    for some in batched(jobs, model.at_a_time(side, side)):
+        paths, numbers, each_label, noise = zip(*some)
+        frames = Frames((side, side)) if o.trace and grids and not shown else None
+        sample = model.sample(*model.nothing(len(some)), each_label, noise, frames)
+        if frames is not None:
+            save_trace(grids[0], frames.until(sample), slice(16))
+        for path, i, picture in zip(paths, numbers, to_uint8(sample)):
+            save_image(path, to_image(picture))
+            if i < of_each:
                 shown.append(picture)
-            done += 1
         progress.finished(len(some))
-    print(f"{len(mine)} images in {folder}: {progress.cost()}")
-    if of > 1:
-        return 0
-    picture = grid(to_float(torch.stack(shown)), of_each if len(labels) > 1 or o.interpolate else None)
-    if len(labels) > 1:
-        picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
-    else:
-        picture = titled(["samples" if labels == [None] else titles[0]], [picture])
-    save_png(folder / "grid.png", Image.fromarray(picture))
+    print(f"{len(jobs)} images in {folder}: {progress.cost()}")
+    if grids:
+        picture = grid(to_float(torch.stack(shown)), of_each if len(labels) > 1 or o.interpolate else None)
+        if len(labels) > 1:
+            picture = titled(["", "samples"], [row_titles(titles, len(picture)), picture])
+        else:
+            picture = titled(titles, [picture])
+        save_image(grids[0], Image.fromarray(picture))
     return 0
 
 

@@ -16,7 +16,6 @@ from images import DatasetError, SettingsError, one_line
 from support.disk import make_folder, write_atomically
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, 89 million: from there on Pillow warns, without naming the file
-SRGB = ImageCms.createProfile("sRGB")
 
 with suppress(ImportError):  # optional: photographs of phones, .heic
     import pillow_heif
@@ -38,14 +37,14 @@ def user_path(path: str) -> Path:
         raise SettingsError(f"{path}: there is no user of this name; write the folder out") from error
 
 
-def open_image(path, channels: int = 3, background: str = "white") -> Image.Image:
+def open_image(path, channels: int = 3) -> Image.Image:
     """A file of any mode -> upright 8-bit PIL image, L (channels = 1) or RGB. Raises DatasetError that names the file.
 
-    Colours are converted to sRGB where the file says which ones they are, and transparency is laid over `background`.
-    16-bit greys map 65535 to 255; floats count as [0, 1] where none is above 1, else as [0, 255]. Of an animation the
-    first frame is taken.
+    Colours are converted to sRGB where the file says which ones they are, and transparency is laid over white. 16-bit
+    greys map 65535 to 255; floats count as [0, 1] where none is above 1, else as [0, 255]. Of an animation the first
+    frame is taken.
     """
-    return flatten(load(path), channels, path, background)
+    return flatten(load(path), channels, path)
 
 
 def load(path) -> Image.Image:
@@ -117,7 +116,7 @@ def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | No
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():  # converting would change some colours by a level
             return None
-        return ImageCms.buildTransform(source, SRGB, mode, "RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
 
@@ -151,9 +150,12 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
-def save_png(path: Path, image: Image.Image):
+def save_image(path: Path | str, image: Image.Image, **how):
+    """Writes it atomically, in the format that the path's ending names. `how`: what Pillow's save takes."""
+    path = Path(path)
     make_folder(path.parent)
-    write_atomically(path, lambda f: image.save(f, format="PNG"))
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    write_atomically(path, lambda f: image.save(f, format=kind, **how))
 
 
 def refuse_outputs(paths: list[str], overwrite: bool):
@@ -175,10 +177,9 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     twice too long, bring it to `side` with bicubic (small images are enlarged), cut out the middle."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != side:
-        image = _scaled_to(image, side)
+    image = _scaled_to(image, side)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
+    return image.crop((left, top, left + side, top + side))
 
 
 def cover(image: Image.Image, side: int) -> Image.Image:

@@ -5,10 +5,9 @@ from pathlib import Path
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from images.files import FORMATS, alpha, flatten, load, to_image, to_srgb, to_tensor
-from support.disk import make_folder, write_atomically
+from images.files import FORMATS, alpha, flatten, load, save_image, to_image, to_srgb, to_tensor
 
-KINDS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # what is written, by the ending: Pillow's names
+WRITTEN = ("png", "jpg", "jpeg", "webp")  # endings of the formats that a restored photograph may have
 
 
 @dataclass
@@ -21,14 +20,19 @@ class Photograph:
     about: dict  # exif (but for the orientation) and dpi, as Pillow's save takes them
     notes: list[str]  # what is changed beside the restoration, a few words each
 
-    def finish(self, picture: Tensor) -> Image.Image:
-        """The restored (C, H, W) uint8, of any size, as grey and as transparent as the file was."""
+    def save(self, path: str, picture: Tensor, quality: int):
+        """The restored (C, H, W) uint8, of any size, as a file as grey and as transparent as this one was.
+
+        The ending names the format; in a JPEG, which has no transparency, it is laid over white.
+        """
         image = to_image(picture)
         if self.grey:
             image = image.convert("L")
         if self.alpha:
             image.putalpha(self.alpha.resize(image.size, Image.Resampling.BICUBIC))
-        return image
+            if path.endswith(("jpg", "jpeg")):
+                image = flatten(image, 1 if self.grey else 3)
+        save_image(path, image, quality=quality, subsampling=0, **self.about)  # Pillow passes over what a format lacks
 
 
 def read_photograph(path: Path, channels: int, holes: bool = False) -> Photograph:
@@ -53,13 +57,3 @@ def read_photograph(path: Path, channels: int, holes: bool = False) -> Photograp
         grey=grey,
         about={name: stored.info[name] for name in ("exif", "dpi") if stored.info.get(name)},
         notes=notes)
-
-
-def write_photograph(path: Path, image: Image.Image, about: dict, quality: int):
-    """Writes it atomically, in the format that the path's ending names; transparency is laid over white in a JPEG."""
-    kind = KINDS[path.suffix[1:].lower()]
-    if kind == "JPEG":
-        image = flatten(image, 1 if image.mode in ("L", "LA") else 3)
-    how = dict(PNG={}, JPEG=dict(quality=quality, subsampling=0), WEBP=dict(quality=quality))[kind]
-    make_folder(path.parent)
-    write_atomically(path, lambda f: image.save(f, format=kind, **how, **about))

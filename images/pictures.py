@@ -50,17 +50,12 @@ def titled(titles: list[str], pictures: list[np.ndarray]) -> np.ndarray:
     page = Image.fromarray(np.concatenate(cells, axis=1))
     left = 0
     for title, cell in zip(titles, cells, strict=True):
-        write(page, title, left + cell.shape[1] / 2, 4, room=cell.shape[1])
+        room, font = cell.shape[1] - 4, ImageFont.load_default(TITLE_SIZE)
+        if font.getlength(title) > room:
+            font = ImageFont.load_default(max(6, TITLE_SIZE * room / font.getlength(title)))
+        ImageDraw.Draw(page).text((left + cell.shape[1] / 2, 4), title, fill="black", font=font, anchor="mt")
         left += cell.shape[1]
     return np.asarray(page)
-
-
-def write(page: Image.Image, text: str, x: float, y: float, room: int):
-    """`text` centred about x, its top at y, in letters small enough for `room` pixels."""
-    font = ImageFont.load_default(TITLE_SIZE)
-    if font.getlength(text) > room - 4:
-        font = ImageFont.load_default(max(6, TITLE_SIZE * (room - 4) / font.getlength(text)))
-    ImageDraw.Draw(page).text((x, y), text, fill="black", font=font, anchor="mt")
 
 
 def row_titles(titles: list[str], height: int) -> np.ndarray:

@@ -46,9 +46,9 @@ class Graphed:
         if torch.__version__ < "2.14":  # newer ones find the streams themselves
             for piece in pieces:
                 graph.register_generator_state(piece.draws.generator)
-        self.pieces = [replace(piece, **{name: x.clone() for name, x in vars(piece).items() if torch.is_tensor(x)})
-                       for piece in pieces]
         try:
+            self.pieces = [replace(piece, **{name: x.clone() for name, x in vars(piece).items() if torch.is_tensor(x)})
+                           for piece in pieces]
             with torch.cuda.graph(graph, stream=self.stream):
                 self.update(self.pieces)
             self.graph = graph

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from images import SettingsError, one_line
-from images.files import save_png
+from images.files import save_image
 from support.disk import no_link, write_atomically
 from support.output import Attempts, warn
 
@@ -179,7 +179,7 @@ class Files:
 
     def save(self, step: int, pictures: dict):
         for name, picture in pictures.items():
-            save_png(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
+            save_image(self.folder / "samples" / f"{name}_{step:06d}.png", Image.fromarray(picture))
 
     def flush(self):
         with suppress(OSError), open(self.lines, "rb", opener=no_link) as f:

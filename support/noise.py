@@ -54,31 +54,18 @@ class NoisePerImage(Draws):
         return part
 
 
-def between_seeds(a: int, b: int, i: int, n: int, name: str) -> list[tuple]:
-    """A row of NoisePerImage: the i-th of n from the noise of seed a to that of b, for the image of that name."""
-    angle = math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
-    return [(math.cos(angle), (a, name, 0)), (math.sin(angle), (b, name, 0))]
-
-
-def perturbed(levels: int, level: int, share: float, key: tuple, other: tuple) -> list[tuple]:
-    """A row of NoisePerImage: UDPM's latent of `key`, of which `other` gives a share, 0 to 1, of one level's noise.
-
-    Raises SettingsError where the method does not have that level.
-    """
-    if not 1 <= level <= levels:
-        allowed = f"1 to {levels}" if levels else "one of a run of UDPM only"
-        raise SettingsError(f"level = {level}: allowed is {allowed}")
-    edited = levels - level  # the coarsest map is drawn first
-    return [(lambda draw: math.sqrt(1 - share**2) if draw == edited else 1.0, key),
-            (lambda draw: share if draw == edited else 0.0, other)]
-
-
 def noise_of(o, model, name: str, i: int, n: int) -> list[tuple]:
     """A row of NoisePerImage by sample.py's Options, for the i-th of an input's n images. Raises SettingsError."""
     if o.interpolate is not None:
-        return between_seeds(*o.interpolate, i, n, name)
+        angle = math.pi / 2 * i / (n - 1)  # along a circle unit noise remains unit noise
+        return [(weight, (seed, name, 0)) for weight, seed in zip((math.cos(angle), math.sin(angle)), o.interpolate)]
     if o.perturb is not None:
-        level, strength = o.perturb
+        (level, strength), levels = o.perturb, model.config.chosen.levels
+        if not 1 <= level <= levels:
+            allowed = f"1 to {levels}" if levels else "one of a run of UDPM only"
+            raise SettingsError(f"level = {level}: allowed is {allowed}")
         share = strength if i else 0.0  # the first image is shown as it was
-        return perturbed(model.config.chosen.levels, level, share, (o.seed, name, 0), (o.seed, name, "redrawn", i))
+        edited = levels - level  # the coarsest map is drawn first
+        return [(lambda draw: math.sqrt(1 - share**2) if draw == edited else 1.0, (o.seed, name, 0)),
+                (lambda draw: share if draw == edited else 0.0, (o.seed, name, "redrawn", i))]
     return [(1.0, (o.seed, name, i))]

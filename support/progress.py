@@ -22,11 +22,9 @@ class Progress:
         self.bar.update(min(share, self.bar.total - self.bar.n))
 
     def finished(self, images: int):
+        """They are made, or can't be."""
         self.done += images
         self.bar.update(self.done - self.bar.n)
-
-    def left_out(self, images: int):
-        self.bar.total -= images
 
     def cost(self) -> str:
         """--trace's own evaluations included. An evaluation in tiles counts as one."""

@@ -13,10 +13,9 @@ from torch import Tensor
 
 import ode_int
 from images import DatasetError, SettingsError, files, one_line
-from images.files import ENDINGS, list_images, refuse_outputs, save_png, to_image, to_tensor, user_path
-from images.photograph import KINDS, Photograph, read_photograph, write_photograph
+from images.files import ENDINGS, list_images, refuse_outputs, save_image, to_image, to_tensor, user_path
+from images.photograph import WRITTEN, Photograph, read_photograph
 from images.pictures import deviation, titled, to_float, to_uint8
-from support.checkpoints import EXPORTED
 from support.machine import partition
 from support.noise import noise_of
 from support.progress import Progress
@@ -34,16 +33,18 @@ def output_folder(o, kind: str) -> Path:
         return user_path(o.output)
     if partition(o.partition)[1] > 1:  # whose clocks differ
         raise SettingsError("output = None: allowed is a folder, where several processes share the images")
-    run = Path(o.run).resolve()
-    folder = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
-    if run.suffix == EXPORTED:  # what lies beside it is not its own
-        folder = Path("runs")
+    run, folder = Path(o.run).resolve(), Path("runs")  # of a file elsewhere, whose neighbours are not its own
+    if run.is_dir():
+        folder = run
+    elif run.parent.name == "checkpoints":
+        folder = run.parent.parent
     return folder / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def find_images(inputs: tuple[str, ...]) -> dict[Path, tuple[Path, str]]:
-    """Files, folders and patterns -> each image's path: its folder, and its name below it. Raises SettingsError."""
-    found = {}
+def find_images(inputs: tuple[str, ...]) -> tuple[dict[Path, str], set[str]]:
+    """Files, folders and patterns -> each image's path and its name below its folder; and the real paths of those
+    folders. Raises SettingsError."""
+    found, folders = {}, set()
     for text in inputs:
         path = user_path(text)
         paths = [path] if os.path.lexists(path) else list(map(Path, sorted(glob(str(path), recursive=True))))
@@ -51,18 +52,33 @@ def find_images(inputs: tuple[str, ...]) -> dict[Path, tuple[Path, str]]:
             raise SettingsError(f"input = {text!r}: there is no such file or folder")
         for path in paths:
             folder, names = (path, list_images(path)) if path.is_dir() else (path.parent, [path.name])
-            found |= {folder / name: (folder, name) for name in names}
-    return found
+            found |= {folder / name: name for name in names}
+            folders.add(os.path.realpath(folder))
+    return found, folders
 
 
-def output_names(names: dict[Path, str]) -> dict[Path, str]:
+def without_results(images: dict[Path, str], folders: set[str], o, output: Path) -> dict[Path, str]:
+    """Of find_images, the images but for what this command has made before. Raises SettingsError.
+
+    o: sample.Options. output: the folder of the results.
+    """
+    output = Path(os.path.realpath(output))
+    if str(output) not in folders:
+        return {path: name for path, name in images.items() if output not in Path(os.path.realpath(path)).parents}
+    if not o.suffix:
+        raise SettingsError(f"output = {o.output!r}: allowed is another folder than the input's, or a --suffix")
+    return {path: name for path, name in images.items() if not stem(name).endswith(o.suffix)}
+
+
+def output_names(names: dict[Path, str], suffix: str) -> dict[Path, str]:
     """Names below an input's folder -> those of the results, without ending: a.jpg and a.png become a_jpg and a_png."""
-    stems, made = Counter(map(stem, names.values())), {}
+    stems, made, taken = Counter(map(stem, names.values())), {}, set()
     for path, name in names.items():
         base = stem(name) if stems[stem(name)] == 1 else stem(name) + path.suffix.replace(".", "_")
-        while base in made.values():
+        while base in taken:
             base += "_2"
-        made[path] = base
+        taken.add(base)
+        made[path] = base + suffix
     return made
 
 
@@ -88,7 +104,7 @@ class Restorer:
         """o: sample.Options. Raises SettingsError."""
         self.options, self.model, self.labels = o, model, model.label_numbers(o.label)
         self.failures, self.made = {}, defaultdict(list)  # by path: why, and the draws so far
-        self.skipped, self.notes = 0, Counter()
+        self.notes = Counter()
         if model.tasks == ["generate"]:
             raise SettingsError(f"input = {o.input}: the run makes images from noise; --count N does")
         if len(self.labels) > 1:
@@ -97,52 +113,38 @@ class Restorer:
             raise SettingsError(f"masks = {o.masks!r}: the run's task, {model.config.task}, takes none")
         if o.strength < 1 and "inpaint" in model.tasks:
             raise SettingsError(f"strength = {o.strength}: allowed is 1 for a run that fills holes")
-        images = find_images(o.input)
+        images, folders = find_images(o.input)
         one = len(images) == 1 and not user_path(o.input[0]).is_dir()
         self.before_after = o.before_after == "on" or (o.before_after == "auto" and one)
-        self.folder, self.ending, self.file = output_folder(o, "restored"), o.format, None
-        if o.output is not None and self.folder.suffix.lower() in ENDINGS:
-            self.file, self.folder, self.ending = self.folder, self.folder.parent, self.folder.suffix[1:].lower()
-            if len(images) > 1 or self.ending not in KINDS:
+        self.output, self.ending = output_folder(o, "restored"), o.format
+        if o.output is not None and self.output.suffix.lower() in ENDINGS:  # the name of the only one
+            self.ending = self.output.suffix[1:].lower()
+            if len(images) > 1 or self.ending not in WRITTEN:
                 raise SettingsError(f"output = {o.output!r}: allowed is a folder, or for one input a name with the "
-                                    f"ending {', '.join(KINDS)}")
-        self.below = self.without_results(images)  # each image's name below its folder
-        self.names = output_names(self.below)
+                                    f"ending {', '.join(WRITTEN)}")
+            self.below = images
+            self.bases = dict.fromkeys(images, stem(str(self.output)))
+        else:
+            self.below = without_results(images, folders, o, self.output)  # each image's name below its folder
+            names = output_names(self.below, o.suffix)
+            self.bases = {path: f"{self.output}/{name}" for path, name in names.items()}  # of results, without ending
         number, count = partition(o.partition)
-        self.paths = list(self.below)[number::count]
+        mine = list(self.below)[number::count]
+        self.paths = [path for path in mine if o.overwrite or not all(map(os.path.exists, self.outputs(path)[0]))]
+        self.skipped = len(mine) - len(self.paths)
         self.masks = None
         if o.masks is not None and user_path(o.masks).is_dir():
             self.masks = {stem(name): user_path(o.masks) / name for name in list_images(user_path(o.masks))}
-
-    def without_results(self, images: dict) -> dict[Path, str]:
-        """The images by path, but for what this command has made before. Raises SettingsError."""
-        suffix, names = self.options.suffix, {path: name for path, (_, name) in images.items()}
-        folder = Path(os.path.realpath(self.folder))
-        if self.file:
-            return names
-        if folder not in {Path(os.path.realpath(root)) for root, _ in images.values()}:
-            return {path: name for path, name in names.items() if folder not in Path(os.path.realpath(path)).parents}
-        if not suffix:
-            raise SettingsError(f"output = {self.options.output!r}: allowed is another folder than the input's, or a "
-                                "--suffix")
-        return {path: name for path, name in names.items() if not stem(name).endswith(suffix)}
 
     def run(self) -> int:
         """Exit status: 0 all are restored, 1 some are not."""
         self.progress = Progress(self.model, self.options.draws * len(self.paths), self.options.trace)
         try:
-            some = []  # the next batch
-            for draw in self.draws():
-                at_a_time = self.model.at_a_time(*draw.photo.pixels.shape[1:])
-                if some and (draw.kind != some[0].kind or len(some) == at_a_time):
-                    self.restore(some)
-                    some = []
-                some.append(draw)
-            if some:
-                self.restore(some)
-            done = len(self.paths) - len(self.failures) - self.skipped
-            where, cost = self.file or self.folder, self.progress.cost()
-            print(f"{done} of {len(self.paths)} images restored, in {where}: {cost}")
+            for draws in self.batches():
+                self.restore(draws)
+                self.progress.finished(len(draws))
+            done, total = len(self.paths) - len(self.failures), len(self.paths) + self.skipped
+            print(f"{done} of {total} images restored, in {self.output}: {self.progress.cost()}")
         finally:  # also when it is interrupted
             if self.skipped:
                 print(f"{self.skipped} were there already (--overwrite makes them again)")
@@ -152,35 +154,42 @@ class Restorer:
                 print(f"not restored: {failure}", file=sys.stderr)
         return int(bool(self.failures))
 
-    def draws(self):
-        """Yields the draws of each file in turn, and notes the files that are there, or can't be restored."""
-        o, holes = self.options, "inpaint" in self.model.tasks
+    def batches(self):
+        """Yields the draws of each file in turn, neighbours of one kind together, and notes what can't be restored."""
+        o, draws = self.options, []
         for path in self.paths:
-            made, beside = self.outputs(path)
             try:
-                if all(map(os.path.exists, made)) and not o.overwrite:
-                    self.skipped += 1
-                    self.progress.left_out(o.draws)
-                    continue
-                refuse_outputs(made + beside, overwrite=True)
-                photo = read_photograph(path, self.model.config.channels, holes)
-                hole = self.read_hole(path, photo.pixels) if holes else None
-                self.model.check_size(*photo.pixels.shape[1:], path.name, o.trace)
+                photo, hole = self.read(path)
             except SettingsError as failure:
                 self.failures[path] = failure
-                self.progress.left_out(o.draws)
+                self.progress.finished(o.draws)
                 continue
             self.notes.update(photo.notes)
-            if photo.alpha and KINDS[self.ending] == "JPEG":
+            if photo.alpha and self.ending in ("jpg", "jpeg"):
                 self.notes["transparency is laid over white, which a JPEG can't hold"] += 1
             for i in range(o.draws):
-                yield Draw(path, i, photo, hole)
+                draw = Draw(path, i, photo, hole)
+                at_a_time = self.model.at_a_time(*photo.pixels.shape[1:])
+                if draws and (draw.kind != draws[0].kind or len(draws) == at_a_time):
+                    yield draws
+                    draws = []
+                draws.append(draw)
+        if draws:
+            yield draws
+
+    def read(self, path: Path) -> tuple[Photograph, Tensor | None]:
+        """The image and its hole, once it is known that the result can be made and written. Raises SettingsError."""
+        made, beside = self.outputs(path)
+        refuse_outputs(made + beside, overwrite=True)
+        holes = "inpaint" in self.model.tasks
+        photo = read_photograph(path, self.model.config.channels, holes)
+        hole = self.read_hole(path, photo.pixels) if holes else None
+        self.model.check_size(*photo.pixels.shape[1:], path.name, self.options.trace)
+        return photo, hole
 
     def outputs(self, path: Path) -> tuple[list[str], list[str]]:
         """The files to be written for an input: its draws, their mean and deviation; and what is shown beside them."""
-        o, base = self.options, f"{self.folder}/{self.names[path]}{self.options.suffix}"
-        if self.file:
-            base = stem(str(self.file))
+        o, base = self.options, self.bases[path]
         singles = [base] if o.draws == 1 else [f"{base}_{i + 1}" for i in range(o.draws)]
         made = [f"{single}.{self.ending}" for single in singles]
         if o.draws > 1:
@@ -214,38 +223,32 @@ class Restorer:
         try:
             sample = model.sample(zlo, hole, self.labels * len(zlo), streams, frames)
         except (torch.OutOfMemoryError, ode_int.SolverError) as failure:
-            reason = failure
-            if isinstance(failure, torch.OutOfMemoryError):
-                reason = "out of GPU memory; lower --batch-size or --tile"
+            out_of_memory = isinstance(failure, torch.OutOfMemoryError)
+            reason = "out of GPU memory; lower --batch-size or --tile" if out_of_memory else failure
             self.failures |= {draw.path: f"{draw.path}: {reason}" for draw in draws}
-            self.progress.left_out(len(draws))
             return
         trace = frames.until(sample) if o.trace else None
-        before, after = model.enlarged(zlo), model.enlarged(sample)
-        after = torch.lerp(before, after, o.strength) if o.strength < 1 else after
+        before = model.enlarged(zlo)
+        after = torch.lerp(before, model.enlarged(sample), o.strength)
         for row, draw in enumerate(draws):
             try:
                 self.save(draw, to_uint8(before[row]), to_uint8(after[row]), trace, row)
             except (OSError, ValueError) as failure:  # a full disk, say, or a picture too large for its format
                 self.failures[draw.path] = f"{draw.path}: {one_line(failure)}"
-        self.progress.finished(len(draws))
 
     def save(self, draw: Draw, before: Tensor, after: Tensor, trace: list | None, row: int):
         """The files of a draw, its own last: where that is, nothing is missing. before and after: (C, H, W) uint8."""
         made, _ = self.outputs(draw.path)
-        path, n = made[draw.number], self.options.draws
+        path, n, quality = made[draw.number], self.options.draws, self.options.quality
         if self.before_after:  # the image as the network got it, and what became of it
             pictures = [x.expand(3, -1, -1).permute(1, 2, 0).numpy() for x in (before, after)]
-            save_png(Path(stem(path) + "_before_after.png"), Image.fromarray(titled(["before", "after"], pictures)))
+            save_image(stem(path) + "_before_after.png", Image.fromarray(titled(["before", "after"], pictures)))
         if trace:
             save_trace(path, trace, slice(row, row + 1))
-        self.write(path, draw.photo, after)
+        draw.photo.save(path, after, quality)
         if n > 1:
             self.made[draw.path].append(after)
             if len(self.made[draw.path]) == n:  # their mean, and their standard deviation
                 levels = torch.stack(self.made.pop(draw.path)).float()
-                self.write(made[n], draw.photo, levels.mean(0).round().byte())
-                save_png(Path(made[n + 1]), to_image((8 * deviation(levels)).round().clamp(max=255).byte()))
-
-    def write(self, path: str, photo: Photograph, picture: Tensor):
-        write_photograph(Path(path), photo.finish(picture), photo.about, self.options.quality)
+                draw.photo.save(made[n], levels.mean(0).round().byte(), quality)
+                save_image(made[n + 1], to_image((8 * deviation(levels)).round().clamp(max=255).byte()))

@@ -1,14 +1,12 @@
 """The iterative process of a sampler, as a strip and as a GIF, at any size of the image and any number of steps."""
 import os
-from pathlib import Path
 
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from images.files import save_png
+from images.files import save_image
 from images.pictures import grid, strip, titled
-from support.disk import write_atomically
 
 
 class Frames(list):
@@ -39,8 +37,8 @@ class Frames(list):
 def save_trace(path: str, frames: list, rows: slice):
     """Beside the picture `path`: NAME_trace.png, the strip, and NAME_trace.gif, state | clean estimate over time."""
     base, frames = os.path.splitext(path)[0], [(t, state[rows], clean[rows]) for t, state, clean in frames]
-    save_png(Path(base + "_trace.png"), Image.fromarray(strip(frames)))
+    save_image(base + "_trace.png", Image.fromarray(strip(frames)))
     titles = ["state", "clean estimate"]
     first, *others = [Image.fromarray(titled(titles, [grid(state), grid(clean)])) for _, state, clean in frames]
-    how = dict(format="GIF", save_all=True, append_images=others, loop=0, duration=[100] * len(others) + [2000])  # ms
-    write_atomically(Path(base + "_trace.gif"), lambda f: first.save(f, **how))
+    duration = [100] * len(others) + [2000]  # ms
+    save_image(base + "_trace.gif", first, save_all=True, append_images=others, loop=0, duration=duration)

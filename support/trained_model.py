@@ -48,30 +48,18 @@ class Restorations(NamedTuple):
     std: Tensor  # (H, W) in levels of 255, the channels' root mean square; of tensors (B, 1, H, W) in their unit
 
 
-def pictures_of(made: Tensor, draws: int | None) -> Image.Image | Restorations:
-    """(draws, C, H, W) uint8 -> Restorations; where `draws` is None, the only one of them."""
-    if draws is None:
-        return to_image(made[0])
-    levels = made.float()
-    return Restorations([to_image(each) for each in made], to_image(levels.mean(0).round().byte()),
-                        deviation(levels)[0])
+def pictures_of(levels: Tensor) -> Restorations:
+    """(draws, C, H, W) uint8 -> PIL images."""
+    mean, std = levels.float().mean(0).round().byte(), deviation(levels.float())[0]
+    return Restorations([to_image(each) for each in levels], to_image(mean), std)
 
 
 class Model:
     """A trained run, ready to sample.
 
-    ema          the averaged weights, or the raw ones
-    solver, steps, tolerance, guidance, precision
-                 None takes the run's own, but for an interpolant: its dopri5 becomes midpoint in 5 steps
-    factor       how many times larger a restored image becomes; one that the run was not trained on, as 3 or 1.5, is
-                 made by the next larger one and then reduced. None: the run's own; of a mixture 1, the same size
-    tile         side in pixels of the overlapping tiles in which an image with a side of more than two tiles passes the
-                 network; 0: one piece always. None: the side trained on, or 256 after training on parts of photographs
-    batch_size   images at a time; those larger than trained on count as several
-    method       settings of the run's method by its name, of those that sampling may change (the method's
-                 free_at_sampling): i2sb=dict(clip_denoise=True)
-
-    Raises SettingsError where an argument does not fit the run.
+    Its arguments are sample.py's flags of the same names, and settings of the run's method by its name, of those that
+    sampling may change (the method's free_at_sampling): i2sb=dict(clip_denoise=True). Raises SettingsError where one
+    does not fit the run.
     """
 
     def __init__(self, run: Run, *, ema: bool = True, solver: Solver | None = None, steps: Count | None = None,
@@ -180,20 +168,19 @@ class Model:
             made = self.restore_each(list(image), holes, range(len(image)), label, seed, draws or 1)
             made = torch.stack(made, 1).clamp(-1, 1)
             return made[0] if draws is None else Restorations(made, made.mean(0), deviation(made))
-        images, holes = image if isinstance(image, list) else [image], []
-        if any(torch.is_tensor(each) for each in images):
-            return [self.restore(each, mask=mask, label=label, seed=seed, draws=draws) for each in images]
+        images = image if isinstance(image, list) else [image]
         for each in images:
             if not isinstance(each, Image.Image):
                 raise SettingsError(f"image is a {type(each).__name__}: allowed is a PIL image, a list of them, or a "
                                     "tensor")
-            hole = None
-            if "inpaint" in self.tasks:
-                hole = to_tensor(alpha(each)) < 255 if mask is None else mask_of(mask)
-            holes.append(hole)
+        holes = [None] * len(images)
+        if "inpaint" in self.tasks:
+            holes = [to_tensor(alpha(each)) < 255 if mask is None else mask_of(mask) for each in images]
         damaged = [to_float(to_tensor(flatten(each, self.config.channels))) for each in images]
         made = self.restore_each(damaged, holes, [0] * len(images), label, seed, draws or 1)
-        restored = [pictures_of(to_uint8(each), draws) for each in made]
+        restored = [pictures_of(to_uint8(each)) for each in made]
+        if draws is None:
+            restored = [each.draws[0] for each in restored]
         return restored if isinstance(image, list) else restored[0]
 
     def restore_each(self, damaged: list[Tensor], holes: list, rows, label, seed: int, draws: int) -> list[Tensor]:
@@ -247,7 +234,7 @@ class Model:
         up = self.config.damage.up if "sr" in self.tasks else "bicubic"  # as pairs of two sizes are trained on
         return to_full_size(zlo, self.factor, up) if self.factor > 1 else zlo
 
-    def check_size(self, height: int, width: int, name: str = "image", traced: bool = False):
+    def check_size(self, height: int, width: int, name: str, traced: bool):
         """Raises SettingsError for a picture that this machine can't restore, before anything is computed."""
         if max(height, width) > LONGEST * min(height, width):
             raise SettingsError(f"{name}: its sides are {width}x{height}: allowed is up to {LONGEST:,} times as long "

@@ -56,6 +56,19 @@ def test_a_pack_holds_the_pixels_of_the_files(photos, decoded, channels):
     assert {x.numpy().tobytes(): images.classes[y] for x, y in found} == expected
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux shows there what is open")
+def test_the_pixels_are_on_the_disk_before_the_index_says_so(photos, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def watched(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    load(str(photos), 12)
+    assert flushed[0] == "clean.u8" and flushed[1].startswith(".index.json")
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux shows there what is mapped")
 def test_the_images_lie_in_the_file_and_what_is_written_to_them_does_not(photos):
     for crop in ("center", "random"):

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 import sample
+from images import DatasetError
 from images.corruptions import Damage
 from images.files import open_image, to_tensor
 from images.pictures import psnr, to_float
 from pixels import doubled, get, photo, put
 from support.progress import Progress
-from test_files import GAMMA, WIDE, colorants, curve, profile
+from test_files import GREYS, TURNED
 from untrained import METHODS, make_run, run
 
 
@@ -43,15 +44,15 @@ def test_exif_and_resolution_are_kept_and_the_picture_is_upright(same, tmp_path)
         assert kind == "webp" or image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGB"])
-def test_grey_comes_back_grey(same, tmp_path, mode):
+def test_grey_comes_back_grey(same, tmp_path):
     grey = photo(12, 10, 1)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
-    (tmp_path / "in").mkdir()
-    image.save(tmp_path / "in/a.png")
-    made = restored(same, tmp_path)
-    assert made.mode == "L"
-    np.testing.assert_array_equal(np.asarray(made), grey)
+    put(tmp_path / "in/16-bits.png", grey.astype(np.uint16) * 257)
+    for mode in ("L", "LA", "RGB"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / f"in/{mode}.png")
+    assert run(same, "-i", tmp_path / "in", "-o", tmp_path / "out") == 0
+    for name in ("16-bits", "L", "LA", "RGB"):
+        made = Image.open(tmp_path / f"out/{name}.png")
+        assert made.mode == "L" and np.array_equal(np.asarray(made), grey), name
 
 
 def test_transparency_goes_back_onto_the_restored_colours(tmp_path):
@@ -66,16 +67,13 @@ def test_transparency_goes_back_onto_the_restored_colours(tmp_path):
     assert laid_over_white.shape == (16, 20, 3)
 
 
-@pytest.mark.parametrize("kind", ["colours", "greys"])
-def test_a_profile_is_converted_and_said(same, tmp_path, capsys, kind):
-    wide, icc = photo(16, 16) // 2 + 64, profile(b"RGB ", **GAMMA, **colorants(*WIDE.T))
-    if kind == "greys":
-        wide, icc = wide[..., 0], profile(b"GRAY", kTRC=curve([round(1.5 * 256)], b"curv"))
-    path = put(tmp_path / "in/a.png", wide, icc_profile=icc)
+@pytest.mark.parametrize("mode, icc", [("RGB", TURNED), ("L", GREYS)])
+def test_a_profile_is_converted_and_said(same, tmp_path, capsys, mode, icc):
+    pixels = photo(16, 16, len(mode))
+    path = put(tmp_path / "in/a.png", pixels, icc_profile=icc)
     made = restored(same, tmp_path)
-    assert made.mode == ("L" if kind == "greys" else "RGB")
-    np.testing.assert_array_equal(np.asarray(made), np.asarray(open_image(path).convert(made.mode)))
-    assert (np.asarray(made) != wide).mean() > 0.5
+    assert made.mode == mode and (np.asarray(made) != pixels).mean() > 0.5
+    np.testing.assert_array_equal(np.asarray(made), np.asarray(open_image(path).convert(mode)))
     assert "note: colours are converted to sRGB (1 image)" in capsys.readouterr().out
 
 
@@ -127,7 +125,7 @@ def test_draws_that_were_interrupted_go_on(same, tmp_path):
     assert run(same, *flags) == 0 and (tmp_path / "out/a_mean.png").exists()
 
 
-@pytest.mark.parametrize("factor, size", [(3, (33, 27)), (1.5, (16, 14)), (2, (22, 18))])
+@pytest.mark.parametrize("factor, size", [(3, (33, 27)), (1.5, (16, 14))])
 def test_any_enlargement(tmp_path, factor, size):
     path = make_run(tmp_path / "run", identity=True, task="sr,jpeg",
                     damage=Damage(factor=(4, 2), down="bicubic", up="bicubic"))
@@ -146,18 +144,11 @@ def test_strength_is_the_share_of_the_restoration(tmp_path):
     assert abs(images[0] + images[1] - 2 * images[0.5])[inside].max() <= 2 and (images[1] != images[0]).mean() > 0.5
 
 
-@pytest.mark.parametrize("ending", ["jfif", "avif", "jp2"])
-def test_endings_of_phones_and_browsers(same, tmp_path, ending):
-    put(tmp_path / f"in/a.{ending}", photo(16, 16), **(dict(format="JPEG") if ending == "jfif" else {}))
-    assert restored(same, tmp_path).size == (16, 16)
-
-
-def test_heic_names_the_package_that_it_needs(same, tmp_path, capsys, monkeypatch):
-    if "pillow_heif" in sys.modules:
-        pytest.skip("pillow-heif is there")
+@pytest.mark.skipif("pillow_heif" in sys.modules, reason="pillow-heif is there")
+def test_heic_names_the_package_that_it_needs(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
-    assert run(same, "-i", tmp_path / "a.heic", "-o", tmp_path / "out") == 1
-    assert "pip install pillow-heif" in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="a.heic: .*pip install pillow-heif"):
+        open_image(tmp_path / "a.heic")
 
 
 @pytest.mark.parametrize("settings, flags, calls", [

@@ -68,14 +68,12 @@ def test_the_pictures_z0_carries_the_noise_of_the_coupling(finished):
 def test_psnr_against_numpy():
     torch.manual_seed(0)
     truth = torch.rand(5, 3, 6, 7) * 2 - 1
-    x = (
-        truth + torch.randn_like(truth) * torch.tensor([0.02, 0.1, 0.3, 1, 3])[:, None, None, None]
-    )  # far out of range too
+    scales = torch.tensor([0.02, 0.1, 0.3, 1, 3])[:, None, None, None]
+    x = truth + scales * torch.randn_like(truth)  # far out of range too
     levels = [np.clip(np.floor((z.double().numpy() + 1) * 127.5 + 0.5), 0, 255) for z in (x, truth)]
     assert pictures.psnr(x, truth) == pytest.approx(decibels(*levels), abs=0.01)
-    assert pictures.psnr(truth, truth) == pytest.approx(
-        10 * math.log10(255**2 * 3 * 6 * 7)
-    )  # as if one value were off by a level
+    one_level_off = 10 * math.log10(255**2 * 3 * 6 * 7)  # in one value
+    assert pictures.psnr(truth, truth) == pytest.approx(one_level_off)
 
 
 def test_the_strip_has_a_column_a_time_and_clean_estimates_below_states():

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 import sample
+from images import SettingsError
 from images.corruptions import Damage, to_full_size
-from images.pictures import to_float, to_uint8
+from images.photograph import Photograph
+from images.pictures import to_float
 from ode_int import SolverError
 from pixels import doubled, get, photo, put
 from runs import ranks
-from support import restorer, trained_model
+from support import trained_model
 from untrained import METHODS, make_run, run
 
 
@@ -79,9 +81,8 @@ def test_without_output_the_run_gets_a_new_folder(tmp_path):
 
 # what breaks off -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(
-    "failure, reason", [(torch.OutOfMemoryError(), "out of GPU memory"), (SolverError("not finite"), "not finite")]
-)
+@pytest.mark.parametrize("failure, reason", [
+    (torch.OutOfMemoryError(), "out of GPU memory"), (SolverError("not finite"), "not finite")])
 def test_what_breaks_off_costs_the_image_only(identity, tmp_path, capsys, monkeypatch, failure, reason):
     whole, calls = sample.Model.sample, []
 
@@ -126,14 +127,14 @@ def test_names_and_places_that_cannot_be_written_are_told_before_anything_is_com
 def test_a_disk_that_fills_costs_the_image_only(identity, tmp_path, capsys, monkeypatch):
     for name in "abc":
         put(tmp_path / f"in/{name}.png", photo(5, 5))
-    save = restorer.write_photograph
+    save = Photograph.save
 
-    def full(path, *how):
-        if path.name == "b.png":
+    def full(photo, path, *how):
+        if path.endswith("b.png"):
             raise OSError(28, "No space left on device")
-        save(path, *how)
+        save(photo, path, *how)
 
-    monkeypatch.setattr(restorer, "write_photograph", full)
+    monkeypatch.setattr(Photograph, "save", full)
     assert run(identity, "--input", tmp_path / "in", "--output", tmp_path / "out") == 1
     assert "b.png: No space left on device" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}
@@ -162,37 +163,23 @@ def test_an_output_that_is_not_finite_is_no_picture(tmp_path, capsys, method):
 
 # sizes ---------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, factors", [("sr", (4, 2)), ("sr,jpeg", (4, 2)), ("jpeg", 2)])
-def test_factor_says_how_much_larger(tmp_path, capsys, task, factors):
+@pytest.mark.parametrize("task, factors, known", [
+    ("sr", (4, 2), {2, 4}), ("sr,jpeg", (4, 2), {1, 2, 4}), ("jpeg", 2, {1})])
+def test_factor_says_how_much_larger(tmp_path, task, factors, known):
     path = make_run(tmp_path / "run", identity=True, task=task, damage=Damage(factor=factors, up="bicubic"))
-    rgb = photo(11, 9)
-    image = put(tmp_path / "in.png", rgb)
-    known = {"sr": {2, 4}, "sr,jpeg": {1, 2, 4}, "jpeg": {1}}[task]
+    low = to_float(torch.from_numpy(photo(11, 9)).permute(2, 0, 1))[None]
     for factor in (1, 2, 4, 5):
-        out = tmp_path / f"{factor}"
-        status = run(path, "--input", image, "--factor", factor, "--output", out)
         if factor in known:
-            enlarged = to_uint8(to_full_size(to_float(torch.from_numpy(rgb).permute(2, 0, 1))[None], factor, "bicubic"))
-            assert status == 0
-            assert abs(get(out / "in.png").astype(int) - enlarged[0].permute(1, 2, 0).numpy()).max() <= 1
+            made = sample.open_model(path, factor=factor).restore(low)
+            torch.testing.assert_close(made, to_full_size(low, factor, "bicubic"), rtol=0, atol=1e-5)
         else:
-            assert status == 2 and f"factor = {factor}: allowed is" in capsys.readouterr().err
-    status = run(path, "--input", image, "--output", tmp_path / "none")
+            with pytest.raises(SettingsError, match=f"factor = {factor}: allowed is"):
+                sample.open_model(path, factor=factor)
     if task == "sr":
-        assert status == 2 and "the run knows 2, 4; name one" in capsys.readouterr().err
+        with pytest.raises(SettingsError, match="the run knows 2, 4; name one"):
+            sample.open_model(path)
     else:
-        assert status == 0 and get(tmp_path / "none/in.png").shape == (9, 11, 3)
-
-
-def test_strips_and_single_pixels_are_restored_in_bf16_too(tmp_path):
-    settings = dict(solver="midpoint", sample_steps=1, unet_dim_mults=(1, 2, 2), precision="bf16")
-    path = make_run(tmp_path / "run", **settings)
-    sides = [(1, 900), (500, 1), (1, 1), (2, 3)]
-    for width, height in sides:
-        put(tmp_path / f"in/{width}-{height}.png", photo(width, height))
-    assert run(path, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0  # none is refused as not finite
-    for width, height in sides:
-        assert get(tmp_path / f"out/{width}-{height}.png").shape == (2 * height, 2 * width, 3)
+        assert sample.open_model(path).restore(low).shape == low.shape
 
 
 def test_of_one_file_before_and_after_stand_side_by_side(tmp_path):
@@ -252,11 +239,6 @@ def test_a_mixture_restores_whole_images_and_holes(tmp_path, capsys):
 
 # wrong values --------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory) -> str:
-    return make_run(tmp_path_factory.mktemp("untrained") / "run")
-
-
 @pytest.mark.parametrize("arguments, line", [
     ("", "one of --input"),
     ("--count 3 --input x", "one of --input"),
@@ -284,10 +266,10 @@ def untrained(tmp_path_factory) -> str:
     ("--input in --partition 3/3", "partition = "),
     ("--export model.pt", ".safetensors"),
 ])
-def test_wrong_values_are_one_line(untrained, tmp_path, monkeypatch, capsys, arguments, line):
+def test_wrong_values_are_one_line(identity, tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "in/a.png", photo(4, 4)), put(tmp_path / "in/b.png", photo(4, 4))
-    assert sample.main([untrained, *arguments.split()]) == 2
+    assert run(identity, *arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("sample.py: ") and line in error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing was written
@@ -305,23 +287,24 @@ def test_runs_that_are_none_are_refused(tmp_path, capsys):
 # several processes ----------------------------------------------------------------------------------------------------
 
 def test_the_parts_make_what_one_process_makes(tmp_path, capsys, monkeypatch):
-    restoring = make_run(tmp_path / "run", method="edm", sample_steps=1)
-    making = make_run(tmp_path / "other", method="edm", task="generate", sample_steps=1)
+    restoring = make_run(tmp_path / "run", method="edm", sample_steps=1), "--input", tmp_path / "in"
+    making = make_run(tmp_path / "other", method="edm", task="generate", sample_steps=1), "--count", 3, "--trace"
     for i in range(3):
         put(tmp_path / f"in/{i}.png", photo(5, 5, seed=i))
-    for path, flags in ((restoring, ("--input", tmp_path / "in")), (making, ("--count", 3, "--trace"))):
-        whole, parts, torchrun = (tmp_path / f"{name}{path[-3:]}" for name in ("whole", "parts", "torchrun"))
-        assert run(path, *flags, "--output", whole) == 0
-        for part in ("0/2", "1/2"):
-            assert run(path, *flags, "--output", parts, "--partition", part) == 0
-        for environment in ranks(2):
-            with monkeypatch.context() as patch:
-                for name, value in environment.items():
-                    patch.setenv(name, value)
-                assert run(path, *flags, "--output", torchrun) == 0
+    for name, arguments in dict(restored=restoring, made=making).items():
+        whole, parts = tmp_path / name, tmp_path / f"{name}-parts"
+        assert run(*arguments, "--output", whole) == 0
+        if name == "restored":
+            for part in ("0/2", "1/2"):
+                assert run(*arguments, "--output", parts, "--partition", part) == 0
+        else:
+            for environment in ranks(2):
+                with monkeypatch.context() as patch:
+                    for variable, value in environment.items():
+                        patch.setenv(variable, value)
+                    assert run(*arguments, "--output", parts) == 0
         expected = {path.name: get(path) for path in whole.glob("*.png") if "grid" not in path.name}
-        for made in (parts, torchrun):
-            assert {path.name for path in made.iterdir()} == expected.keys()  # no grid: nobody has all of it
-            assert all(abs(get(made / name).astype(int) - pixels).max() <= 1 for name, pixels in expected.items())
-    assert run(restoring, "--input", tmp_path / "in", "--partition", "0/2") == 2
+        assert {path.name for path in parts.iterdir()} == expected.keys()  # no grid: nobody has all of it
+        assert all(abs(get(parts / name).astype(int) - pixels).max() <= 1 for name, pixels in expected.items())
+    assert run(*restoring, "--partition", "0/2") == 2
     assert "output = None: allowed is a folder" in capsys.readouterr().err

@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from methods.i2sb import I2SB
 from networks import Spy
-from pixels import get, photo, put
+from pixels import photo
+from sample import open_model
 from unet import Tiled, windows
-from untrained import METHODS, make_run, run
+from untrained import METHODS, make_run
 
 
 class Local(torch.nn.Module):
@@ -41,9 +43,8 @@ def test_tiles_give_what_one_piece_gives(sides, shrunk, upscale, reach):
     assert net.most == 4  # tiles at a time, and not one piece
 
 
-@pytest.mark.parametrize(
-    "side, tile, align", [(100, 20, 1), (160, 32, 16), (72, 32, 8), (24, 32, 8), (65, 32, 1), (16, 4, 2)]
-)
+@pytest.mark.parametrize("side, tile, align", [
+    (100, 20, 1), (160, 32, 16), (72, 32, 8), (24, 32, 8), (65, 32, 1), (16, 4, 2)])
 def test_tiles_cover_the_image_and_count_one_in_all(side, tile, align):
     total, full = torch.zeros(side), min(tile, side)
     tiles = windows(side, tile, align)
@@ -66,33 +67,33 @@ def test_no_seam_where_tiles_disagree():
     assert out.diff(dim=3).abs().max() < 40 / 64 * 1.6 / 8  # ... and a smooth step over 8 pixels is at most 1.5/8 steep
 
 
-def test_much_larger_images_go_in_tiles_at_no_more_nfe(tmp_path, capsys):
+def test_much_larger_images_go_in_tiles_at_no_more_nfe(tmp_path):
     path = make_run(tmp_path / "run", method="i2sb", i2sb=I2SB(n=4), task="blur")
     for side in (32, 33):  # one piece up to twice the side trained on
-        put(tmp_path / "in.png", photo(side, 20))
-        made = {}
-        for name, more in dict(tiles=(), whole=("--tile", 0), few=("--batch-size", 1)).items():
-            assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / name, "--overwrite", *more) == 0
-            assert ": 4 NFE" in capsys.readouterr().out
-            made[name] = get(tmp_path / name / "in.png").astype(int)
-            assert made[name].shape == (20, side, 3)
-        assert abs(made["tiles"] - made["few"]).max() <= 1
-        assert (abs(made["tiles"] - made["whole"]).max() > 1) == (side > 32)
+        made = []
+        for how in (dict(), dict(batch_size=1), dict(tile=0)):
+            model = open_model(path, **how)
+            made.append(np.asarray(model.restore(Image.fromarray(photo(side, 20)))).astype(int))
+            assert model.rows == 4 and made[-1].shape == (20, side, 3)
+        tiles, few, whole = made
+        assert abs(tiles - few).max() <= 1 and (abs(tiles - whole).max() > 1) == (side > 32)
 
 
-@pytest.mark.parametrize("more", [(), ("--tile", 5)])
-def test_tiles_of_whole_jpeg_blocks_have_no_gap(tmp_path, more):
-    path = make_run(
-        tmp_path / "run", identity=True, task="jpeg"
-    )  # 16 pixels, as a block: tiles must overlap all the same
-    put(tmp_path / "in.png", photo(70, 37))
-    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out", *more) == 0
-    np.testing.assert_array_equal(get(tmp_path / "out/in.png"), photo(70, 37))
+@pytest.mark.parametrize("tile", [None, 5])
+def test_tiles_of_whole_jpeg_blocks_have_no_gap(tmp_path, tile):
+    path = make_run(tmp_path / "run", identity=True, task="jpeg", image_size=16)  # a block's side: tiles overlap anyway
+    made = open_model(path, tile=tile).restore(Image.fromarray(photo(70, 37)))
+    np.testing.assert_array_equal(np.asarray(made), photo(70, 37))
 
 
-@pytest.mark.parametrize("width, height", [(13, 21), (7, 70), (1, 1)])
-def test_udpm_takes_any_sides(tmp_path, width, height):
-    path = make_run(tmp_path / "run", method="udpm", task="blur", **METHODS["udpm"])
-    put(tmp_path / "in.png", photo(width, height))
-    assert run(path, "--input", tmp_path / "in.png", "--output", tmp_path / "out") == 0
-    assert get(tmp_path / "out/in.png").shape == (height, width, 3)
+def test_udpm_takes_any_sides(tmp_path):
+    model = open_model(make_run(tmp_path / "run", method="udpm", task="blur", **METHODS["udpm"]))
+    images = [Image.fromarray(photo(*sides)) for sides in ((13, 21), (7, 70), (1, 1))]
+    assert [made.size for made in model.restore(images)] == [image.size for image in images]
+
+
+def test_strips_and_single_pixels_are_restored_in_bf16_too(tmp_path):
+    settings = dict(solver="midpoint", sample_steps=1, unet_dim_mults=(1, 2, 2), precision="bf16")
+    model = open_model(make_run(tmp_path / "run", **settings))
+    for width, height in ((1, 900), (500, 1), (1, 1), (2, 3)):  # none is refused as not finite
+        assert model.restore(Image.fromarray(photo(width, height))).size == (2 * width, 2 * height)
