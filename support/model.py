@@ -89,6 +89,9 @@ def compile_network(c, net: nn.Module, loss: Callable, batches: Callable, precis
         for step in range(max(1, 8 * c.chosen.levels)):
             with autocast(next(net.parameters()).device, precision):
                 loss(net, batches(step)[0]).mean().backward()
+        # seen on a CPU with AMX, with some batch sizes: a compiler's fault, where the eager network's are finite
+        if not all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None):
+            raise ArithmeticError("compiled, its gradients are not finite")
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # of whatever type the compiler raises

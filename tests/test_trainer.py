@@ -227,16 +227,22 @@ def test_a_compiled_run_goes_on_compiled(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_what_can_not_be_compiled_is_left_as_it_was(monkeypatch):
-    def compiler(graph, inputs):
-        raise RuntimeError("no C++ compiler")
+def no_compiler(graph, inputs):
+    raise RuntimeError("no C++ compiler")
 
+
+def wrong_compiler(graph, inputs):
+    return lambda *x: tuple(y * math.nan for y in graph(*x))
+
+
+@pytest.mark.parametrize("compiler, why", [(no_compiler, "no C\\+\\+ compiler"), (wrong_compiler, "not finite")])
+def test_what_can_not_be_compiled_is_left_as_it_was(monkeypatch, compiler, why):
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=compiler, **options))
     net, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     expected = net(x)
-    with pytest.warns(UserWarning, match="the network is not compiled .*no C\\+\\+ compiler"):
-        trainer.model.compile_network(Config(), net, lambda net, x: net(x), lambda step: [x], "fp32")
+    with pytest.warns(UserWarning, match=f"the network is not compiled .*{why}"):
+        trainer.model.compile_network(Config(), net, lambda net, x: net(x).square(), lambda step: [x], "fp32")
     assert torch.equal(net(x), expected) and net.weight.grad is None
 
 
