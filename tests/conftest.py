@@ -25,11 +25,6 @@ torch.manual_seed(0)
 data.draw_shapes = cache(data.draw_shapes)  # seconds, for 10,000 of them
 
 
-def pytest_xdist_auto_num_workers(config) -> int:
-    """Of -n auto: two for each core, since tests of commands wait for processes of their own."""
-    return 2 * (os.cpu_count() or 1)
-
-
 def once(tmp_path_factory, name: str, make) -> Path:
     """The folder that make(folder) has filled, once for all processes of pytest-xdist. Nobody writes to it."""
     shared = tmp_path_factory.getbasetemp()
