@@ -14,7 +14,7 @@ from images import SettingsError, data, one_line
 from images.files import user_path
 from support import bounds
 from support.bounds import between
-from support.disk import flush_folder, make_folder, parse_json, write_atomically
+from support.disk import flush_folder, parse_json, write_atomically
 from support.settings import from_plain
 
 EXPORTED = ".safetensors"
@@ -188,7 +188,9 @@ def save_checkpoint(folder: Path, checkpoint: dict, keep: bool) -> Path:
     """
     last = folder / "checkpoints" / "last.pt"
     new = last.with_name(".next.pt")
-    make_folder(last.parent)
+    if not last.parent.is_dir():
+        last.parent.mkdir()  # without its parents: a run's folder that is gone is RunFolder's to make, with a warning
+        flush_folder(folder)
     write_atomically(new, lambda f: torch.save(checkpoint, f))
     if keep:  # first: a run that is killed here comes to this step again
         link(new, last.with_name(f"step_{checkpoint['step']:06d}.pt"))

@@ -10,7 +10,7 @@ import torch
 
 import trainer
 from runs import FINISHED, TINY, at_step, checkpoint, contents, linux, one_line, resume, same, start
-from support import run_folder
+from support import checkpoints, run_folder
 from support.health import Health
 
 # ------------------------------------------------------------------------------------------- bad does not replace good
@@ -177,3 +177,10 @@ def test_a_finished_command_says_so_and_succeeds(copy, capsys):
     capsys.readouterr()
     assert trainer.main(command.split()) == 0
     assert f"{copy} is done: step 4 of 4" in capsys.readouterr().out and contents(copy) == before
+
+
+def test_a_checkpoint_makes_no_folder_for_a_run_that_is_gone(tmp_path):
+    """RunFolder does, with a warning, settings and a lock."""
+    with pytest.raises(FileNotFoundError):
+        checkpoints.save_checkpoint(tmp_path / "gone", dict(step=1), keep=False)
+    assert not list(tmp_path.iterdir())
